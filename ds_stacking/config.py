@@ -1,0 +1,288 @@
+"""The run configuration: one dataclass per concept, checked when built, read from a recipe and the command line.
+
+Every message says what is wrong and how to mend it. Nothing here imports another room, torch or deepspeed, so bad
+input is refused in a fraction of a second and before anything is written.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+OPTIMIZER_STATES = ("stack", "new_reset", "reset", "second_only")
+"""Optimizer state policies without an argument; `scale:c` takes one."""
+
+
+class UserError(ValueError):
+    """Bad input. Its text is the one sentence that the user reads; launchers end with exit code 2."""
+
+
+def _require(condition: object, message: str) -> None:
+    if not condition:
+        raise UserError(message)
+
+
+@dataclass(kw_only=True)
+class ModelConfig:
+    """A BERT encoder, its depth left to the stages."""
+
+    hidden_size: int = 128
+    """Width of the residual stream."""
+    num_heads: int = 2
+    """Attention heads; divides hidden_size."""
+    intermediate_size: int = 0
+    """Width of the feed-forward layer; 0 means four times hidden_size."""
+    vocab_size: int = 0
+    """Rows of the embedding; 0 means the tokenizer's size."""
+    max_positions: int = 512
+    """Longest sequence that the position embedding knows."""
+    norm: Literal["pre", "post"] = "pre"
+    """LayerNorm before each sub-layer (as Megatron-LM's BERT) or after the residual sum (as the original BERT)."""
+    activation: Literal["gelu", "gelu_tanh"] = "gelu"
+    """Exact (erf) GELU or its tanh approximation."""
+    dropout: float = 0.1
+    """Dropout of embeddings and of both sub-layers' outputs."""
+    attention_dropout: float = 0.1
+    """Dropout of attention probabilities."""
+    layer_norm_eps: float = 1e-12
+    """Epsilon of every LayerNorm."""
+    initializer_range: float = 0.02
+    """Standard deviation of the normal initialisation."""
+    next_sentence: bool = False
+    """Train BERT's next-sentence head beside masked language modelling; the data then come as segment pairs."""
+    gradient_checkpointing: bool = False
+    """Recompute each block's activations in the backward pass."""
+
+    def __post_init__(self) -> None:
+        self.intermediate_size = self.intermediate_size or 4 * self.hidden_size
+        for name in ("hidden_size", "num_heads", "intermediate_size", "max_positions"):
+            _require(getattr(self, name) > 0, f"model.{name} is {getattr(self, name)}; it must be positive.")
+        _require(
+            self.hidden_size % self.num_heads == 0,
+            f"model.hidden_size {self.hidden_size} is not divisible by model.num_heads {self.num_heads}; "
+            f"choose a head count that divides it.",
+        )
+        for name in ("dropout", "attention_dropout"):
+            _require(0 <= getattr(self, name) < 1, f"model.{name} is {getattr(self, name)}; it must lie in [0, 1).")
+
+
+@dataclass(kw_only=True)
+class CorpusConfig:
+    """Where text comes from and how it becomes blocks of tokens. The source itself is `--data`."""
+
+    subset: str | None = None
+    """Configuration name of a hub dataset, such as 20231101.en."""
+    split: str = "train"
+    """Split of a hub dataset."""
+    revision: str | None = None
+    """Commit or tag of a hub dataset; pin it to be able to repeat a run."""
+    column: str = "text"
+    """Column (parquet, hub) or key (jsonl) that holds the text."""
+    streaming: bool = False
+    """Read a hub dataset while it downloads instead of downloading it whole first."""
+    max_documents: int = 0
+    """Stop reading after this many documents; 0 means all."""
+    vocab_size: int = 4096
+    """Vocabulary of a tokenizer that is trained here (`--tokenizer train`)."""
+    lowercase: bool = True
+    """Lower-case text in a tokenizer that is trained here."""
+    eval_percent: float = 5.0
+    """Share of documents, in percent, held out for evaluation; chosen by a hash of the document."""
+    sequence_length: int = 64
+    """Tokens per block, special tokens included."""
+    masking_rate: float = 0.15
+    """Share of a block's ordinary tokens that are predicted (BERT: 15 %, of which 80/10/10 masked/random/kept)."""
+    cache_dir: str | None = None
+    """Where prepared data are kept; default $DS_STACKING_CACHE, else ~/.cache/ds_stacking."""
+
+    def __post_init__(self) -> None:
+        _require(self.sequence_length >= 8, f"corpus.sequence_length is {self.sequence_length}; it must be 8 or more.")
+        _require(
+            0 < self.masking_rate < 1, f"corpus.masking_rate is {self.masking_rate}; it must lie between 0 and 1."
+        )
+        _require(
+            0 < self.eval_percent < 100, f"corpus.eval_percent is {self.eval_percent}; it must lie between 0 and 100."
+        )
+        _require(self.vocab_size >= 100, f"corpus.vocab_size is {self.vocab_size}; it must be 100 or more.")
+        _require(self.max_documents >= 0, f"corpus.max_documents is {self.max_documents}; it must not be negative.")
+
+
+@dataclass(kw_only=True)
+class OptimizerConfig:
+    """AdamW and gradient clipping."""
+
+    betas: tuple[float, float] = (0.9, 0.999)
+    """Decay rates of the first and second moment."""
+    eps: float = 1e-6
+    """Epsilon of the denominator."""
+    weight_decay: float = 0.01
+    """Decoupled weight decay."""
+    decay_all: bool = False
+    """Decay biases and LayerNorm parameters too (as the code of Gong et al. does)."""
+    clip: float = 1.0
+    """Largest global gradient norm; 0 turns clipping off."""
+
+    def __post_init__(self) -> None:
+        self.betas = (float(self.betas[0]), float(self.betas[1]))
+        for beta in self.betas:
+            _require(0 <= beta < 1, f"optimizer.betas holds {beta}; both must lie in [0, 1).")
+        for name in ("weight_decay", "clip"):
+            _require(getattr(self, name) >= 0, f"optimizer.{name} is {getattr(self, name)}; it must not be negative.")
+        _require(self.eps > 0, f"optimizer.eps is {self.eps}; it must be positive.")
+
+
+@dataclass(kw_only=True)
+class StageConfig:
+    """A period of training at one depth. Fields left out take the run's value."""
+
+    layers: int
+    """Transformer blocks."""
+    steps: int
+    """Optimizer steps."""
+    lr: float | None = None
+    """Learning rate at the stage's start (after its warm-up); replaces the run's schedule for this stage."""
+    lr_end: float | None = None
+    """Learning rate that the stage falls to linearly; default: lr."""
+    lr_steps: int | None = None
+    """Steps in which lr falls to lr_end; default: steps. More than steps leaves the decay unfinished."""
+    warmup_steps: int = 0
+    """Linear warm-up at the start of this stage; needs lr."""
+    tokens_per_step: int | None = None
+    """Tokens of one optimizer step over all ranks."""
+    micro_batch_size: int | None = None
+    """Largest number of sequences that one rank holds at a time."""
+    zero_stage: int | None = None
+    """ZeRO stage of this stage's engine; default: that of the DeepSpeed configuration."""
+    operator: str | None = None
+    """Growth operator into this stage."""
+    optimizer_state: str | None = None
+    """Optimizer state policy of the growth into this stage."""
+    rewarm_steps: int = 0
+    """After the growth into this stage, warm up the learning rate of the new blocks alone over these steps."""
+
+    def __post_init__(self) -> None:
+        where = f"Stage {self.layers}:{self.steps}"
+        _require(self.layers > 0 and self.steps > 0, f"{where} has no layers or no steps; both must be positive.")
+        _require(
+            self.lr is not None or not (self.lr_end is not None or self.lr_steps or self.warmup_steps),
+            f"{where} sets lr_end, lr_steps or warmup_steps without lr; give lr, or leave all to the run's schedule.",
+        )
+        for name in ("warmup_steps", "rewarm_steps"):
+            _require(getattr(self, name) >= 0, f"{where}: {name} must not be negative.")
+        _require(
+            self.zero_stage in (None, 0, 1, 2, 3),
+            f"{where}: zero_stage is {self.zero_stage}; it must be 0, 1, 2 or 3.",
+        )
+
+
+def parse_stages(text: str) -> list[StageConfig]:
+    """Read `3:50000,6:70000,12:280000` (layers:optimizer steps)."""
+    stages = []
+    for part in text.split(","):
+        match = re.fullmatch(r"\s*(\d+):(\d+)\s*", part)
+        _require(match, f"Stage {part.strip()!r} of {text!r} is not LAYERS:STEPS; write for example 3:50000,6:70000.")
+        assert match is not None
+        stages.append(StageConfig(layers=int(match[1]), steps=int(match[2])))
+    return stages
+
+
+@dataclass(kw_only=True)
+class RunConfig:
+    """One pre-training run. The defaults are the quickstart."""
+
+    name: str = "quickstart"
+    """Name of the recipe; the default output directory is runs/<name>."""
+    description: str = ""
+    """What the recipe is and, for a published one, where it deviates."""
+    deepspeed_config: str = "ds_configs/zero2.json"
+    """DeepSpeed configuration; batch sizes, clipping and precision in it stay "auto"."""
+    output_dir: str | None = None
+    """The run directory."""
+    overwrite: bool = False
+    """Delete what an earlier run left in output_dir."""
+    data: str = "docs"
+    """Text: `docs` (documentation of the installed Python packages), a folder, file or glob, or a hub dataset."""
+    tokenizer: str = "train"
+    """`train` (WordPiece on the corpus), a folder with a tokenizer, or a hub name."""
+    stages: list[StageConfig] | str = "2:450,4:450,8:500"
+    """Stages as LAYERS:STEPS,... or, in a recipe, as a list of objects."""
+    operator: str = "stack"
+    """How blocks are copied at a growth: stack (ABAB) or interleave (AABB)."""
+    optimizer_state: str = "stack"
+    """What a growth does to Adam's state: stack, new_reset, reset, second_only or scale:C."""
+    precision: Literal["auto", "bf16", "fp32"] = "auto"
+    """auto: bf16 where the hardware multiplies it natively, else fp32."""
+    tokens_per_step: int = 2048
+    """Tokens of one optimizer step over all ranks and micro-batches."""
+    micro_batch_size: int = 32
+    """Largest number of sequences that one rank holds at a time; the rest is gradient accumulation."""
+    lr: float = 2e-3
+    """Peak learning rate."""
+    schedule: Literal["wsd", "linear", "constant"] = "wsd"
+    """Warm-up, then stable and decay (wsd), linear to 0, or constant; over the steps of all stages."""
+    warmup_steps: int = 50
+    """Linear warm-up of the run's schedule."""
+    decay_percent: float = 30.0
+    """Share of all steps, in percent, over which wsd falls linearly to 0 at the end."""
+    seed: int = 1
+    """Seed of initialisation, dropout, data order and masking."""
+    eval_every: int = 100
+    """Optimizer steps between evaluations; each stage's end is evaluated too. 0: only there."""
+    eval_blocks: int = 256
+    """Held-out blocks of one evaluation, the same ones each time."""
+    log_every: int = 10
+    """Optimizer steps between lines in metrics.jsonl."""
+    tracking: Literal["wandb", "none"] = "wandb"
+    """wandb (offline without a key or a network) or none; metrics.jsonl is always written."""
+    model: ModelConfig = field(default_factory=ModelConfig)
+    """The encoder."""
+    corpus: CorpusConfig = field(default_factory=CorpusConfig)
+    """The data."""
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    """The optimizer."""
+
+    def __post_init__(self) -> None:
+        if isinstance(self.stages, str):
+            self.stages = parse_stages(self.stages)
+        _require(self.stages, "stages is empty; give at least one, such as 2:100.")
+        for name in ("tokens_per_step", "micro_batch_size", "eval_blocks", "log_every"):
+            _require(getattr(self, name) > 0, f"{name} is {getattr(self, name)}; it must be positive.")
+        for name in ("lr", "warmup_steps", "eval_every", "seed"):
+            _require(getattr(self, name) >= 0, f"{name} is {getattr(self, name)}; it must not be negative.")
+        _require(0 <= self.decay_percent <= 100, f"decay_percent is {self.decay_percent}; it must lie in 0 to 100.")
+        check_optimizer_state(self.optimizer_state)
+        length, positions = self.corpus.sequence_length, self.model.max_positions
+        _require(
+            length <= positions,
+            f"corpus.sequence_length {length} is longer than model.max_positions {positions}; "
+            f"shorten the one or raise the other.",
+        )
+        for stage in self.stages:
+            if stage.optimizer_state is not None:
+                check_optimizer_state(stage.optimizer_state)
+            tokens = stage.tokens_per_step or self.tokens_per_step
+            _require(
+                tokens % length == 0,
+                f"tokens_per_step {tokens} is not a multiple of corpus.sequence_length {length}; "
+                f"{max(1, tokens // length) * length} is.",
+            )
+
+    @property
+    def run_dir(self) -> str:
+        """The run directory."""
+        return self.output_dir or f"runs/{self.name}"
+
+    def to_dict(self) -> dict[str, Any]:
+        """All fields as plain JSON values."""
+        return json.loads(json.dumps(dataclasses.asdict(self)))
+
+
+def check_optimizer_state(policy: str) -> None:
+    """Raise UserError unless `policy` is a known optimizer state policy."""
+    if policy in OPTIMIZER_STATES or re.fullmatch(r"scale:\d*\.?\d+", policy):
+        return
+    known = ", ".join(OPTIMIZER_STATES)
+    raise UserError(f"optimizer_state {policy!r} is unknown; choose one of {known} or scale:C, such as scale:0.5.")

@@ -1,0 +1,1 @@
+"""Corpora, tokenizer, memory-mapped token files, blocks and masking."""

@@ -1,0 +1,1 @@
+"""The only room that imports deepspeed: engines, their ZeRO state by parameter name, and the stage manager."""

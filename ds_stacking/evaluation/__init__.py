@@ -1,0 +1,1 @@
+"""Held-out masked language modelling loss."""

@@ -1,0 +1,1 @@
+"""What grows into what: operators, plans, optimizer state policies and the one executor. Imports torch only."""

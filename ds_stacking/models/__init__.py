@@ -1,0 +1,1 @@
+"""BERT, its heads, and conversion to and from Hugging Face."""
