@@ -1,0 +1,70 @@
+"""Finding a model's blocks by their container, whatever the model calls it."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from torch import nn
+
+from ds_stacking.config import UserError
+
+
+@dataclass(frozen=True, kw_only=True)
+class BlockNames:
+    """The container of a model's blocks and how the names of their parameters are made."""
+
+    prefix: str
+    """Name of the container, such as `blocks` or `transformer.h`."""
+    count: int
+    """Number of blocks."""
+
+    def split(self, name: str) -> tuple[int, str] | None:
+        """`blocks.3.mlp.weight` -> (3, `mlp.weight`); None for a parameter outside the blocks."""
+        match = re.fullmatch(re.escape(self.prefix) + r"\.(\d+)\.(.+)", name)
+        return (int(match[1]), match[2]) if match else None
+
+    def join(self, index: int, rest: str) -> str:
+        """The inverse of `split`."""
+        return f"{self.prefix}.{index}.{rest}"
+
+
+def find_blocks(module: nn.Module) -> BlockNames:
+    """The container that holds most of the model's parameters in blocks of equal shape.
+
+    Raises UserError where no nn.ModuleList qualifies.
+    """
+    best: tuple[int, BlockNames] | None = None
+    for prefix, container in module.named_modules():
+        if not isinstance(container, nn.ModuleList) or len(container) == 0:
+            continue
+        signatures = [_signature(block) for block in container]
+        if any(signature != signatures[0] for signature in signatures) or not signatures[0]:
+            continue
+        size = sum(_numel(parameter) for parameter in container.parameters())
+        if best is None or size > best[0]:
+            best = (size, BlockNames(prefix=prefix, count=len(container)))
+    if best is None:
+        raise UserError(
+            f"{type(module).__name__} has no nn.ModuleList of blocks with equal parameters; growth needs one."
+        )
+    return best[1]
+
+
+def block_names(names: Iterable[str], prefix: str) -> BlockNames:
+    """The blocks of a state known only by its parameters' names, all in the container `prefix`."""
+    pattern = re.compile(re.escape(prefix) + r"\.(\d+)\.")
+    indices = {int(match[1]) for match in map(pattern.match, names) if match}
+    if not indices:
+        raise UserError(f"No parameter lies in the block container {prefix!r}.")
+    return BlockNames(prefix=prefix, count=max(indices) + 1)
+
+
+def _numel(parameter: nn.Parameter) -> int:
+    """Elements of the full parameter; ZeRO-3 leaves an empty tensor behind and keeps the number in `ds_numel`."""
+    return getattr(parameter, "ds_numel", parameter.numel())
+
+
+def _signature(block: nn.Module) -> list[tuple[str, tuple[int, ...]]]:
+    return [(name, tuple(getattr(p, "ds_shape", p.shape))) for name, p in block.named_parameters()]

@@ -1,0 +1,95 @@
+"""What the executor needs of the other ranks: their tables of slices, and tensors sent both ways at once."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from ds_stacking.growth.state import TensorSlice
+
+
+class Exchange(Protocol):
+    """Collective operations; every rank calls them in the same order."""
+
+    rank: int
+    world_size: int
+
+    def tables(self, slices: Sequence[TensorSlice], names: Sequence[str]) -> list[list[TensorSlice]]:
+        """The slices of every rank, by rank. All ranks pass the same `names`, which hold every slice's name."""
+        ...
+
+    def swap(self, send: Sequence[Tensor], receive_sizes: Sequence[int]) -> list[Tensor]:
+        """Send one 1-D tensor to every rank and receive one of the given size from each. dtypes agree."""
+        ...
+
+    def total(self, value: int) -> int:
+        """The sum of `value` over ranks."""
+        ...
+
+
+class OneRank:
+    """A process on its own."""
+
+    rank = 0
+    world_size = 1
+
+    def tables(self, slices: Sequence[TensorSlice], names: Sequence[str]) -> list[list[TensorSlice]]:
+        """Its own slices."""
+        return [list(slices)]
+
+    def swap(self, send: Sequence[Tensor], receive_sizes: Sequence[int]) -> list[Tensor]:
+        """What it sent to itself."""
+        return list(send)
+
+    def total(self, value: int) -> int:
+        """The value."""
+        return value
+
+
+class Ranks:
+    """The ranks of the default process group, whose backend must be able to carry tensors on `device`."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.rank = dist.get_rank()
+        self.world_size = dist.get_world_size()
+        self.device = device
+
+    def tables(self, slices: Sequence[TensorSlice], names: Sequence[str]) -> list[list[TensorSlice]]:
+        """Gathered as numbers, padded to the longest table: no pickle crosses ranks."""
+        index = {name: i for i, name in enumerate(names)}
+        rows = torch.tensor([(index[s.name], s.start, s.stop) for s in slices], dtype=torch.int64).reshape(-1, 3)
+        lengths = self._gather(torch.tensor([len(rows)]))
+        padded = torch.zeros(max(int(n) for n in lengths), 3, dtype=torch.int64)
+        padded[: len(rows)] = rows
+        tables = [part[: int(n)].tolist() for part, n in zip(self._gather(padded), lengths, strict=True)]
+        return [[TensorSlice(names[i], start, stop) for i, start, stop in table] for table in tables]
+
+    def swap(self, send: Sequence[Tensor], receive_sizes: Sequence[int]) -> list[Tensor]:
+        """One all-to-all with uneven parts."""
+        outgoing = torch.cat([part.to(self.device) for part in send])
+        incoming = outgoing.new_empty(sum(receive_sizes))
+        dist.all_to_all_single(incoming, outgoing, list(receive_sizes), [part.numel() for part in send])
+        return list(incoming.split(list(receive_sizes)))
+
+    def total(self, value: int) -> int:
+        """One all-reduce."""
+        tensor = torch.tensor(value, dtype=torch.int64, device=self.device)
+        dist.all_reduce(tensor)
+        return int(tensor)
+
+    def _gather(self, tensor: Tensor) -> list[Tensor]:
+        tensor = tensor.to(self.device)
+        parts = [torch.empty_like(tensor) for _ in range(self.world_size)]
+        dist.all_gather(parts, tensor)
+        return [part.cpu() for part in parts]
+
+
+def make_exchange(device: torch.device) -> Exchange:
+    """The default process group's ranks, or this process alone where there is none."""
+    if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+        return Ranks(device)
+    return OneRank()

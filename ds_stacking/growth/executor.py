@@ -1,0 +1,188 @@
+"""The one executor: moves state from a reader to a writer as a plan says, between any two shardings, and verifies it.
+
+What a rank already holds it copies itself; only the rest crosses ranks, once, in rounds that carry no more than one
+block's elements.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from ds_stacking.growth.exchange import Exchange
+from ds_stacking.growth.plan import GrowthPlan
+from ds_stacking.growth.schedule import Move, largest_block, rounds, schedule
+from ds_stacking.growth.state import KINDS, Kind, StateReader, StateWriter
+
+
+@dataclass(kw_only=True)
+class MoveReport:
+    """What an execution did; sizes are this rank's."""
+
+    seconds: dict[str, float] = field(default_factory=dict)
+    """Wall-clock by phase: schedule, copy, exchange, commit, verify."""
+    bytes_copied: int = 0
+    """Copied without leaving the rank."""
+    bytes_received: int = 0
+    """Received from other ranks."""
+    largest_round: int = 0
+    """Bytes of the largest round's buffers: the memory that the executor itself took."""
+    tensors_verified: int = 0
+    """Target tensors that were compared with their source, every element of them on some rank."""
+
+
+def execute(
+    plan: GrowthPlan,
+    reader: StateReader,
+    writer: StateWriter,
+    exchange: Exchange,
+    *,
+    kinds: Sequence[Kind] = KINDS,
+) -> MoveReport:
+    """Carry out `plan`; all ranks call it together. A target that is not moved to must hold zero moments already.
+
+    Raises RuntimeError, on every rank, where a target differs from its source after the move.
+    """
+    return _Execution(plan, reader, writer, exchange, kinds).run()
+
+
+class _Execution:
+    def __init__(
+        self, plan: GrowthPlan, reader: StateReader, writer: StateWriter, exchange: Exchange, kinds: Sequence[Kind]
+    ) -> None:
+        self.plan, self.reader, self.writer, self.exchange, self.kinds = plan, reader, writer, exchange, kinds
+        self.report = MoveReport()
+        self.sent: list[tuple[Move, Tensor]] = []
+        self.received: list[Move] = []
+
+    def run(self) -> MoveReport:
+        rank = self.exchange.rank
+        with self._clock("schedule"):
+            moves = schedule(self.plan, self.reader.slices(), self.writer.slices(), self.exchange)
+            own = [move for move in moves if move.owner == move.wanter == rank]
+            crossing = [move for move in moves if move.crosses]
+        with self._clock("copy"):
+            for move in own:
+                self._copy(move)
+        with self._clock("exchange"):
+            for carried in rounds(crossing, largest_block(self.plan)):
+                self._carry(carried)
+        with self._clock("commit"):
+            self.writer.commit({entry.target: entry.info.step for entry in self.plan.entries})
+        with self._clock("verify"):
+            wrong = self._verify(own)
+            if self.exchange.total(len(wrong)):
+                where = ", ".join(wrong[:5]) or "on another rank"
+                raise RuntimeError(f"After the growth these tensors differ from their source: {where}.")
+            self.report.tensors_verified = len({move.entry.target for move in moves})
+        return self.report
+
+    @contextmanager
+    def _clock(self, phase: str) -> Iterator[None]:
+        start = time.perf_counter()
+        yield
+        self.report.seconds[phase] = time.perf_counter() - start
+
+    def _moved(self, move: Move) -> list[tuple[Kind, float]]:
+        """The kinds that are not zero in the target, each with the factor on its source."""
+        factors: dict[Kind, float] = {
+            "master": 1.0,
+            "exp_avg": move.entry.state.first,
+            "exp_avg_sq": move.entry.state.second,
+        }
+        return [(kind, factors[kind]) for kind in self.kinds if factors[kind] != 0]
+
+    def _values(self, move: Move) -> list[tuple[Kind, Tensor]]:
+        """What the target must hold, read from the source."""
+        pairs = [(kind, factor, self.reader.read(move.source, kind)) for kind, factor in self._moved(move)]
+        return [(kind, values if factor == 1 else values * factor) for kind, factor, values in pairs]
+
+    def _copy(self, move: Move) -> None:
+        for kind, values in self._values(move):
+            self.writer.write(move.target, kind, values)
+            self.report.bytes_copied += 4 * values.numel()
+
+    def _carry(self, moves: list[Move]) -> None:
+        """One round: pack what this rank sends, swap, write what it received."""
+        rank, outgoing, sizes = self.exchange.rank, *self._empty_parts()
+        for move in moves:
+            if move.owner == rank:
+                values = [part for _, part in self._values(move)]
+                outgoing[move.wanter] += values
+                self.sent.append((move, torch.stack([digest(part) for part in values])))
+            elif move.wanter == rank:
+                sizes[move.owner] += len(self._moved(move)) * move.numel
+        send = [torch.cat(parts) if parts else torch.empty(0) for parts in outgoing]
+        incoming = self.exchange.swap(send, sizes)
+        taken = 4 * (sum(sizes) + sum(part.numel() for part in send))
+        self.report.bytes_received += 4 * sum(sizes)
+        self.report.largest_round = max(self.report.largest_round, taken)
+        position = [0] * self.exchange.world_size
+        for move in moves:
+            if move.crosses and move.wanter == rank:
+                self.received.append(move)
+                for kind, _ in self._moved(move):
+                    start = position[move.owner]
+                    position[move.owner] = start + move.numel
+                    self.writer.write(move.target, kind, incoming[move.owner][start : start + move.numel])
+
+    def _empty_parts(self) -> tuple[list[list[Tensor]], list[int]]:
+        world = self.exchange.world_size
+        return [[] for _ in range(world)], [0] * world
+
+    def _verify(self, own: list[Move]) -> list[str]:
+        """Names of this rank's targets that, read back, are not what their source says.
+
+        What was copied is compared element by element. What crossed ranks is compared by checksum: the sender took
+        its own when it read the source, the receiver takes one of what it finds in the target and returns it.
+        """
+        wrong = [move.entry.target for move in own if not self._equal(move)]
+        wrong += [move.entry.target for move in self.received if not self._zero_elsewhere(move)]
+        returning, sizes = self._empty_parts()
+        for move in self.received:
+            found = [digest(self.writer.read(move.target, kind)) for kind, _ in self._moved(move)]
+            returning[move.owner].append(torch.stack(found).flatten())
+        for move, taken in self.sent:
+            sizes[move.wanter] += taken.numel()
+        empty = torch.empty(0, dtype=torch.int64)
+        if self.exchange.world_size > 1:
+            found = self.exchange.swap([torch.cat(parts) if parts else empty for parts in returning], sizes)
+            position = [0] * self.exchange.world_size
+            for move, taken in self.sent:
+                start = position[move.wanter]
+                position[move.wanter] = start + taken.numel()
+                if not torch.equal(found[move.wanter][start : start + taken.numel()].cpu(), taken.flatten()):
+                    wrong.append(move.entry.target)
+        return wrong
+
+    def _equal(self, move: Move) -> bool:
+        same = all(
+            torch.equal(self.writer.read(move.target, k), v.to(self.writer.read(move.target, k).device))
+            for k, v in self._values(move)
+        )
+        return same and self._zero_elsewhere(move)
+
+    def _zero_elsewhere(self, move: Move) -> bool:
+        """Whether the kinds that were not moved are zero in the target."""
+        moved = {kind for kind, _ in self._moved(move)}
+        return not any(self.writer.read(move.target, kind).any() for kind in self.kinds if kind not in moved)
+
+
+def digest(values: Tensor) -> Tensor:
+    """A checksum of the bits of `values` ([N] float32, any device): [2] int64 on the CPU.
+
+    The bits are laid out as rows of 1,024 and summed by row and by column; each sum is weighted by its position, so
+    that changed and exchanged elements show. It runs at memory speed on every device, which no hash library does.
+    """
+    bits = values.detach().contiguous().view(torch.int32)
+    whole = bits.numel() // 1024 * 1024
+    table, rest = bits[:whole].view(-1, 1024), bits[whole:].to(torch.int64)
+    by_row = torch.cat([table.sum(1, dtype=torch.int64), rest])
+    by_column = torch.cat([table.sum(0, dtype=torch.int64), rest])
+    weighted = [(sums * torch.arange(1, 2 * len(sums), 2, device=sums.device)).sum() for sums in (by_row, by_column)]
+    return torch.stack(weighted).cpu()
