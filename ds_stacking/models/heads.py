@@ -1,0 +1,44 @@
+"""BERT's two pre-training heads (Devlin et al. 2019, section 3.1).
+
+Shapes: N selected tokens, B sequences, D hidden size, V vocabulary size.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ds_stacking.config import ModelConfig
+from ds_stacking.models.blocks import Linear, activation
+
+
+class MaskedLMHead(nn.Module):
+    """Dense layer, GELU, LayerNorm, then a decoder tied to the word embedding, with a bias of its own."""
+
+    def __init__(self, config: ModelConfig, std: float | None) -> None:
+        super().__init__()
+        self.activation = config.activation
+        self.dense = Linear(config.hidden_size, config.hidden_size, std)
+        self.norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.bias = nn.Parameter(torch.empty(config.vocab_size))
+        if std is not None:
+            nn.init.zeros_(self.bias)
+
+    def forward(self, hidden: Tensor, word_embedding: Tensor) -> Tensor:  # [N, D], [V, D] -> [N, V]
+        return F.linear(self.norm(activation(self.dense(hidden), self.activation)), word_embedding, self.bias)
+
+
+class NextSentenceHead(nn.Module):
+    """Pooler (dense layer and tanh on a sequence's first token) and a classifier of two classes.
+
+    Class 0: the second segment continues the first; class 1: it comes from elsewhere.
+    """
+
+    def __init__(self, config: ModelConfig, std: float | None) -> None:
+        super().__init__()
+        self.pooler = Linear(config.hidden_size, config.hidden_size, std)
+        self.classifier = Linear(config.hidden_size, 2, std)
+
+    def forward(self, first_token: Tensor) -> Tensor:  # [B, D] -> [B, 2]
+        return self.classifier(torch.tanh(self.pooler(first_token)))
