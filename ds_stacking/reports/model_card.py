@@ -1,0 +1,151 @@
+"""The model card of an exported model: the README.md beside its weights, with metadata that the Hub understands."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
+
+from ds_stacking.config import UserError
+from ds_stacking.reports.table import count, duration, flops, loss, stage_markdown
+
+PAPER = "Gong et al., *Efficient Training of BERT by Progressively Stacking*, ICML 2019"
+
+
+def write_model_card(
+    folder: str | Path,
+    *,
+    summary: Mapping[str, Any],
+    config: Mapping[str, Any],
+    licence: str | None = None,
+) -> Path:
+    """Write `folder`/README.md for the model whose config.json and weights lie in `folder`.
+
+    `summary` is the content of summary.json, `config` that of the run's config.json. `licence` is a Hub licence
+    identifier such as apache-2.0; without one the card says that the publisher must choose. Raises UserError where
+    `folder` holds no exported model.
+    """
+    path = Path(folder) / "config.json"
+    if not path.is_file():
+        raise UserError(f"{folder} has no config.json; give the folder of an exported model.")
+    model = json.loads(path.read_text())
+    name = f"{config['name']}-{model['num_hidden_layers']}L"
+    sections = (
+        f"# {name}",
+        _about(model, summary),
+        "## How to load it",
+        _loading(model),
+        "## How it was trained",
+        _training(summary, config),
+        "## Results",
+        _results(summary),
+        "## Limitations",
+        _limitations(config),
+        "## Licence",
+        _licence(licence, config),
+    )
+    metadata = _metadata(name, model, summary, config, licence)
+    card = ModelCard(f"---\n{metadata.to_yaml()}\n---\n\n" + "\n\n".join(sections) + "\n")
+    card.save(path.with_name("README.md"))
+    return path.with_name("README.md")
+
+
+def _metadata(
+    name: str, model: Mapping[str, Any], summary: Mapping[str, Any], config: Mapping[str, Any], licence: str | None
+) -> ModelCardData:
+    figures = {"Held-out MLM loss": "eval_loss", "Held-out MLM loss, [MASK] positions only": "eval_loss_masked"}
+    results = [
+        EvalResult(
+            task_type="fill-mask",
+            dataset_type=config["data"],
+            dataset_name=f"{config['data']} (held-out documents)",
+            metric_type="loss",
+            metric_name=title,
+            metric_value=round(summary[field], 4),
+        )
+        for title, field in figures.items()
+        if summary.get(field) is not None
+    ]
+    return ModelCardData(
+        model_name=name,
+        library_name="transformers",
+        pipeline_tag="fill-mask",
+        license=licence,
+        tags=["progressive-stacking", "masked-language-modelling", model["model_type"]],
+        eval_results=results or None,
+    )
+
+
+def _about(model: Mapping[str, Any], summary: Mapping[str, Any]) -> str:
+    return (
+        f"A bidirectional Transformer encoder ({model['architectures'][0]}) with {model['num_hidden_layers']} layers, "
+        f"width {model['hidden_size']}, {model['num_attention_heads']} attention heads, a vocabulary of "
+        f"{model['vocab_size']} and {count(summary['parameters'])} parameters. It was pre-trained by masked language "
+        f"modelling with progressive stacking: a shallow model is trained first, its blocks are copied to make a "
+        f"deeper one, and training goes on ({PAPER})."
+    )
+
+
+def _loading(model: Mapping[str, Any]) -> str:
+    auto = (
+        "AutoModelForPreTraining" if model["architectures"][0].endswith("ForPreTraining") else "AutoModelForMaskedLM"
+    )
+    remote = ", trust_remote_code=True" if "auto_map" in model else ""
+    note = "\n\nIts modelling code lies beside the weights; read it before you trust it." if remote else ""
+    return (
+        f"```python\nfrom transformers import AutoTokenizer, {auto}\n\n"
+        f'tokenizer = AutoTokenizer.from_pretrained("path/to/this/folder")\n'
+        f'model = {auto}.from_pretrained("path/to/this/folder"{remote})\n```{note}'
+    )
+
+
+def _training(summary: Mapping[str, Any], config: Mapping[str, Any]) -> str:
+    growths = "\n".join(
+        f"* {growth['from_layers']} → {growth['to_layers']} layers by `{growth['operator']}` in "
+        f"{duration(growth['seconds'])}; held-out loss {loss(growth['eval_loss_before'])} before and "
+        f"{loss(growth['eval_loss_after'])} after."
+        for growth in summary["growths"]
+    )
+    return (
+        f"* Text: `{config['data']}`, sequences of {config['corpus']['sequence_length']} tokens, "
+        f"{config['corpus']['masking_rate']:.0%} of the tokens predicted.\n"
+        f"* Spent: {count(summary['tokens'])} tokens, {flops(summary['flops'])} (model FLOPs) and "
+        f"{duration(summary['seconds'])} on {summary['world_size']} rank(s) with ZeRO stage {summary['zero_stage']}.\n"
+        f"* Optimizer: AdamW, peak learning rate {config['lr']:g}, schedule `{config['schedule']}`, "
+        f"optimizer state at a growth: `{config['optimizer_state']}`, seed {config['seed']}.\n\n"
+        f"{stage_markdown(summary['stages'])}\n\n"
+        f"Losses are in nats per predicted token.\n\n{growths or 'The model was not grown.'}"
+    )
+
+
+def _results(summary: Mapping[str, Any]) -> str:
+    rows = (
+        ("held-out loss", "eval_loss"),
+        ("held-out loss, [MASK] positions only", "eval_loss_masked"),
+        ("the same on shuffled blocks", "eval_loss_shuffled"),
+        ("unigram entropy", "unigram_entropy"),
+    )
+    table = "\n".join(f"| {title} | {loss(summary.get(field))} |" for title, field in rows)
+    return (
+        f"| figure | nats |\n| --- | ---: |\n{table}\n\n"
+        "A model that knows word frequencies only reaches the unigram entropy; one that ignores word order does "
+        "equally well on shuffled blocks."
+    )
+
+
+def _limitations(config: Mapping[str, Any]) -> str:
+    return (
+        f"* It has read `{config['data']}` and nothing else: its language, its subjects and its biases are those of "
+        "that text.\n"
+        "* It fills masks and gives features for fine-tuning; it does not generate text or follow instructions.\n"
+        f"* Inputs longer than {config['corpus']['sequence_length']} tokens were never seen in training.\n"
+        "* The losses above are the only evaluation; they say nothing about a particular task."
+    )
+
+
+def _licence(licence: str | None, config: Mapping[str, Any]) -> str:
+    terms = f"The weights are under `{licence}`." if licence else "No licence has been chosen for the weights."
+    return f"{terms} The text that they were trained on (`{config['data']}`) has terms of its own; check them too."

@@ -1,0 +1,147 @@
+"""The ledger: what a run has spent, in tokens, model FLOPs and seconds, per stage and per phase.
+
+Every second of wall clock since the ledger was made belongs to exactly one phase, so the phases always sum to the
+total. Totals travel in checkpoints: a resumed run goes on counting where its checkpoint stood, and time and tokens
+spent after that checkpoint, then lost, are not part of the run that produced the model.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+PHASES = ("training", "data wait", "evaluation", "growth", "checkpoint", "other")
+"""Where wall clock goes; "other" is what runs outside every `clock`."""
+PAUSES = ("evaluation", "growth", "checkpoint")
+"""Phases in which no training is attempted: throughput leaves them out."""
+
+
+@dataclass(kw_only=True)
+class StageTotals:
+    """What one stage has spent and reached; one row of `summary.json`."""
+
+    layers: int
+    """Transformer blocks."""
+    steps: int = 0
+    """Optimizer steps."""
+    tokens: int = 0
+    """Real tokens (no padding) over all ranks."""
+    seconds: float = 0.0
+    """Wall clock, all phases together."""
+    flops: float = 0.0
+    """Model FLOPs: the arithmetic of the forward and backward pass, recomputation not counted."""
+    train_loss_end: float | None = None
+    """Training loss at the stage's end, in nats."""
+    eval_loss_end: float | None = None
+    """Held-out loss at the stage's end, in nats."""
+    eval_loss_masked_end: float | None = None
+    """The same on [MASK] positions only."""
+
+
+@dataclass(kw_only=True)
+class Ledger:
+    """Counts tokens, model FLOPs and seconds of a run.
+
+    Call `start_stage` before the growth that opens the stage, so that the growth is charged to the depth it makes.
+    """
+
+    stages: list[StageTotals] = field(default_factory=list)
+    """Stages begun so far, the current one last."""
+    phases: dict[str, float] = field(default_factory=lambda: dict.fromkeys(PHASES, 0.0))
+    """Seconds by phase over the whole run."""
+    now: Callable[[], float] = field(default=time.perf_counter, repr=False)
+    """A monotonic clock in seconds."""
+
+    def __post_init__(self) -> None:
+        self._mark = self.now()
+        self._open: list[str] = []
+        self._last = self._progress()
+
+    @property
+    def stage(self) -> StageTotals:
+        """The current stage."""
+        assert self.stages, "start_stage comes first"
+        return self.stages[-1]
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of all stages."""
+        return sum(stage.tokens for stage in self.stages)
+
+    @property
+    def flops(self) -> float:
+        """Model FLOPs of all stages."""
+        return sum(stage.flops for stage in self.stages)
+
+    @property
+    def seconds(self) -> float:
+        """Wall clock of the run, that before a resume included."""
+        self._charge()
+        return sum(self.phases.values())
+
+    def totals(self) -> dict[str, float]:
+        """The cumulative fields that every event record carries."""
+        return {"tokens": self.tokens, "flops": self.flops, "seconds": self.seconds}
+
+    def start_stage(self, layers: int) -> None:
+        """Begin a stage; time from here on is charged to it."""
+        self._charge()
+        self.stages.append(StageTotals(layers=layers))
+
+    def add_step(self, *, tokens: int, flops: float) -> None:
+        """Count one optimizer step with its tokens and model FLOPs over all ranks."""
+        self.stage.steps += 1
+        self.stage.tokens += tokens
+        self.stage.flops += flops
+
+    @contextmanager
+    def clock(self, phase: str) -> Iterator[None]:
+        """Charge the body's wall clock to `phase`; an inner clock stops the outer one meanwhile."""
+        assert phase in PHASES, phase
+        self._charge()
+        self._open.append(phase)
+        try:
+            yield
+        finally:
+            self._charge()
+            self._open.pop()
+
+    def rates(self) -> dict[str, float]:
+        """Tokens and model FLOPs per second since the last call (or the start), pauses left out."""
+        progress = self._progress()
+        tokens, flops, seconds = (new - old for new, old in zip(progress, self._last, strict=True))
+        self._last = progress
+        if seconds <= 0:
+            return {"tokens_per_second": 0.0, "flops_per_second": 0.0}
+        return {"tokens_per_second": tokens / seconds, "flops_per_second": flops / seconds}
+
+    def stage_rows(self) -> list[dict[str, Any]]:
+        """One plain dictionary per stage, as `summary.json` holds them."""
+        self._charge()
+        return [dataclasses.asdict(stage) for stage in self.stages]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything that a checkpoint must keep, as plain JSON values."""
+        return {"stages": self.stage_rows(), "phases": dict(self.phases)}
+
+    @classmethod
+    def from_dict(cls, saved: dict[str, Any], *, now: Callable[[], float] = time.perf_counter) -> Ledger:
+        """The ledger that `to_dict` saved; its clock goes on from now."""
+        stages = [StageTotals(**row) for row in saved["stages"]]
+        return cls(stages=stages, phases=dict.fromkeys(PHASES, 0.0) | saved["phases"], now=now)
+
+    def _charge(self) -> None:
+        """Give the time since the last call to the innermost open phase and to the current stage."""
+        now = self.now()
+        elapsed, self._mark = now - self._mark, now
+        self.phases[self._open[-1] if self._open else "other"] += elapsed
+        if self.stages:
+            self.stages[-1].seconds += elapsed
+
+    def _progress(self) -> tuple[float, float, float]:
+        """Tokens, FLOPs and the seconds in which training was under way."""
+        return self.tokens, self.flops, self.seconds - sum(self.phases[name] for name in PAUSES)

@@ -1,0 +1,143 @@
+"""What a person sees of a run: the resolved configuration, a progress bar per stage, events, the closing table.
+
+A terminal gets a live bar; a log file (SLURM, a pipe) gets a plain line now and then. Only rank 0 has a `Console`;
+every other rank has a `NullConsole`, so the loop asks no questions.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable, Mapping
+from typing import Any, Protocol, TextIO
+
+import rich.console
+from rich import box
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn
+from rich.table import Table
+
+from ds_stacking.reports.table import count, duration, loss, stage_table
+
+CLOSING = (
+    ("eval_loss_masked", "held-out loss on [MASK] positions"),
+    ("unigram_entropy", "unigram entropy (knows word frequencies only)"),
+    ("eval_loss_shuffled", "the same loss on shuffled blocks (knows no order)"),
+)
+"""The figures that tell a model that reads its context from one that does not: fields of the summary, in nats."""
+
+
+class StageConsole(Protocol):
+    """What the loop needs of a console."""
+
+    def resolved(self, settings: Mapping[str, object]) -> None:
+        """Show the resolved configuration."""
+
+    def line(self, text: str) -> None:
+        """Show an event."""
+
+    def start_stage(self, *, stage: int, stages: int, layers: int, steps: int, done: int = 0) -> None:
+        """Begin a stage (0-based) of `steps` optimizer steps, `done` of which an earlier process made."""
+
+    def update(self, done: int, *, loss: float, lr: float, tokens_per_second: float) -> None:
+        """Report that `done` steps of the stage are made."""
+
+    def closing(self, summary: Mapping[str, Any]) -> None:
+        """Show the table of stages and the closing figures."""
+
+    def close(self) -> None:
+        """Leave the terminal as it was."""
+
+
+class NullConsole:
+    """Shows nothing: the console of every rank but 0."""
+
+    def resolved(self, settings: Mapping[str, object]) -> None: ...
+
+    def line(self, text: str) -> None: ...
+
+    def start_stage(self, *, stage: int, stages: int, layers: int, steps: int, done: int = 0) -> None: ...
+
+    def update(self, done: int, *, loss: float, lr: float, tokens_per_second: float) -> None: ...
+
+    def closing(self, summary: Mapping[str, Any]) -> None: ...
+
+    def close(self) -> None: ...
+
+
+class Console:
+    """Writes to `stream`; `every` is the number of seconds between two plain lines where it is no terminal."""
+
+    def __init__(
+        self, stream: TextIO | None = None, *, every: float = 10.0, now: Callable[[], float] = time.perf_counter
+    ) -> None:
+        stream = stream or sys.stdout
+        self.live = stream.isatty()
+        self.every, self.now = every, now
+        # A log file has no width of its own; rich would fold tables at 80 columns there.
+        self.out = rich.console.Console(
+            file=stream, force_terminal=self.live, width=None if self.live else 119, markup=False, highlight=False
+        )
+        self._bar: Progress | None = None
+
+    def resolved(self, settings: Mapping[str, object]) -> None:
+        table = Table(box=box.SIMPLE_HEAD, show_header=False)
+        table.add_column(style="bold", no_wrap=True)
+        table.add_column(overflow="fold")
+        for title, value in settings.items():
+            table.add_row(title, str(value))
+        self.out.print(table)
+
+    def line(self, text: str) -> None:
+        self.out.print(text, soft_wrap=not self.live)
+
+    def start_stage(self, *, stage: int, stages: int, layers: int, steps: int, done: int = 0) -> None:
+        self.close()
+        self._name = f"stage {stage + 1}/{stages}, {layers} layers"
+        self._steps, self._first = steps, done
+        self._start = self.now()
+        self._next_line = self._start
+        if self.live:
+            self._bar = Progress(
+                TextColumn("{task.description}"),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TextColumn("{task.fields[figures]}"),
+                console=self.out,
+            )
+            self._task: TaskID = self._bar.add_task(self._name, total=steps, completed=done, figures="")
+            self._bar.start()
+
+    def update(self, done: int, *, loss: float, lr: float, tokens_per_second: float) -> None:
+        left = duration((self.now() - self._start) / max(done - self._first, 1) * (self._steps - done))
+        figures = f"loss {loss:.3f}  lr {lr:.2e}  {count(tokens_per_second)} tokens/s  {left} left"
+        if self._bar is not None:
+            self._bar.update(self._task, completed=done, figures=figures)
+        elif self.now() >= self._next_line or done == self._steps:
+            self._next_line = self.now() + self.every
+            self.line(f"{self._name}  step {done}/{self._steps}  {figures}")
+
+    def closing(self, summary: Mapping[str, Any]) -> None:
+        self.close()
+        self.out.print(stage_table(summary["stages"]))
+        for name, meaning in CLOSING:
+            self.line(f"{loss(summary.get(name)):>8}  {meaning}")
+
+    def close(self) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+            self._bar = None
+
+
+def make_console(rank: int) -> StageConsole:
+    """The console of a rank: a real one on rank 0 only."""
+    return Console() if rank == 0 else NullConsole()
+
+
+def growth_line(record: Mapping[str, Any]) -> str:
+    """One sentence for a growth record of metrics.jsonl."""
+    return (
+        f"growth {record['from_layers']} -> {record['to_layers']} layers ({record['operator']}, optimizer state "
+        f"{record['optimizer_state']}) in {duration(record['seconds_growth'])}; held-out loss "
+        f"{loss(record['eval_loss_before'])} -> {loss(record['eval_loss_after'])}; "
+        f"{record['tensors_verified']} tensors verified"
+    )

@@ -1,0 +1,249 @@
+"""Where event records go: metrics.jsonl always, Weights & Biases when wanted.
+
+wandb is a guest: it may lose its network, its key or its temper, and the run goes on. Every call is guarded; the first
+failure gives one warning and ends tracking there, while metrics.jsonl still holds everything. Only rank 0 tracks.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import threading
+import urllib.error
+import urllib.request
+import uuid
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+from ds_stacking.config import RunConfig, StageConfig, UserError
+
+logger = logging.getLogger(__name__)
+
+Record = Mapping[str, Any]
+
+AXES = ("step", "tokens", "flops", "seconds")
+"""What a loss may be drawn against."""
+SHARED = (*AXES, "stage", "layers")
+"""Fields that keep their name in wandb; the others are prefixed by the record's kind."""
+INIT_SECONDS = 20
+"""Longest time that each part of starting wandb may take."""
+FINISH_SECONDS = 60
+"""Longest time that the upload of what is left may take at the end."""
+
+
+class Tracker(Protocol):
+    """Takes event records: dictionaries with "kind" (train, eval, growth), "step" and the ledger's totals."""
+
+    def log(self, record: Record) -> None:
+        """Take one record."""
+
+    def close(self, exit_code: int = 0) -> None:
+        """Write what is left."""
+
+
+class NullTracker:
+    """Tracks nothing."""
+
+    def log(self, record: Record) -> None: ...
+
+    def close(self, exit_code: int = 0) -> None: ...
+
+
+class FanOut:
+    """Hands every record to each of several trackers."""
+
+    def __init__(self, trackers: Sequence[Tracker]) -> None:
+        self.trackers = trackers
+
+    def log(self, record: Record) -> None:
+        for tracker in self.trackers:
+            tracker.log(record)
+
+    def close(self, exit_code: int = 0) -> None:
+        for tracker in self.trackers:
+            tracker.close(exit_code)
+
+
+class MetricsFile:
+    """Appends each record as one JSON line, flushed at once; a number that is not finite becomes null."""
+
+    def __init__(self, path: Path) -> None:
+        try:
+            self.file = path.open("ab+")
+        except OSError as error:
+            raise UserError(
+                f"Cannot write {path} ({error.strerror}); choose an output_dir that can be written."
+            ) from error
+        self._drop_broken_tail()
+
+    def log(self, record: Record) -> None:
+        self.file.write(json.dumps(_finite(record), allow_nan=False).encode() + b"\n")
+        self.file.flush()
+
+    def close(self, exit_code: int = 0) -> None:
+        self.file.close()
+
+    def _drop_broken_tail(self) -> None:
+        """Cut off a line that a killed process left unfinished, else the next record would be glued to it."""
+        self.file.seek(0)
+        content = self.file.read()
+        self.file.truncate(content.rfind(b"\n") + 1)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _finite(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(inner) for inner in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+class WandbTracker:
+    """A wandb run in `run_dir`/wandb: online with a key and a network, else offline (`wandb sync` sends it later).
+
+    The run's id is made once and kept in `run_dir`/wandb_id.txt, so a resumed run goes on in the same wandb run.
+    """
+
+    def __init__(self, run_dir: Path, *, name: str, config: Mapping[str, Any]) -> None:
+        self.run: Any = None
+        self.where = "off"
+        try:
+            self._start(run_dir, name, config)
+        except Exception as error:
+            self._give_up(error)
+
+    def log(self, record: Record) -> None:
+        self._call("log", _wandb_row(record))
+
+    def close(self, exit_code: int = 0) -> None:
+        self._call("finish", exit_code=exit_code)
+        self.run = None
+
+    def _start(self, run_dir: Path, name: str, config: Mapping[str, Any]) -> None:
+        import wandb  # takes a second, and only rank 0 with tracking needs it
+
+        defaults = wandb.setup().settings  # the user's environment variables and settings files
+        if defaults.mode == "disabled":
+            return
+        online = defaults.mode == "online" and _ready(wandb, defaults.base_url)
+        self.run = wandb.init(
+            project=defaults.project or "ds-stacking",
+            name=defaults.run_name or name,
+            id=_run_id(run_dir),
+            resume="allow",
+            mode="online" if online else "offline",
+            dir=str(run_dir),
+            config=known_fields(config),
+            settings=_settings(wandb),
+        )
+        for axis in AXES:
+            self.run.define_metric(axis, hidden=True)
+        for prefix in ("train/*", "eval/*", "growth/*", "stage", "layers"):
+            self.run.define_metric(prefix, step_metric="step")
+        self.where = self.run.url if online else f"offline; send it with: wandb sync {Path(self.run.dir).parent}"
+
+    def _call(self, method: str, *args: Any, **kwargs: Any) -> None:
+        if self.run is None:
+            return
+        try:
+            getattr(self.run, method)(*args, **kwargs)
+        except Exception as error:
+            self._give_up(error)
+
+    def _give_up(self, error: Exception) -> None:
+        self.run, self.where = None, "off"
+        logger.warning(
+            "wandb failed (%s: %s); the run goes on without it, metrics.jsonl has it all.", type(error).__name__, error
+        )
+
+
+def make_tracker(
+    run_dir: str | Path, *, tracking: str, name: str, config: Mapping[str, Any], rank: int = 0
+) -> FanOut | NullTracker:
+    """The tracker of a rank: metrics.jsonl, and wandb if `tracking` is "wandb", on rank 0; nothing elsewhere."""
+    if rank != 0:
+        return NullTracker()
+    trackers: list[Tracker] = [MetricsFile(Path(run_dir) / "metrics.jsonl")]
+    if tracking == "wandb":
+        trackers.append(WandbTracker(Path(run_dir), name=name, config=config))
+    return FanOut(trackers)
+
+
+def known_fields(config: Mapping[str, Any]) -> dict[str, Any]:
+    """What of `config` a run configuration defines; anything else, which may be a secret, stays here."""
+    kept = _keep(config, RunConfig().to_dict())
+    if isinstance(kept.get("stages"), list):
+        kept["stages"] = [_keep(stage, StageConfig.__dataclass_fields__) for stage in kept["stages"]]
+    return kept
+
+
+def _keep(values: Mapping[str, Any], template: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        key: _keep(value, template[key]) if isinstance(template[key], dict) else value
+        for key, value in values.items()
+        if key in template
+    }
+
+
+def _wandb_row(record: Record) -> dict[str, Any]:
+    """`{"kind": "eval", "eval_loss": ...}` becomes `{"eval/loss": ...}`; axes, stage and layers keep their names."""
+    kind = record["kind"]
+    names = {key: key if key in SHARED else f"{kind}/{key.removeprefix(f'{kind}_')}" for key in record}
+    return {names[key]: value for key, value in record.items() if key != "kind" and value is not None}
+
+
+def _run_id(run_dir: Path) -> str:
+    path = run_dir / "wandb_id.txt"
+    if not path.exists():
+        path.write_text(uuid.uuid4().hex[:16] + "\n")
+    return path.read_text().strip()
+
+
+def _settings(wandb: Any) -> Any:
+    """Quiet, bounded in time, and without code, command line, console output or git remote, which may hold secrets."""
+    wanted = {
+        "save_code": False,
+        "disable_git": True,
+        "disable_job_creation": True,
+        "x_disable_meta": True,
+        "console": "off",
+        "silent": True,
+        "init_timeout": INIT_SECONDS,
+        "x_service_wait": INIT_SECONDS,
+        "finish_timeout": FINISH_SECONDS,
+    }
+    # wandb refuses settings that it does not know, and its versions differ.
+    return wandb.Settings(**{key: value for key, value in wanted.items() if key in wandb.Settings.model_fields})
+
+
+def _ready(wandb: Any, url: str) -> bool:
+    """True when the server answers and takes the configured key; False without a key. Never asks for one."""
+    if not _reachable(url):
+        return False
+    try:
+        return bool(wandb.login(prompt=False))
+    except Exception as error:
+        logger.warning("wandb refuses to log in (%s); the run is tracked offline.", error)
+        return False
+
+
+def _reachable(url: str, seconds: float = 5.0) -> bool:
+    """True when anything at all answers at `url`, through the user's proxy if there is one, within `seconds`."""
+    answers: list[bool] = []
+
+    def ask() -> None:
+        try:
+            urllib.request.urlopen(url, timeout=seconds).close()
+            answers.append(True)
+        except urllib.error.HTTPError:
+            answers.append(True)
+        except OSError:
+            answers.append(False)
+
+    # A thread, because looking a name up has no timeout of its own.
+    thread = threading.Thread(target=ask, daemon=True)
+    thread.start()
+    thread.join(seconds)
+    return answers == [True]
