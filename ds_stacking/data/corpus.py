@@ -1,0 +1,119 @@
+"""Where text comes from: the installed documentation, local files or a hub dataset, as one stream of documents."""
+
+from __future__ import annotations
+
+import glob
+import re
+from collections.abc import Iterator
+from itertools import chain, islice
+from pathlib import Path
+from typing import Any
+
+from ds_stacking.config import CorpusConfig, UserError
+from ds_stacking.data.documentation import documentation, installed_versions
+from ds_stacking.data.text_files import SUFFIXES, as_text, first_line, is_supported, read_file, require_column
+
+_HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
+
+
+def iterate_documents(source: str, config: CorpusConfig, skipped: dict[str, str] | None = None) -> Iterator[str]:
+    """Yield the non-empty documents of a corpus, always in the same order.
+
+    `source` is one of
+
+    - `docs`: docstrings of the installed Python packages (a folder of that name is `./docs`);
+    - a folder (searched with its subfolders), file or glob (`**` crosses folders) of .txt, .jsonl or .parquet files,
+      the first two also as .gz or .zst; files are read in the order of their paths. In .txt files blank lines
+      separate documents. For one split of a folder of parquet files give a glob, such as `folder/train-*.parquet`;
+    - the name of a dataset on the Hugging Face hub; code that comes with a dataset is never run.
+
+    Files that are not readable text are left out and noted in `skipped` (file name -> what is wrong). Raises
+    UserError, at once for a source that does not exist, at the end for one without any text.
+    """
+    skipped = {} if skipped is None else skipped
+    if source == "docs":
+        documents = documentation()
+    elif files := local_files(source):
+        documents = chain.from_iterable(read_file(path, config.column, skipped) for path in files)
+    else:
+        documents = _hub_documents(source, config)
+    texts = (text for text in documents if text.strip())
+    return _require_text(islice(texts, config.max_documents or None), source, skipped)
+
+
+def identify_source(source: str, config: CorpusConfig) -> dict[str, Any]:
+    """Return what determines the documents, as JSON values: two equal answers mean the same documents.
+
+    Files are known by path, size and time of change, the documentation by the installed versions, a hub dataset by
+    its name and revision alone: pin the revision.
+    """
+    shared = {"source": source, "max_documents": config.max_documents}
+    if source == "docs":
+        return {**shared, "versions": installed_versions()}
+    if files := local_files(source):
+        stats = [(str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns) for path in files]
+        return {**shared, "column": config.column, "files": stats}
+    names = ("subset", "split", "revision", "column")
+    return {**shared, **{name: getattr(config, name) for name in names}}
+
+
+def local_files(source: str) -> list[Path]:
+    """Return the files of a local source in reading order; none if it has the form of a hub name.
+
+    Raises UserError for a path that does not exist or holds no file in a known format.
+    """
+    path = Path(source).expanduser()
+    if path.is_file():
+        found = [path]
+    elif path.is_dir():
+        found = [file for file in path.rglob("*") if not _is_hidden(file.relative_to(path))]
+    elif glob.has_magic(source):
+        found = [Path(name) for name in glob.glob(str(path), recursive=True)]
+    elif _HUB_NAME.fullmatch(source) and not source.startswith(".") and not is_supported(path):
+        return []
+    else:
+        raise UserError(f"The data source {source!r} does not exist; give an existing folder, file or glob.")
+    files = sorted(file for file in found if file.is_file() and is_supported(file))
+    if not files:
+        raise UserError(f"The data source {source!r} holds no file to read; known formats are {', '.join(SUFFIXES)}.")
+    return files
+
+
+def _is_hidden(path: Path) -> bool:
+    return any(part.startswith(".") for part in path.parts)
+
+
+def _require_text(documents: Iterator[str], source: str, skipped: dict[str, str]) -> Iterator[str]:
+    empty = True
+    for text in documents:
+        empty = False
+        yield text
+    if empty and skipped:
+        name, fault = next(iter(skipped.items()))
+        raise UserError(f"The data source {source!r} holds no readable text: {len(skipped)} files, {name} {fault}.")
+    if empty:
+        raise UserError(f"The data source {source!r} holds no text; give one that does.")
+
+
+def _hub_documents(source: str, config: CorpusConfig) -> Iterator[str]:
+    import datasets  # takes a second; only hub corpora need it
+
+    try:
+        dataset = datasets.load_dataset(
+            source, config.subset, split=config.split, revision=config.revision, streaming=config.streaming
+        )
+    except Exception as error:  # a missing name, split, network or permission: each a class of its own
+        raise UserError(
+            f"{source!r} is neither a local path nor a hub dataset that can be loaded ({first_line(error)}); "
+            f"check the name, corpus.subset, corpus.split and the network."
+        ) from error
+    if dataset.column_names is not None:
+        require_column(source, config.column, dataset.column_names)
+        dataset = dataset.select_columns([config.column])
+    return _rows(dataset, source, config.column)
+
+
+def _rows(dataset: Any, source: str, column: str) -> Iterator[str]:
+    for batch in dataset.iter(batch_size=256):
+        require_column(source, column, list(batch))
+        yield from (as_text(value, source, column) for value in batch[column])

@@ -1,0 +1,124 @@
+"""The tokenizer: a WordPiece trained on the corpus, a local folder or a name on the Hugging Face hub."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from hashlib import sha256
+from pathlib import Path
+
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
+from transformers import AutoTokenizer, BertTokenizer, PreTrainedTokenizerBase
+
+from ds_stacking.config import UserError
+from ds_stacking.data.text_files import first_line
+
+SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
+TRAINING_CHARACTERS = 200_000_000
+"""Characters of the corpus, from its beginning, that a tokenizer is trained on at most."""
+
+_MAX_POSITIONS = 512
+_MAX_ALPHABET = 1000
+
+
+@dataclass(frozen=True, kw_only=True)
+class SpecialIds:
+    """Token ids with a meaning of their own."""
+
+    pad: int
+    """Padding."""
+    cls: int
+    """First token of every block."""
+    sep: int
+    """End of a document, a segment and a block."""
+    mask: int
+    """Stands for a token that is to be predicted."""
+    every: tuple[int, ...]
+    """All special ids, the unknown token included; none of them is ever predicted."""
+
+
+def train_tokenizer(documents: Sequence[str], vocab_size: int, lowercase: bool) -> BertTokenizer:
+    """Train a WordPiece vocabulary of at most `vocab_size` entries; the same documents give the same vocabulary.
+
+    `tokenizers` numbers the characters in the order of a hash table that differs from process to process, and equally
+    frequent pairs are merged in the order of those numbers. So the alphabet is counted here and handed over as
+    "special" tokens, which are numbered in the order given.
+    """
+    tokenizer = Tokenizer(models.WordPiece(unk_token="[UNK]"))
+    tokenizer.normalizer = normalizers.BertNormalizer(lowercase=lowercase)
+    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    alphabet = _alphabet(documents, tokenizer.normalizer, min(_MAX_ALPHABET, vocab_size // 16))
+    numbered = [*SPECIAL_TOKENS, *alphabet, *(f"##{character}" for character in alphabet)]
+    trainer = trainers.WordPieceTrainer(
+        vocab_size=vocab_size, special_tokens=numbered, limit_alphabet=len(alphabet), show_progress=False
+    )
+    tokenizer.train_from_iterator(documents, trainer)
+    return BertTokenizer(
+        vocab=tokenizer.get_vocab(), do_lower_case=lowercase, model_max_length=_MAX_POSITIONS
+    )  # the alphabet is ordinary again
+
+
+def _alphabet(documents: Sequence[str], normalizer: normalizers.Normalizer, limit: int) -> list[str]:
+    """Return at most `limit` of the most frequent characters, sorted; of a tie at the limit none."""
+    counts: Counter[str] = Counter()
+    for text in documents:
+        counts.update(normalizer.normalize_str(text))
+    frequencies = sorted((count for character, count in counts.items() if not character.isspace()), reverse=True)
+    least = frequencies[limit] + 1 if len(frequencies) > limit else 1
+    return sorted(character for character, count in counts.items() if count >= least and not character.isspace())
+
+
+def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
+    """Load a tokenizer from a folder or the hub, never running code that comes with it.
+
+    Raises UserError if there is none, or it lacks a special token or a fast (Rust) implementation.
+    """
+    path = Path(name).expanduser()
+    if not path.is_dir() and (path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1):
+        raise UserError(f"The tokenizer folder {name!r} does not exist; give a folder, a hub name or `train`.")
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(str(path) if path.is_dir() else name, trust_remote_code=False)
+    except Exception as error:  # a missing file, a bad one, no network: each a class of its own
+        raise UserError(
+            f"The tokenizer {name!r} cannot be loaded ({first_line(error)}); give a folder with a tokenizer.json, "
+            f"a hub name or `train`."
+        ) from error
+    if not tokenizer.is_fast:
+        raise UserError(f"The tokenizer {name!r} has no tokenizer.json; convert it to a fast tokenizer first.")
+    special_ids(tokenizer)
+    return tokenizer
+
+
+def special_ids(tokenizer: PreTrainedTokenizerBase) -> SpecialIds:
+    """Return the special ids of a tokenizer; UserError if one that masked language modelling needs is missing."""
+    found = {name: getattr(tokenizer, f"{name}_token_id") for name in ("pad", "cls", "sep", "mask")}
+    missing = [name for name, token_id in found.items() if token_id is None]
+    if missing:
+        raise UserError(
+            f"The tokenizer {tokenizer.name_or_path!r} has no {', '.join(missing)} token; "
+            f"give one made for masked language modelling, or `train`."
+        )
+    return SpecialIds(**found, every=tuple(sorted(tokenizer.all_special_ids)))
+
+
+def count_vocabulary(tokenizer: PreTrainedTokenizerBase) -> int:
+    """Return the rows that an embedding needs: the largest id plus one, since a vocabulary may have gaps."""
+    return max(tokenizer.get_vocab().values()) + 1
+
+
+def text_encoder(tokenizer: PreTrainedTokenizerBase) -> Tokenizer:
+    """Return a copy of the Rust tokenizer that takes text at its word: `[MASK]` in a text is no special token."""
+    encoder = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
+    encoder.no_truncation()
+    encoder.no_padding()
+    encoder.encode_special_tokens = True
+    return encoder
+
+
+def tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:
+    """Return a digest of everything that determines the ids of a text."""
+    state = json.loads(tokenizer.backend_tokenizer.to_str())
+    state["truncation"] = state["padding"] = None  # settings of the last call, not of the tokenizer
+    return sha256(json.dumps([state, tokenizer.all_special_ids], sort_keys=True).encode()).hexdigest()
