@@ -1,14 +1,17 @@
 """Where event records go: metrics.jsonl always, Weights & Biases when wanted.
 
 wandb is a guest: it may lose its network, its key or its temper, and the run goes on. Every call is guarded; the first
-failure gives one warning and ends tracking there, while metrics.jsonl still holds everything. Only rank 0 tracks.
+failure gives one warning and ends its part, while metrics.jsonl still holds everything. Only rank 0 tracks.
 """
 
 from __future__ import annotations
 
+import contextlib
+import http.client
 import json
 import logging
 import math
+import queue
 import threading
 import urllib.error
 import urllib.request
@@ -16,6 +19,8 @@ import uuid
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
+
+import psutil
 
 from ds_stacking.config import RunConfig, StageConfig, UserError
 
@@ -28,9 +33,15 @@ AXES = ("step", "tokens", "flops", "seconds")
 SHARED = (*AXES, "stage", "layers")
 """Fields that keep their name in wandb; the others are prefixed by the record's kind."""
 INIT_SECONDS = 20
-"""Longest time that each part of starting wandb may take."""
-FINISH_SECONDS = 60
+"""Longest time that wandb may take to reach its server."""
+START_SECONDS = 30
+"""Longest time that a run waits for wandb before it goes on without having heard from it."""
+UPLOAD_SECONDS = 60
 """Longest time that the upload of what is left may take at the end."""
+FINISH_SECONDS = 90
+"""Longest time that a run waits for wandb at the end."""
+QUEUE_LENGTH = 10_000
+"""Records that may wait for wandb; later ones are dropped."""
 
 
 class Tracker(Protocol):
@@ -103,60 +114,52 @@ def _finite(value: Any) -> Any:
 class WandbTracker:
     """A wandb run in `run_dir`/wandb: online with a key and a network, else offline (`wandb sync` sends it later).
 
-    The run's id is made once and kept in `run_dir`/wandb_id.txt, so a resumed run goes on in the same wandb run.
+    The run's id is made once and kept in `run_dir`/wandb_id.txt, so a resumed run goes on in the same wandb run. wandb
+    lives on a thread of its own, because its calls block for ever when its service process hangs.
     """
 
     def __init__(self, run_dir: Path, *, name: str, config: Mapping[str, Any]) -> None:
-        self.run: Any = None
-        self.where = "off"
-        try:
-            self._start(run_dir, name, config)
-        except Exception as error:
-            self._give_up(error)
+        self.where = "not started yet"
+        self._rows: queue.Queue[dict[str, Any] | None] = queue.Queue(QUEUE_LENGTH)
+        self._started = threading.Event()
+        self._exit_code = 0
+        self._thread = threading.Thread(target=self._work, args=(run_dir, name, config), daemon=True)
+        self._thread.start()
+        self._started.wait(START_SECONDS)
 
     def log(self, record: Record) -> None:
-        self._call("log", _wandb_row(record))
+        if self._thread.is_alive():
+            with contextlib.suppress(queue.Full):  # wandb hangs; `close` says so
+                self._rows.put_nowait(_wandb_row(record))
 
     def close(self, exit_code: int = 0) -> None:
-        self._call("finish", exit_code=exit_code)
-        self.run = None
-
-    def _start(self, run_dir: Path, name: str, config: Mapping[str, Any]) -> None:
-        import wandb  # takes a second, and only rank 0 with tracking needs it
-
-        defaults = wandb.setup().settings  # the user's environment variables and settings files
-        if defaults.mode == "disabled":
+        if not self._thread.is_alive():
             return
-        online = defaults.mode == "online" and _ready(wandb, defaults.base_url)
-        self.run = wandb.init(
-            project=defaults.project or "ds-stacking",
-            name=defaults.run_name or name,
-            id=_run_id(run_dir),
-            resume="allow",
-            mode="online" if online else "offline",
-            dir=str(run_dir),
-            config=known_fields(config),
-            settings=_settings(wandb),
-        )
-        for axis in AXES:
-            self.run.define_metric(axis, hidden=True)
-        for prefix in ("train/*", "eval/*", "growth/*", "stage", "layers"):
-            self.run.define_metric(prefix, step_metric="step")
-        self.where = self.run.url if online else f"offline; send it with: wandb sync {Path(self.run.dir).parent}"
+        self._exit_code = exit_code
+        with contextlib.suppress(queue.Full):
+            self._rows.put_nowait(None)
+        self._thread.join(FINISH_SECONDS)
+        if self._thread.is_alive():
+            logger.warning("wandb did not finish in %d s and was stopped; metrics.jsonl has it all.", FINISH_SECONDS)
+            _kill_service()
 
-    def _call(self, method: str, *args: Any, **kwargs: Any) -> None:
-        if self.run is None:
-            return
+    def _work(self, run_dir: Path, name: str, config: Mapping[str, Any]) -> None:
         try:
-            getattr(self.run, method)(*args, **kwargs)
+            run = _start(run_dir, name, config)
+            if run is None:
+                self.where = "off (wandb is disabled)"
+                return
+            self.where = f"offline; send it with: wandb sync {Path(run.dir).parent}" if run.offline else run.url
+            self._started.set()
+            while (row := self._rows.get()) is not None:
+                run.log(row)
+            run.finish(exit_code=self._exit_code)
         except Exception as error:
-            self._give_up(error)
-
-    def _give_up(self, error: Exception) -> None:
-        self.run, self.where = None, "off"
-        logger.warning(
-            "wandb failed (%s: %s); the run goes on without it, metrics.jsonl has it all.", type(error).__name__, error
-        )
+            self.where = "off"
+            kind = type(error).__name__
+            logger.warning("wandb failed (%s: %s); the run goes on without it, metrics.jsonl has it all.", kind, error)
+        finally:
+            self._started.set()
 
 
 def make_tracker(
@@ -194,6 +197,31 @@ def _wandb_row(record: Record) -> dict[str, Any]:
     return {names[key]: value for key, value in record.items() if key != "kind" and value is not None}
 
 
+def _start(run_dir: Path, name: str, config: Mapping[str, Any]) -> Any:
+    """A started wandb run, or None where the user's environment or settings files disable wandb."""
+    import wandb  # takes a second, and only rank 0 with tracking needs it
+
+    defaults = wandb.setup().settings
+    if defaults.mode == "disabled":
+        return None
+    online = defaults.mode == "online" and _ready(wandb, defaults.base_url)
+    run = wandb.init(
+        project=defaults.project or "ds-stacking",
+        name=defaults.run_name or name,
+        id=_run_id(run_dir),
+        resume="allow",
+        mode="online" if online else "offline",
+        dir=str(run_dir),
+        config=known_fields(config),
+        settings=_settings(wandb),
+    )
+    for axis in AXES:
+        run.define_metric(axis, hidden=True)
+    for metrics in ("train/*", "eval/*", "growth/*", "stage", "layers"):
+        run.define_metric(metrics, step_metric="step")
+    return run
+
+
 def _run_id(run_dir: Path) -> str:
     path = run_dir / "wandb_id.txt"
     if not path.exists():
@@ -211,8 +239,7 @@ def _settings(wandb: Any) -> Any:
         "console": "off",
         "silent": True,
         "init_timeout": INIT_SECONDS,
-        "x_service_wait": INIT_SECONDS,
-        "finish_timeout": FINISH_SECONDS,
+        "finish_timeout": UPLOAD_SECONDS,
     }
     # wandb refuses settings that it does not know, and its versions differ.
     return wandb.Settings(**{key: value for key, value in wanted.items() if key in wandb.Settings.model_fields})
@@ -229,21 +256,19 @@ def _ready(wandb: Any, url: str) -> bool:
         return False
 
 
-def _reachable(url: str, seconds: float = 5.0) -> bool:
-    """True when anything at all answers at `url`, through the user's proxy if there is one, within `seconds`."""
-    answers: list[bool] = []
+def _reachable(url: str) -> bool:
+    """True when anything at all answers at `url`, through the user's proxy if there is one."""
+    try:
+        urllib.request.urlopen(url, timeout=5).close()
+    except urllib.error.HTTPError:
+        return True
+    except (OSError, http.client.HTTPException):
+        return False
+    return True
 
-    def ask() -> None:
-        try:
-            urllib.request.urlopen(url, timeout=seconds).close()
-            answers.append(True)
-        except urllib.error.HTTPError:
-            answers.append(True)
-        except OSError:
-            answers.append(False)
 
-    # A thread, because looking a name up has no timeout of its own.
-    thread = threading.Thread(target=ask, daemon=True)
-    thread.start()
-    thread.join(seconds)
-    return answers == [True]
+def _kill_service() -> None:
+    """End this process's hanging wandb service, for which wandb would wait again when the process exits."""
+    for child in psutil.Process().children():
+        if child.name() == "wandb-core":
+            child.kill()

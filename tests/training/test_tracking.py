@@ -2,9 +2,13 @@
 
 import json
 import os
+import shutil
+import signal
 import struct
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
 from types import ModuleType
 
@@ -118,6 +122,7 @@ class Call:
             raise RuntimeError("wandb lost its temper")
         if self.name == "init":
             self.fake.init_options = kwargs
+            self.fake.offline = kwargs["mode"] == "offline"
         return self.fake
 
 
@@ -136,10 +141,41 @@ def test_a_failing_wandb_warns_once_and_the_run_goes_on(tmp_path, monkeypatch, c
     assert len(read_lines(tmp_path / "metrics.jsonl")) == 3
 
 
+def test_a_hanging_wandb_delays_only_the_end_and_its_service_is_stopped(tmp_path, monkeypatch, caplog):
+    fake, hang = Fake(), threading.Event()
+    fake.log = lambda row: hang.wait()
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    monkeypatch.setattr(tracking, "FINISH_SECONDS", 0.2)
+    monkeypatch.setattr(tracking, "QUEUE_LENGTH", 5)
+    (tmp_path / "wandb-core").symlink_to(shutil.which("sleep"))
+    service = subprocess.Popen([tmp_path / "wandb-core", "600"])
+    tracker = WandbTracker(tmp_path, name="run", config={})
+    for step in range(20):
+        tracker.log(TRAIN | {"step": step})
+    tracker.close()
+    hang.set()
+    assert service.wait() == -signal.SIGKILL
+    assert "did not finish" in caplog.text
+
+
+def test_a_slow_start_loses_no_record(tmp_path, monkeypatch):
+    fake, rows = Fake(), []
+    fake.log = rows.append
+    fake.setup = lambda: time.sleep(0.3) or fake
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    monkeypatch.setattr(tracking, "START_SECONDS", 0.01)
+    tracker = WandbTracker(tmp_path, name="run", config={})
+    assert tracker.where == "not started yet"
+    tracker.log(TRAIN)
+    tracker.close()
+    assert [row["train/loss"] for row in rows] == [5.5]
+
+
 def test_a_missing_wandb_is_only_a_warning(tmp_path, monkeypatch, caplog):
     monkeypatch.setitem(sys.modules, "wandb", None)
     tracker = WandbTracker(tmp_path, name="run", config={})
     tracker.log(TRAIN)
+    tracker.close()
     assert "metrics.jsonl has it all" in caplog.text
 
 
