@@ -1,0 +1,92 @@
+"""Run the kernels themselves on a CPU, in Triton's interpreter, without TRITON_INTERPRET in the environment.
+
+Under that variable `triton.jit` yields another kind of function for the whole process, and fake tensors,
+`torch.compile` and offline compilation stop working. Here jitted functions are interpreted inside one block only:
+
+    with interpreted():
+        out = attention(qkv, cu_seqlens, max_seqlen)  # CPU tensors
+
+The interpreter multiplies bf16 wrongly, so kernels get UPCAST_DOT there; it cannot choose among configurations, so
+the first one is taken, with `blocks` overriding it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+import triton.experimental.gluon.language  # noqa: F401  must be imported before jitted functions are replaced
+import triton.language as tl
+from ds_stacking.kernels._launch import Grid, Kernel, executing
+from triton.runtime import interpreter
+from triton.runtime.interpreter import InterpretedFunction
+from triton.runtime.jit import JITFunction
+
+
+class _Interpret:
+    """Executes launches in the interpreter."""
+
+    everywhere = True
+
+    def __init__(self, blocks: dict[str, Any]) -> None:
+        self.blocks = blocks
+
+    def __call__(self, kernel: Kernel, grid: Grid, args: tuple[Any, ...], constexprs: dict[str, Any]) -> None:
+        config = kernel.candidates("sm_90", args, constexprs)[0]
+        meta = {**config.kwargs, **constexprs}
+        meta |= {name: value for name, value in self.blocks.items() if name in meta}
+        if "UPCAST_DOT" in meta:
+            meta["UPCAST_DOT"] = True
+        InterpretedFunction(kernel.fn.fn)[grid](*args, **meta)
+
+
+@contextlib.contextmanager
+def interpreted(**blocks: Any) -> Iterator[None]:
+    """Run every kernel launched inside the block in the interpreter; `blocks` replaces meta-parameters by name."""
+    modules = [module for name, module in sys.modules.items() if name.startswith(__package__ + ".")]
+    modules += [tl, tl.standard, tl.math, tl.random]
+    with contextlib.ExitStack() as stack:
+        for module in modules:
+            for name, value in list(vars(module).items()):
+                if isinstance(value, JITFunction):
+                    stack.callback(setattr, module, name, value)
+                    setattr(module, name, InterpretedFunction(value.fn))
+        stack.enter_context(_numpy_scalars())
+        yield stack.enter_context(executing(_Interpret(blocks)))
+
+
+@contextlib.contextmanager
+def _numpy_scalars() -> Iterator[None]:
+    """Triton 3.6's interpreter turns run-time loop bounds into int() of 1-d arrays, which NumPy 2.4 refuses."""
+    if "squeeze" in inspect.getsource(interpreter._patch_lang_tensor):  # mended in later versions
+        yield
+        return
+    original = interpreter._patch_lang_tensor
+
+    def patched(tensor: Any, scope: Any) -> None:
+        original(tensor, _Scope(scope))
+
+    interpreter._patch_lang_tensor = patched
+    try:
+        yield
+    finally:
+        interpreter._patch_lang_tensor = original
+
+
+class _Scope:
+    """Triton's patch scope with `__index__` replaced on its way."""
+
+    def __init__(self, scope: Any) -> None:
+        self.scope = scope
+
+    def set_attr(self, owner: Any, name: str, value: Any) -> None:
+        if name == "__index__":
+            value = _index
+        self.scope.set_attr(owner, name, value)
+
+
+def _index(tensor: Any) -> int:
+    return int(tensor.handle.data.item())
