@@ -15,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 from ds_stacking.config import ModelConfig, UserError
 from ds_stacking.models.blocks import Block, Embedding
 from ds_stacking.models.heads import MaskedLMHead, NextSentenceHead
+from ds_stacking.models.ops import Dropout
 
 TOKEN_TYPES = 2
 """Segments that BERT tells apart."""
@@ -49,7 +50,7 @@ class Embeddings(nn.Module):
         self.position = Embedding(config.max_positions, config.hidden_size, std)
         self.token_type = Embedding(TOKEN_TYPES, config.hidden_size, std)
         self.norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps) if config.norm == "post" else None
-        self.dropout = nn.Dropout(config.dropout)
+        self.dropout = Dropout(config.dropout)
 
     def forward(self, input_ids: Tensor, token_type_ids: Tensor | None) -> Tensor:  # [B, T], [B, T] -> [B, T, D]
         positions = torch.arange(input_ids.shape[1], device=input_ids.device)

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ds_stacking.config import ModelConfig
+from ds_stacking.models.ops import Dropout, attention, linear
 
 
 class Linear(nn.Linear):
@@ -22,6 +23,9 @@ class Linear(nn.Linear):
         if self.std is not None:
             nn.init.normal_(self.weight, std=self.std)
             nn.init.zeros_(self.bias)
+
+    def forward(self, x: Tensor) -> Tensor:  # [..., K] -> [..., N]
+        return linear(x, self.weight, self.bias)
 
 
 class Embedding(nn.Embedding):
@@ -63,8 +67,7 @@ class Attention(nn.Module):
     def forward(self, x: Tensor, mask: Tensor | None, rows: Tensor | None) -> Tensor:  # [B, T, D] -> [B, T, D]
         packed = self.qkv(x).unflatten(-1, (3, self.num_heads, -1))  # [B, T, 3, H, D/H]
         query, key, value = packed.permute(2, 0, 3, 1, 4)  # 3 x [B, H, T, D/H]
-        dropout = self.dropout if self.training else 0.0
-        context = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, dropout_p=dropout)
+        context = attention(query, key, value, mask, self.dropout if self.training else 0.0)  # [B, H, T, D/H]
         context = context.transpose(1, 2).flatten(2)  # [B, T, D]
         return self.out(select_rows(context, rows))
 
@@ -95,7 +98,7 @@ class Block(nn.Module):
         self.attention_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.feed_forward = FeedForward(config, std)
         self.feed_forward_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
-        self.dropout = nn.Dropout(config.dropout)
+        self.dropout = Dropout(config.dropout)
 
     def forward(self, x: Tensor, mask: Tensor | None, rows: Tensor | None = None) -> Tensor:
         """Transform x [B, T, D] to [B, T, D].

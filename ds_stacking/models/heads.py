@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from ds_stacking.config import ModelConfig
 from ds_stacking.models.blocks import Linear, activation
+from ds_stacking.models.ops import linear
 
 
 class MaskedLMHead(nn.Module):
@@ -26,7 +26,7 @@ class MaskedLMHead(nn.Module):
             nn.init.zeros_(self.bias)
 
     def forward(self, hidden: Tensor, word_embedding: Tensor) -> Tensor:  # [N, D], [V, D] -> [N, V]
-        return F.linear(self.norm(activation(self.dense(hidden), self.activation)), word_embedding, self.bias)
+        return linear(self.norm(activation(self.dense(hidden), self.activation)), word_embedding, self.bias)
 
 
 class NextSentenceHead(nn.Module):

@@ -21,6 +21,7 @@ def config(norm: str, next_sentence: bool) -> ModelConfig:
         max_positions=32,
         norm=norm,
         next_sentence=next_sentence,
+        attention_dropout=0.0,
     )
 
 

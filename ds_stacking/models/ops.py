@@ -1,0 +1,76 @@
+"""Operations for which PyTorch is slow on a CPU, with another way there. On other devices they are PyTorch's own.
+
+- Dropout: Bernoulli numbers cost up to 20 ns each, more than the rest of an element-wise layer; random bits 1 ns.
+- Attention with dropout: PyTorch falls back to a general form with extra passes over the scores.
+- bf16 products: without the instructions for it they run 10 to 60 times slower than in fp32.
+
+Shapes: B sequences, H heads, T tokens, E head size.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+_STEPS = 1 << 16
+
+
+@functools.cache
+def _cpu_multiplies_bf16() -> bool:
+    return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+
+
+def _needs_fp32(x: Tensor) -> bool:
+    return x.is_cpu and x.dtype == torch.bfloat16 and not _cpu_multiplies_bf16()
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:  # [..., K], [N, K], [N] -> [..., N]
+    """Compute x @ weight.T + bias in the type of x; where a CPU cannot multiply bf16, rounded once from fp32."""
+    if _needs_fp32(x):
+        return F.linear(x.float(), weight.float(), bias.float()).to(x.dtype)
+    return F.linear(x, weight, bias)
+
+
+def dropout(x: Tensor, probability: float) -> Tensor:
+    """Zero each element with `probability` and scale the others by the inverse of what is kept.
+
+    On a CPU the probability is a multiple of 2^-16, the nearest one, and the scale fits it: no bias in the mean.
+    """
+    if not x.is_cpu:
+        return F.dropout(x, probability)
+    dropped = round(probability * _STEPS)
+    # One 64-bit random number holds four 16-bit ones.
+    bits = torch.empty(-(-x.numel() // 4), dtype=torch.int64, device=x.device).random_(-(2**63), None)
+    kept = bits.view(torch.int16)[: x.numel()].view(x.shape) >= dropped - _STEPS // 2
+    return x * kept.to(x.dtype).mul_(_STEPS / (_STEPS - dropped))
+
+
+class Dropout(nn.Module):
+    """Module around `dropout`, active in training only."""
+
+    def __init__(self, probability: float) -> None:
+        super().__init__()
+        self.probability = probability
+
+    def forward(self, x: Tensor) -> Tensor:
+        return dropout(x, self.probability) if self.training and self.probability else x
+
+
+def attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, probability: float) -> Tensor:
+    """Scaled dot-product attention [B, H, T, E] with dropout of the attention weights.
+
+    `mask` is None or bool, broadcast to [B, H, T, T], true where a token may be attended to. Softmax is in fp32.
+    """
+    if _needs_fp32(query):
+        return attention(query.float(), key.float(), value.float(), mask, probability).to(query.dtype)
+    if not (query.is_cpu and probability):
+        return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, dropout_p=probability)
+    scores = (query @ key.transpose(-1, -2)).float() * (1 / math.sqrt(query.shape[-1]))  # [B, H, T, T]
+    if mask is not None:
+        scores = scores.masked_fill(~mask, -math.inf)
+    weights = dropout(scores.softmax(-1).to(value.dtype), probability)
+    return weights @ value
