@@ -1,0 +1,132 @@
+"""Builds DeepSpeed engines: the model of a depth, its parameter groups, the optimizer, the resolved configuration."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import deepspeed
+import torch
+from deepspeed.accelerator import get_accelerator
+from deepspeed.runtime.engine import DeepSpeedEngine
+from torch import nn
+
+from ds_stacking.config import OptimizerConfig
+from ds_stacking.engine.ds_config import offloads_optimizer, resolve_ds_config
+from ds_stacking.growth.plan import ParameterInfo, parameter_groups
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineSpec:
+    """What may differ from stage to stage."""
+
+    layers: int
+    """Transformer blocks."""
+    micro_batch_size: int
+    """Sequences that one rank holds at a time."""
+    accumulation: int = 1
+    """Micro-batches of one optimizer step on one rank."""
+    zero_stage: int | None = None
+    """ZeRO stage; None takes the DeepSpeed configuration's."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineFactory:
+    """Builds the engine of any stage of a run."""
+
+    build_model: Callable[[int, bool], nn.Module]
+    """(layers, initialize) -> model; without `initialize` its weights need no values, they will be overwritten."""
+    ds_config: Mapping[str, Any]
+    """The DeepSpeed configuration as loaded (ds_stacking.engine.ds_config)."""
+    optimizer: OptimizerConfig
+    """AdamW and clipping."""
+    bf16: bool
+    """16-bit working copies with fp32 masters, or fp32 throughout."""
+
+    def build(
+        self, spec: EngineSpec, parameters: Mapping[str, ParameterInfo] | None = None, *, initialize: bool = True
+    ) -> DeepSpeedEngine:
+        """A new engine; `parameters` fixes the parameter groups of a grown model. All ranks call it together."""
+        model = self.build_model(spec.layers, initialize)
+        if parameters is None:
+            parameters = self.describe(model)
+        config = resolve_ds_config(
+            dict(self.ds_config),
+            zero_stage=spec.zero_stage,
+            bf16=self.bf16,
+            clip=self.optimizer.clip,
+            micro_batch_size=spec.micro_batch_size,
+            accumulation=spec.accumulation,
+            world_size=torch.distributed.get_world_size(),
+        )
+        groups = self._groups(model, parameters)
+        optimizer = self._make_optimizer(groups, offload=offloads_optimizer(config), config=config)
+        engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config, dist_init_required=False)
+        return engine
+
+    def describe(self, model: nn.Module) -> dict[str, ParameterInfo]:
+        """The trainable parameters of a first stage's model, in an engine or not.
+
+        Biases and norms, which have one dimension, do not decay. ZeRO-3 leaves an empty tensor in the model and keeps
+        the size and shape of the whole in `ds_numel` and `ds_shape`.
+        """
+        return {
+            name: ParameterInfo(
+                numel=getattr(p, "ds_numel", p.numel()),
+                decay=self.optimizer.decay_all or len(getattr(p, "ds_shape", p.shape)) > 1,
+            )
+            for name, p in model.named_parameters()
+            if p.requires_grad
+        }
+
+    def _groups(self, model: nn.Module, parameters: Mapping[str, ParameterInfo]) -> list[dict[str, Any]]:
+        by_name = dict(model.named_parameters())
+        return [
+            {
+                "params": [by_name[name] for name in names],
+                "weight_decay": self.optimizer.weight_decay if parameters[names[0]].decay else 0.0,
+                "birth": birth,
+            }
+            for (birth, *_), names in parameter_groups(parameters)
+        ]
+
+    def _make_optimizer(self, groups: list[dict], *, offload: bool, config: dict) -> torch.optim.Optimizer:
+        """AdamW by the fastest implementation that the place of its state allows; the schedule sets the rate."""
+        settings: dict[str, Any] = {"lr": 0.0, "betas": self.optimizer.betas, "eps": self.optimizer.eps}
+        if offload:
+            from deepspeed.ops.adam import DeepSpeedCPUAdam
+
+            return DeepSpeedCPUAdam(groups, **settings)
+        zero = config["zero_optimization"]["stage"] > 0
+        if zero and get_accelerator().device_name() == "cuda":
+            from deepspeed.ops.adam import FusedAdam
+
+            return FusedAdam(groups, **settings)
+        return torch.optim.AdamW(groups, fused=True, **settings)
+
+
+def init_distributed() -> None:
+    """Join the default process group; a process that no launcher started becomes the only rank."""
+    for name, value in {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}.items():
+        os.environ.setdefault(name, value)
+    os.environ.setdefault("MASTER_PORT", "29500")
+    get_accelerator().set_device(int(os.environ["LOCAL_RANK"]))
+    deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)
+
+
+def device() -> torch.device:
+    """The device of this rank's engine."""
+    return torch.device(get_accelerator().current_device_name())
+
+
+def native_bf16() -> tuple[bool, str]:
+    """Whether this machine multiplies bf16 natively, and by what: GPUs from Ampere, CPUs with AVX512-BF16 or AMX."""
+    if get_accelerator().device_name() != "cpu":
+        return get_accelerator().is_bf16_supported(), get_accelerator().device_name()
+    if torch.cpu._is_amx_tile_supported():
+        return True, "the CPU has AMX"
+    if torch.cpu._is_avx512_bf16_supported():
+        return True, "the CPU has avx512_bf16"
+    return False, "the CPU has neither avx512_bf16 nor AMX"

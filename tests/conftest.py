@@ -1,0 +1,46 @@
+"""Shared by all tests. Multi-rank tests count themselves: a session in which one was skipped fails."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("WANDB_MODE", "offline")
+
+MUST_RUN = ("distributed", "cluster")
+collected: dict[str, set[str]] = {marker: set() for marker in MUST_RUN}
+passed: set[str] = set()
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Note which tests must run; `-m`, `-k` and paths on the command line were applied before."""
+    for item in items:
+        for marker in MUST_RUN:
+            if item.get_closest_marker(marker):
+                collected[marker].add(item.nodeid)
+
+
+def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    """Note which tests passed."""
+    if report.when == "call" and report.passed:
+        passed.add(report.nodeid)
+
+
+def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
+    """Fail where a test that must run did not."""
+    if session.config.option.collectonly:
+        return
+    missing = [node for nodes in collected.values() for node in nodes if node not in passed]
+    if missing and exitstatus == 0:
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Say how many of the tests that must run did."""
+    for marker, nodes in collected.items():
+        if nodes:
+            terminalreporter.write_line(f"{marker}: {len(nodes & passed)} of {len(nodes)} ran and passed")
