@@ -15,8 +15,8 @@ from collections.abc import Iterator
 from hashlib import blake2b
 from pathlib import Path
 
-CORPUS_CHARACTERS = 12_000_000
-"""Characters after which the corpus ends: enough for a vocabulary of thousands and for minutes of training."""
+CORPUS_CHARACTERS = 8_000_000
+"""Characters after which the corpus ends: enough for minutes of training and read in seconds."""
 
 _SHORTEST_DOCSTRING = 60
 _SHORTEST_DOCUMENT = 200

@@ -6,6 +6,8 @@ sequence with key `k` is a hash of both, so any rank can ask for any of them at 
 
 from __future__ import annotations
 
+from math import isqrt
+
 import numpy as np
 
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
@@ -46,25 +48,25 @@ def below(bits: np.ndarray, bound: int | np.ndarray) -> np.ndarray:
 def permute(index: np.ndarray, n: int, keys: np.ndarray) -> np.ndarray:
     """Return where the permutation of 0..n-1 chosen by each key sends each index, [N] -> [N] int64.
 
-    Nothing of size n is stored. A balanced Feistel network permutes the smallest set of 4**h values that holds n, and
-    a value that falls outside is sent through again until it is inside ("cycle walking", fewer than four rounds on
-    average): Black and Rogaway 2002, "Ciphers with arbitrary finite domains", methods 2 and 3.
+    Nothing of size n is stored. A Feistel network over pairs (left, right) with left < a, right < b permutes the a * b
+    values, a and b being about the root of n; one of the few results outside 0..n-1 is sent through again until it is
+    inside ("cycle walking"): Black and Rogaway 2002, "Ciphers with arbitrary finite domains", methods 2 and 3.
     """
-    half_bits = max(1, (max(n - 1, 1).bit_length() + 1) // 2)
-    value = index.astype(np.uint64)
-    assert value.size == 0 or int(value.max()) < n, "index outside the permutation"
+    a = isqrt(max(n - 1, 0)) + 1
+    b = -(-n // a)
+    value = index.astype(np.int64)
+    assert value.size == 0 or 0 <= value.min() <= value.max() < n, "index outside the permutation"
     outside = np.arange(value.size)
     while outside.size:
-        value[outside] = _feistel(value[outside], half_bits, keys[outside])
-        outside = outside[value[outside] >= np.uint64(n)]
-    return value.astype(np.int64)
+        value[outside] = _feistel(value[outside], a, b, keys[outside])
+        outside = outside[value[outside] >= n]
+    return value
 
 
-def _feistel(value: np.ndarray, half_bits: int, keys: np.ndarray) -> np.ndarray:
-    shift, mask = np.uint64(half_bits), np.uint64(2**half_bits - 1)
-    left, right = value >> shift, value & mask
-    for i in range(_FEISTEL_ROUNDS):
-        # The round's number sits above the half block's bits, so that every round has a function of its own.
-        function = random_bits(keys, right | np.uint64(i << 48))
-        left, right = right, left ^ (function & mask)
-    return (left << shift) | right
+def _feistel(value: np.ndarray, a: int, b: int, keys: np.ndarray) -> np.ndarray:
+    left, right = np.divmod(value, b)
+    for i in range(0, _FEISTEL_ROUNDS, 2):
+        # The round's number sits above the bits of a half, so that every round has a function of its own.
+        left = (left + below(random_bits(keys, right | (i << 48)), a)) % a
+        right = (right + below(random_bits(keys, left | ((i + 1) << 48)), b)) % b
+    return left * b + right

@@ -55,9 +55,8 @@ def train_tokenizer(documents: Sequence[str], vocab_size: int, lowercase: bool) 
         vocab_size=vocab_size, special_tokens=numbered, limit_alphabet=len(alphabet), show_progress=False
     )
     tokenizer.train_from_iterator(documents, trainer)
-    return BertTokenizer(
-        vocab=tokenizer.get_vocab(), do_lower_case=lowercase, model_max_length=_MAX_POSITIONS
-    )  # the alphabet is ordinary again
+    # Built anew from the vocabulary, in which the alphabet is ordinary again.
+    return BertTokenizer(vocab=tokenizer.get_vocab(), do_lower_case=lowercase, model_max_length=_MAX_POSITIONS)
 
 
 def _alphabet(documents: Sequence[str], normalizer: normalizers.Normalizer, limit: int) -> list[str]:

@@ -1,0 +1,168 @@
+"""Masked batches as a pure function of (seed, samples consumed).
+
+Sample number s is block `permutation_e(s mod n)` of epoch e = s div n, masked with random numbers of its own. So a
+batch depends neither on the number of ranks nor on how its samples are grouped, and a run is resumed by one integer.
+
+Shapes: B blocks of a batch, T tokens of a block, M masked positions of a batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from typing import Any
+
+import numpy as np
+import torch
+
+from ds_stacking.config import UserError
+from ds_stacking.data.blocks import BlockReader, Blocks
+from ds_stacking.data.masking import Masker
+from ds_stacking.data.random_numbers import derive_keys, permute
+from ds_stacking.data.token_file import TokenFile
+from ds_stacking.data.tokenizer import SpecialIds
+
+_ORDER, _PAIRS, _MASKING = range(3)
+_EVAL_SEED = 20190609
+
+
+@dataclass(frozen=True, kw_only=True)
+class Batch:
+    """A masked batch as tensors."""
+
+    input_ids: torch.Tensor
+    """[B, T] int64"""
+    masked_positions: torch.Tensor
+    """Flat indices b * T + t of the tokens to predict, ascending, [M] int64."""
+    labels: torch.Tensor
+    """The tokens that stood there, [M] int64."""
+    is_mask: torch.Tensor
+    """Whether the input there is [MASK], [M] bool."""
+    token_type_ids: torch.Tensor | None = None
+    """[B, T] int64: segment 0 or 1; None for plain blocks."""
+    next_sentence_labels: torch.Tensor | None = None
+    """[B] int64: 0 where segment B follows A, else 1; None for plain blocks."""
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> Batch:
+        """Return the batch on a device."""
+        return self._map(lambda tensor: tensor.to(device, non_blocking=non_blocking))
+
+    def pin_memory(self) -> Batch:
+        """Return the batch in page-locked memory, from which a copy to the GPU need not block."""
+        return self._map(torch.Tensor.pin_memory)
+
+    def _map(self, function: Callable[[torch.Tensor], torch.Tensor]) -> Batch:
+        tensors: dict[str, Any] = {field.name: getattr(self, field.name) for field in fields(self)}
+        return Batch(**{name: value if value is None else function(value) for name, value in tensors.items()})
+
+
+class MaskedBatches:
+    """Training batches by sample numbers. `len()` is the number of blocks, that is of samples in an epoch."""
+
+    def __init__(
+        self,
+        token_file: TokenFile,
+        *,
+        sequence_length: int,
+        masking_rate: float,
+        special: SpecialIds,
+        vocab_size: int,
+        seed: int,
+        next_sentence: bool = False,
+    ) -> None:
+        """Raise UserError if the file is shorter than one block or no token of a block would be masked."""
+        require_masked_tokens(sequence_length, masking_rate)
+        self._reader = BlockReader(
+            token_file, sequence_length=sequence_length, special=special, next_sentence=next_sentence
+        )
+        self._masker = Masker(rate=masking_rate, special=special, vocab_size=vocab_size)
+        self._seed = seed
+
+    def __len__(self) -> int:
+        return len(self._reader)
+
+    def blocks_of(self, sample_indices: np.ndarray) -> np.ndarray:
+        """Return the block of every sample number, [B] int64 -> [B] int64; in constant time for any number."""
+        epochs, places = np.divmod(np.asarray(sample_indices, np.int64), len(self))
+        return permute(places, len(self), derive_keys(self._seed, _ORDER, epochs))
+
+    def batch(self, sample_indices: np.ndarray) -> Batch:
+        """Return the samples with these numbers, [B] int64, counted from 0 over all epochs."""
+        samples = np.asarray(sample_indices, np.int64)
+        blocks = self._reader.read(self.blocks_of(samples), derive_keys(self._seed, _PAIRS, samples))
+        return _masked(blocks, self._masker, derive_keys(self._seed, _MASKING, samples))
+
+
+class EvalBatches:
+    """The first blocks of the held-out split, masked in the same way each time. `len()` is their number.
+
+    `shuffled` gives the control: the same blocks and masked positions with the ordinary tokens permuted inside each
+    block. A model that uses more than which words occur must do worse there.
+    """
+
+    def __init__(
+        self,
+        token_file: TokenFile,
+        *,
+        blocks: int,
+        sequence_length: int,
+        masking_rate: float,
+        special: SpecialIds,
+        vocab_size: int,
+        next_sentence: bool = False,
+    ) -> None:
+        """Use `blocks` blocks, or all where there are fewer. Raise UserError as MaskedBatches does."""
+        require_masked_tokens(sequence_length, masking_rate)
+        self._reader = BlockReader(
+            token_file, sequence_length=sequence_length, special=special, next_sentence=next_sentence
+        )
+        self._masker = Masker(rate=masking_rate, special=special, vocab_size=vocab_size)
+        self._count = min(blocks, len(self._reader))
+
+    def __len__(self) -> int:
+        return self._count
+
+    def batch(self, indices: np.ndarray) -> Batch:
+        """Return blocks by index in [0, len), [B] int64."""
+        return _masked(self._read(indices), self._masker, derive_keys(_EVAL_SEED, _MASKING, indices))
+
+    def shuffled(self, indices: np.ndarray) -> Batch:
+        """Return the same blocks with shuffled tokens, masked at the same positions."""
+        blocks, keys = self._read(indices), derive_keys(_EVAL_SEED, _MASKING, indices)
+        shuffled = self._masker.shuffle(blocks.input_ids, keys)
+        return _masked(
+            Blocks(
+                input_ids=shuffled,
+                token_type_ids=blocks.token_type_ids,
+                next_sentence_labels=blocks.next_sentence_labels,
+            ),
+            self._masker,
+            keys,
+        )
+
+    def _read(self, indices: np.ndarray) -> Blocks:
+        assert np.all((indices >= 0) & (indices < self._count)), "evaluation block out of range"
+        return self._reader.read(indices, derive_keys(_EVAL_SEED, _PAIRS, indices))
+
+
+def require_masked_tokens(sequence_length: int, masking_rate: float) -> None:
+    """Raise UserError if a full block would have no masked token."""
+    if round(masking_rate * (sequence_length - 3)) < 1:
+        raise UserError(
+            f"corpus.masking_rate {masking_rate:g} masks no token of a block of {sequence_length}; "
+            f"raise it or corpus.sequence_length."
+        )
+
+
+def _masked(blocks: Blocks, masker: Masker, keys: np.ndarray) -> Batch:
+    masked = masker.mask(blocks.input_ids, keys)
+    pair = (blocks.token_type_ids, blocks.next_sentence_labels)
+    token_type_ids, next_sentence_labels = (None if array is None else torch.from_numpy(array) for array in pair)
+    return Batch(
+        input_ids=torch.from_numpy(masked.input_ids),
+        masked_positions=torch.from_numpy(masked.positions),
+        labels=torch.from_numpy(masked.labels),
+        is_mask=torch.from_numpy(masked.is_mask),
+        token_type_ids=token_type_ids,
+        next_sentence_labels=next_sentence_labels,
+    )
