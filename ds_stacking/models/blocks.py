@@ -112,9 +112,3 @@ class Block(nn.Module):
             return x + self.dropout(self.feed_forward(self.feed_forward_norm(x)))
         x = self.attention_norm(select_rows(x, rows) + self.dropout(self.attention(x, mask, rows)))
         return self.feed_forward_norm(x + self.dropout(self.feed_forward(x)))
-
-
-def without_weight_decay(name: str) -> bool:
-    """Tell from a parameter's name whether BERT trains it without weight decay: biases and LayerNorm parameters."""
-    module, _, kind = name.rpartition(".")
-    return kind == "bias" or module.endswith("norm")

@@ -227,15 +227,16 @@ def _load(source: str | Path) -> PreTrainedModel:
     try:
         hf_config = AutoConfig.from_pretrained(source)
     except (OSError, ValueError) as error:
-        raise UserError(f"{source} holds no readable transformers configuration: {error}") from error
+        raise UserError(f"{source} holds no transformers model: {error}") from error
     architecture = (hf_config.architectures or [type(hf_config).__name__])[0]
     # Any: transformers' annotation leaves out that loading info makes the result a pair.
     model_class: Any = ARCHITECTURES[_architecture(architecture)]
-    model, info = model_class.from_pretrained(
-        source, dtype=torch.float32, use_safetensors=True, output_loading_info=True
-    )
+    options = {"dtype": torch.float32, "use_safetensors": True, "output_loading_info": True}
+    try:
+        model, info = model_class.from_pretrained(source, **options)
+    except OSError as error:
+        raise UserError(f"{source} holds no weights in the safetensors format: {error}") from error
     if info["missing_keys"]:
-        raise UserError(
-            f"{source} says it is a {architecture} but lacks {sorted(info['missing_keys'])[0]}; give complete weights."
-        )
+        missing = min(info["missing_keys"])
+        raise UserError(f"{source} says it is a {architecture} but lacks {missing}; give complete weights.")
     return model

@@ -9,7 +9,6 @@ Shapes: B sequences, H heads, T tokens, E head size.
 
 from __future__ import annotations
 
-import functools
 import math
 
 import torch
@@ -19,13 +18,12 @@ from torch.nn import functional as F
 _STEPS = 1 << 16
 
 
-@functools.cache
-def _cpu_multiplies_bf16() -> bool:
-    return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+# At import: a compiler cannot trace the question.
+_CPU_MULTIPLIES_BF16 = torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
 def _needs_fp32(x: Tensor) -> bool:
-    return x.is_cpu and x.dtype == torch.bfloat16 and not _cpu_multiplies_bf16()
+    return x.is_cpu and x.dtype == torch.bfloat16 and not _CPU_MULTIPLIES_BF16
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:  # [..., K], [N, K], [N] -> [..., N]
@@ -40,7 +38,7 @@ def dropout(x: Tensor, probability: float) -> Tensor:
 
     On a CPU the probability is a multiple of 2^-16, the nearest one, and the scale fits it: no bias in the mean.
     """
-    if not x.is_cpu:
+    if not x.is_cpu or torch.compiler.is_compiling():  # a compiled dropout is fused and draws its bits cheaply
         return F.dropout(x, probability)
     dropped = round(probability * _STEPS)
     # One 64-bit random number holds four 16-bit ones.

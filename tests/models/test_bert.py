@@ -10,8 +10,7 @@ from torch import Tensor
 from transformers import BertConfig, BertForPreTraining, MegatronBertConfig, MegatronBertForPreTraining
 
 from ds_stacking.config import ModelConfig, UserError
-from ds_stacking.models.bert import Bert, BertOutput
-from ds_stacking.models.blocks import without_weight_decay
+from ds_stacking.models.bert import Bert, BertOutput, without_weight_decay
 from ds_stacking.models.convert import huggingface_names, to_huggingface
 
 CONFIG = ModelConfig(
@@ -210,3 +209,12 @@ def test_bad_sizes_are_refused() -> None:
         Bert(replace(CONFIG, vocab_size=0), 2)
     with pytest.raises(UserError, match="0 layers"):
         Bert(CONFIG, 0)
+
+
+def test_forward_compiles_into_one_graph() -> None:
+    torch.manual_seed(0)
+    model, inputs = Bert(replace(CONFIG, dropout=0.1, attention_dropout=0.1), 1), batch()
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    assert torch.allclose(compiled.eval()(**inputs).logits, model.eval()(**inputs).logits, atol=1e-5)
+    compiled.train()(**inputs).loss_sum.backward()
+    assert all(parameter.grad.isfinite().all() for parameter in model.parameters())

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import (
     AutoModelForMaskedLM,
     AutoModelForPreTraining,
@@ -185,8 +186,21 @@ def test_other_architectures_are_refused_by_name(tmp_path: Path) -> None:
         from_huggingface(tmp_path)
     with pytest.raises(UserError, match="hidden_act is 'relu'"):
         from_huggingface(BertForMaskedLM(BertConfig(**tiny, hidden_act="relu")))
-    with pytest.raises(UserError, match="no readable transformers configuration"):
-        from_huggingface(tmp_path / "nothing")
+
+
+def test_folders_without_a_whole_model_are_refused(tmp_path: Path) -> None:
+    config = small_config("post")
+    with pytest.raises(UserError, match="holds no transformers model"):
+        from_huggingface(tmp_path)
+    save_huggingface(tmp_path, random_model(config).state_dict(), config, LAYERS)
+    weights = load_file(tmp_path / "model.safetensors")
+    del weights["bert.encoder.layer.1.output.dense.weight"]
+    save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(UserError, match=r"lacks bert.encoder.layer.1.output.dense.weight"):
+        from_huggingface(tmp_path)
+    (tmp_path / "model.safetensors").unlink()
+    with pytest.raises(UserError, match="holds no weights in the safetensors format"):
+        from_huggingface(tmp_path)
 
 
 def test_parameter_shapes_match_the_model() -> None:
