@@ -52,8 +52,9 @@ class Batch:
         return self._map(torch.Tensor.pin_memory)
 
     def _map(self, function: Callable[[torch.Tensor], torch.Tensor]) -> Batch:
-        tensors: dict[str, Any] = {field.name: getattr(self, field.name) for field in fields(self)}
-        return Batch(**{name: value if value is None else function(value) for name, value in tensors.items()})
+        tensors = ((field.name, getattr(self, field.name)) for field in fields(self))
+        mapped: dict[str, Any] = {name: None if value is None else function(value) for name, value in tensors}
+        return Batch(**mapped)
 
 
 class MaskedBatches:

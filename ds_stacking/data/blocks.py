@@ -52,7 +52,8 @@ class BlockReader:
                 f"{len(token_file)} tokens make fewer than {least} blocks of {sequence_length}; "
                 f"give more documents or shorten corpus.sequence_length."
             )
-        self._rows = token_file.tokens[: self._count * self._places].reshape(self._count, self._places)  # [blocks, C]
+        used = np.asarray(token_file.tokens[: self._count * self._places])
+        self._rows = used.reshape(self._count, self._places)  # [blocks, C]
 
     def __len__(self) -> int:
         return self._count

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import queue
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable
 from typing import TypeVar
 
 Item = TypeVar("Item")
@@ -15,7 +15,7 @@ Result = TypeVar("Result")
 _END = object()
 
 
-def prefetch(make: Callable[[Item], Result], items: Iterable[Item], depth: int = 2) -> Iterator[Result]:
+def prefetch(make: Callable[[Item], Result], items: Iterable[Item], depth: int = 2) -> Generator[Result]:
     """Yield `make(item)` for every item in order, up to `depth` results ahead of the consumer.
 
     An exception in `make` or `items` is raised here after the results before it. The thread ends when the iterator is

@@ -49,7 +49,7 @@ def train_tokenizer(documents: Sequence[str], vocab_size: int, lowercase: bool) 
     tokenizer = Tokenizer(models.WordPiece(unk_token="[UNK]"))
     tokenizer.normalizer = normalizers.BertNormalizer(lowercase=lowercase)
     tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-    alphabet = _alphabet(documents, tokenizer.normalizer, min(_MAX_ALPHABET, vocab_size // 16))
+    alphabet = _alphabet(documents, tokenizer.normalizer, min(_MAX_ALPHABET, vocab_size // 8))
     numbered = [*SPECIAL_TOKENS, *alphabet, *(f"##{character}" for character in alphabet)]
     trainer = trainers.WordPieceTrainer(
         vocab_size=vocab_size, special_tokens=numbered, limit_alphabet=len(alphabet), show_progress=False

@@ -1,0 +1,174 @@
+"""A batch is a pure function of (seed, samples consumed); an epoch shows every token once."""
+
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import fields
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from ds_stacking.config import UserError
+from ds_stacking.data import batches as module
+from ds_stacking.data.batches import Batch, EvalBatches, MaskedBatches
+from ds_stacking.data.masking import Masker
+from ds_stacking.data.token_file import TokenFile
+from ds_stacking.data.tokenizer import SpecialIds
+
+SPECIAL = SpecialIds(pad=0, cls=2, sep=3, mask=4, every=(0, 1, 2, 3, 4))
+
+
+def make(
+    length: int, sequence_length: int = 16, seed: int = 1, masking_rate: float = 0.15, **options: object
+) -> MaskedBatches:
+    """Batches of a stream in which every token tells its own place: 5, 6, 7, ..."""
+    tokens = TokenFile(tokens=np.arange(5, length + 5, dtype=np.uint32), offsets=np.array([0, length]))
+    return MaskedBatches(
+        tokens,
+        sequence_length=sequence_length,
+        masking_rate=masking_rate,
+        special=SPECIAL,
+        vocab_size=length + 5,
+        seed=seed,
+        **options,  # type: ignore[arg-type]
+    )
+
+
+def unmask(batch: Batch) -> torch.Tensor:
+    """Return the block content, [B, T - 2], with the labels put back."""
+    restored = batch.input_ids.clone()
+    restored.view(-1)[batch.masked_positions] = batch.labels
+    return restored[:, 1:-1]
+
+
+def concatenate(parts: list[Batch], sequence_length: int) -> dict[str, torch.Tensor]:
+    """Join batches as if they had been one."""
+    joined: dict[str, list[torch.Tensor]] = {field.name: [] for field in fields(Batch)}
+    rows = 0
+    for part in parts:
+        for field in fields(Batch):
+            value = getattr(part, field.name)
+            if value is not None:
+                offset = rows * sequence_length if field.name == "masked_positions" else 0
+                joined[field.name].append(value + offset if offset else value)
+        rows += len(part.input_ids)
+    return {name: torch.cat(values) for name, values in joined.items() if values}
+
+
+def equal(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
+    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+def regrouped_equals_whole(batches: MaskedBatches, samples: np.ndarray, cuts: list[int]) -> bool:
+    whole = concatenate([batches.batch(samples)], 16)
+    parts = [batches.batch(part) for part in np.split(samples, sorted(cuts)) if len(part)]
+    return equal(whole, concatenate(parts, 16))
+
+
+def tokens_of_epoch(batches: MaskedBatches, epoch: int) -> Counter:
+    n = len(batches)
+    content = unmask(batches.batch(np.arange(epoch * n, (epoch + 1) * n)))
+    return Counter(content.flatten().tolist())
+
+
+@given(length=st.integers(14, 700), sequence_length=st.integers(10, 40), epoch=st.integers(0, 10**9))
+def test_every_token_exactly_once_per_epoch(length: int, sequence_length: int, epoch: int):
+    if length < sequence_length - 2:
+        return
+    batches = make(length, sequence_length)
+    seen = tokens_of_epoch(batches, epoch)
+    used = len(batches) * (sequence_length - 2)
+    assert length - used < sequence_length - 2
+    assert seen == Counter(range(5, 5 + used))
+
+
+def test_the_epoch_test_sees_random_draws(monkeypatch: pytest.MonkeyPatch):
+    def draw(places: np.ndarray, n: int, keys: np.ndarray) -> np.ndarray:
+        return np.random.default_rng(0).integers(0, n, len(places))
+
+    monkeypatch.setattr(module, "permute", draw)
+    assert max(tokens_of_epoch(make(700), 0).values()) > 1
+
+
+@pytest.mark.parametrize("next_sentence", [False, True])
+@given(cuts=st.lists(st.integers(0, 60), max_size=6), start=st.integers(0, 10**12), seed=st.integers(0, 100))
+def test_a_sample_is_the_same_in_any_grouping(next_sentence: bool, cuts: list[int], start: int, seed: int):
+    batches = make(500, seed=seed, next_sentence=next_sentence)
+    assert regrouped_equals_whole(batches, np.arange(start, start + 60), cuts)
+
+
+def test_the_grouping_test_sees_a_generator_with_a_state(monkeypatch: pytest.MonkeyPatch):
+    generator = np.random.default_rng(0)
+    choose = Masker._choose
+    monkeypatch.setattr(
+        Masker,
+        "_choose",
+        lambda self, ordinary, keys: choose(self, ordinary, generator.integers(0, 2**63, len(keys)).astype(np.uint64)),
+    )
+    assert not regrouped_equals_whole(make(500), np.arange(60), [20, 40])
+
+
+def test_order_and_masks_change_with_epoch_and_seed():
+    batches, n = make(3000), len(make(3000))
+    first, second = batches.blocks_of(np.arange(n)), batches.blocks_of(np.arange(n, 2 * n))
+    other_seed = make(3000, seed=2).blocks_of(np.arange(n))
+    assert (first == second).mean() < 0.05 and (first == other_seed).mean() < 0.05
+    again = n + int(np.flatnonzero(second == first[0])[0])  # the sample of epoch 1 that shows sample 0's block
+    one, two = batches.batch(np.array([0])), batches.batch(np.array([again]))
+    assert torch.equal(unmask(one), unmask(two))
+    masks = [batches.batch(np.array([i * n])).masked_positions.tolist() for i in range(20)]
+    assert len(set(map(tuple, masks))) > 10
+
+
+def test_shapes_and_types(make_token_file: Callable[..., TokenFile]):
+    batches = MaskedBatches(
+        make_token_file(5000),
+        sequence_length=32,
+        masking_rate=0.2,
+        special=SPECIAL,
+        vocab_size=1000,
+        seed=1,
+        next_sentence=True,
+    )
+    batch = batches.batch(np.arange(7)).to("cpu", non_blocking=True)
+    assert batch.token_type_ids is not None and batch.next_sentence_labels is not None
+    assert batch.input_ids.shape == batch.token_type_ids.shape == (7, 32)
+    assert batch.masked_positions.shape == batch.labels.shape == batch.is_mask.shape
+    assert batch.next_sentence_labels.shape == (7,)
+    assert batch.is_mask.dtype == torch.bool
+    integers = ("input_ids", "masked_positions", "labels", "token_type_ids", "next_sentence_labels")
+    assert {getattr(batch, name).dtype for name in integers} == {torch.int64}
+
+
+@pytest.mark.parametrize("next_sentence", [False, True])
+def test_evaluation_is_fixed_and_its_control_shuffled(make_token_file: Callable[..., TokenFile], next_sentence: bool):
+    def build(blocks: int) -> EvalBatches:
+        return EvalBatches(
+            make_token_file(3000),
+            blocks=blocks,
+            sequence_length=32,
+            masking_rate=0.15,
+            special=SPECIAL,
+            vocab_size=1000,
+            next_sentence=next_sentence,
+        )
+
+    few, all_blocks = build(8), build(10**6)
+    assert len(few) == 8 and len(all_blocks) == 3000 // (29 if next_sentence else 30)
+    batch = all_blocks.batch(np.arange(8))
+    assert equal(concatenate([few.batch(np.arange(8))], 32), concatenate([batch], 32))
+    assert equal(concatenate([few.batch(np.arange(i, i + 2)) for i in (0, 2, 4, 6)], 32), concatenate([batch], 32))
+
+    control = few.shuffled(np.arange(8))
+    assert torch.equal(control.masked_positions, batch.masked_positions)
+    assert torch.equal(control.is_mask, batch.is_mask)
+    assert not torch.equal(unmask(control), unmask(batch))
+    assert torch.equal(unmask(control).sort(1).values, unmask(batch).sort(1).values)
+    assert torch.equal(unmask(control) < 5, unmask(batch) < 5)
+
+
+def test_settings_that_mask_nothing_are_refused():
+    with pytest.raises(UserError, match="masking_rate"):
+        make(500, sequence_length=8, masking_rate=0.05)

@@ -1,0 +1,70 @@
+"""Blocks and sentence pairs against a slow reading of the stream, place by place."""
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from ds_stacking.config import UserError
+from ds_stacking.data.blocks import BlockReader
+from ds_stacking.data.random_numbers import derive_keys
+from ds_stacking.data.token_file import TokenFile
+from ds_stacking.data.tokenizer import SpecialIds
+
+SPECIAL = SpecialIds(pad=0, cls=2, sep=3, mask=4, every=(0, 1, 2, 3, 4))
+
+
+def numbered(length: int) -> TokenFile:
+    """A stream in which every token tells its own place: 5, 6, 7, ..."""
+    return TokenFile(tokens=np.arange(5, length + 5, dtype=np.uint32), offsets=np.array([0, length]))
+
+
+def read(length: int, sequence_length: int, next_sentence: bool = False, seed: int = 0):
+    reader = BlockReader(
+        numbered(length), sequence_length=sequence_length, special=SPECIAL, next_sentence=next_sentence
+    )
+    indices = np.arange(len(reader))
+    return reader.read(indices, derive_keys(seed, 0, indices))
+
+
+@given(length=st.integers(6, 500), sequence_length=st.integers(8, 40))
+def test_blocks_hold_every_token_once_up_to_the_last_partial_block(length: int, sequence_length: int):
+    places = sequence_length - 2
+    if length < places:
+        with pytest.raises(UserError, match="fewer than 1 blocks"):
+            read(length, sequence_length)
+        return
+    input_ids = read(length, sequence_length).input_ids
+    assert (input_ids[:, 0] == 2).all() and (input_ids[:, -1] == 3).all()
+    content = input_ids[:, 1:-1].ravel()
+    assert content.tolist() == list(range(5, 5 + len(content)))
+    assert length - len(content) < places
+
+
+@given(length=st.integers(60, 900), sequence_length=st.integers(8, 30), seed=st.integers(0, 1000))
+def test_pairs(length: int, sequence_length: int, seed: int):
+    blocks = read(length, sequence_length, next_sentence=True, seed=seed)
+    assert blocks.token_type_ids is not None and blocks.next_sentence_labels is not None
+    places = sequence_length - 3
+    for i, (row, types, label) in enumerate(
+        zip(blocks.input_ids.tolist(), blocks.token_type_ids.tolist(), blocks.next_sentence_labels, strict=True)
+    ):
+        middle = row.index(3)
+        first, second = row[1:middle], row[middle + 1 : -1]
+        assert row[0] == 2 and row[-1] == 3 and row.count(3) == 2
+        assert types == [0] * (middle + 1) + [1] * (sequence_length - middle - 1)
+        assert places // 4 <= len(first) <= places - places // 4
+        start = 5 + i * places
+        assert first == list(range(start, start + len(first)))
+        assert second == list(range(second[0], second[0] + len(second)))
+        assert (second[0] == start + len(first)) == (label == 0)
+
+
+def test_half_of_the_pairs_follow_each_other():
+    labels = read(21 * 10_000, 24, next_sentence=True).next_sentence_labels
+    assert labels is not None and abs(labels.mean() - 0.5) < 0.02  # 4 standard deviations
+
+
+def test_pairs_need_two_blocks():
+    with pytest.raises(UserError, match="fewer than 2 blocks"):
+        read(25, 16, next_sentence=True)

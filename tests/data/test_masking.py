@@ -1,0 +1,107 @@
+"""Masking: exact counts, the 80/10/10 rule, uniform places, nothing special touched."""
+
+import numpy as np
+import pytest
+from scipy.stats import chisquare
+
+from ds_stacking.data.masking import Masker
+from ds_stacking.data.random_numbers import derive_keys
+
+VOCAB = 105
+BLOCKS, LENGTH = 4000, 24
+
+
+@pytest.fixture(scope="module")
+def input_ids() -> np.ndarray:
+    """[B, T]: [CLS], ordinary tokens with a special one (PAD, UNK or SEP) here and there, [SEP]."""
+    generator = np.random.default_rng(1)
+    ids = generator.integers(5, VOCAB, (BLOCKS, LENGTH))
+    ids[generator.random(ids.shape) < 0.1] = generator.choice([0, 1, 3])
+    ids[:, 0], ids[:, -1] = 2, 3
+    return ids
+
+
+@pytest.fixture(scope="module")
+def masker(special) -> Masker:
+    return Masker(rate=0.15, special=special, vocab_size=VOCAB)
+
+
+@pytest.fixture(scope="module")
+def masked(masker: Masker, input_ids: np.ndarray):
+    return masker.mask(input_ids, derive_keys(1, 0, np.arange(BLOCKS)))
+
+
+def test_the_count_is_exact_in_every_block(masked, input_ids: np.ndarray):
+    ordinary = (input_ids > 4).sum(1)
+    assert len(set(ordinary)) > 5
+    counts = np.bincount(masked.positions // LENGTH, minlength=BLOCKS)
+    assert counts.tolist() == [round(0.15 * int(n)) for n in ordinary]
+
+
+def test_labels_and_untouched_tokens(masked, input_ids: np.ndarray):
+    assert (np.diff(masked.positions) > 0).all()
+    assert (masked.labels == input_ids.ravel()[masked.positions]).all()
+    assert (masked.labels > 4).all()
+    untouched = np.ones(input_ids.size, bool)
+    untouched[masked.positions] = False
+    assert (masked.input_ids.ravel()[untouched] == input_ids.ravel()[untouched]).all()
+    assert (masked.is_mask == (masked.input_ids.ravel()[masked.positions] == 4)).all()
+
+
+def test_eighty_ten_ten(masked):
+    now = masked.input_ids.ravel()[masked.positions]
+    kept = (now == masked.labels) & ~masked.is_mask
+    # A random token is by chance the right one once in 100 times, and then counts as kept.
+    observed = [masked.is_mask.sum(), (~masked.is_mask & ~kept).sum(), kept.sum()]
+    expected = np.array([0.8, 0.1 * 0.99, 0.1 * 1.01]) * len(now)
+    assert chisquare(observed, expected).pvalue > 1e-4
+    replaced = now[~masked.is_mask & ~kept]
+    assert chisquare(np.bincount(replaced - 5, minlength=VOCAB - 5)).pvalue > 1e-4
+
+
+def test_every_ordinary_place_is_equally_likely(masker: Masker):
+    ids = np.full((20_000, 22), 7)
+    ids[:, 0], ids[:, -1] = 2, 3
+    masked = masker.mask(ids, derive_keys(2, 0, np.arange(20_000)))
+    counts = np.bincount(masked.positions % 22, minlength=22)
+    assert counts[0] == counts[-1] == 0
+    assert counts[1:-1].sum() == 3 * 20_000
+    assert chisquare(counts[1:-1]).pvalue > 1e-4
+
+
+def test_pairs_of_places_are_independent_of_their_distance(masker: Masker):
+    ids = np.full((20_000, 22), 7)
+    ids[:, 0], ids[:, -1] = 2, 3
+    masked = masker.mask(ids, derive_keys(3, 0, np.arange(20_000)))
+    places = np.sort((masked.positions % 22).reshape(-1, 3), axis=1)
+    triples = np.unique(places, axis=0, return_counts=True)[1]
+    assert len(triples) == 20 * 19 * 18 // 6
+    assert chisquare(triples).pvalue > 1e-4
+
+
+def test_a_block_is_masked_alike_whatever_stands_beside_it(masker: Masker, input_ids: np.ndarray, masked):
+    keys = derive_keys(1, 0, np.arange(BLOCKS))
+    order = np.random.default_rng(0).permutation(BLOCKS)[:50]
+    alone = np.concatenate([masker.mask(input_ids[i : i + 1], keys[i : i + 1]).input_ids for i in order])
+    assert (alone == masked.input_ids[order]).all()
+
+
+def test_blocks_without_ordinary_tokens_pass_through(masker: Masker):
+    ids = np.array([[2, 3, 0, 0, 0, 0, 0, 0], [2, 9, 3, 0, 0, 0, 0, 0]])
+    masked = masker.mask(ids, derive_keys(1, 0, np.arange(2)))
+    assert (masked.input_ids == ids).all() and masked.positions.size == 0
+
+
+def test_shuffling_moves_ordinary_tokens_inside_their_block(masker: Masker, input_ids: np.ndarray):
+    shuffled = masker.shuffle(input_ids, derive_keys(1, 0, np.arange(BLOCKS)))
+    special = input_ids < 5
+    assert (shuffled[special] == input_ids[special]).all()
+    assert (np.sort(shuffled, axis=1) == np.sort(input_ids, axis=1)).all()
+    assert (shuffled == input_ids)[~special].mean() < 0.1  # 1 of 20 stays at its place
+
+
+def test_shuffling_is_uniform(masker: Masker):
+    ids = np.tile([2, 5, 6, 3, 7, 3], (12_000, 1))
+    shuffled = masker.shuffle(ids, derive_keys(1, 0, np.arange(12_000)))
+    orders = np.unique(shuffled, axis=0, return_counts=True)[1]
+    assert len(orders) == 6 and chisquare(orders).pvalue > 1e-4

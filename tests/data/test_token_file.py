@@ -1,0 +1,63 @@
+"""Token files against the tokenizer's own answer, document by document."""
+
+from hashlib import sha256
+from pathlib import Path
+
+import numpy as np
+import pytest
+from scipy.stats import entropy
+
+from ds_stacking.config import UserError
+from ds_stacking.data import token_file
+from ds_stacking.data.token_file import TokenFile, is_held_out, unigram_entropy, write_token_files
+from ds_stacking.data.tokenizer import special_ids, text_encoder, train_tokenizer
+
+
+@pytest.fixture(scope="module")
+def trained(documents: list[str]):
+    return train_tokenizer(documents, 600, True)
+
+
+def write(folder: Path, documents: list[str], tokenizer, vocab_size: int = 600) -> dict:
+    return write_token_files(
+        folder, documents, text_encoder(tokenizer), special_ids(tokenizer), vocab_size, eval_percent=30
+    )
+
+
+@pytest.mark.parametrize("vocab_size", [600, 70_000])
+def test_documents_come_back(tmp_path: Path, documents: list[str], trained, vocab_size: int, monkeypatch):
+    monkeypatch.setattr(token_file, "_BATCH_CHARACTERS", 20_000)
+    manifest = write(tmp_path, ["\x00 \x7f", *documents], trained, vocab_size)  # the first has no tokens
+    assert manifest["dtype"] == ("uint16" if vocab_size == 600 else "uint32")
+    for split in ("train", "eval"):
+        file = TokenFile.open(tmp_path, split, manifest)
+        texts = [text for text in documents if is_held_out(text, 30) == (split == "eval")]
+        expected = [[*trained(text, add_special_tokens=False).input_ids, trained.sep_token_id] for text in texts]
+        pieces = [file.tokens[a:b].tolist() for a, b in zip(file.offsets[:-1], file.offsets[1:], strict=True)]
+        assert pieces == expected
+        assert len(file) == manifest[split]["tokens"] == sum(map(len, expected))
+        assert manifest[split]["documents"] == len(texts) > 0
+        assert manifest[split]["sha256"] == sha256((tmp_path / f"{split}.bin").read_bytes()).hexdigest()
+    train = TokenFile.open(tmp_path, "train", manifest).tokens
+    counts = np.bincount(train[train > 4])  # ids 0 to 4 are special
+    assert manifest["unigram_entropy"] == pytest.approx(entropy(counts), rel=1e-12)
+
+
+def test_entropy_of_a_uniform_vocabulary():
+    assert unigram_entropy(np.array([7, 3, 3, 3, 3]), special=(0,)) == pytest.approx(np.log(4))
+    assert unigram_entropy(np.array([7, 0]), special=(0,)) == 0
+
+
+def test_the_held_out_share_is_kept_and_stable():
+    texts = [f"document {i}" for i in range(20_000)]
+    held_out = {text for text in texts if is_held_out(text, 5)}
+    assert abs(len(held_out) / 20_000 - 0.05) < 0.006  # 4 standard deviations
+    assert held_out < {text for text in texts if is_held_out(text, 10)}
+
+
+def test_a_damaged_file_is_refused(tmp_path: Path, documents: list[str], trained):
+    manifest = write(tmp_path, documents, trained)
+    path = tmp_path / "train.bin"
+    path.write_bytes(path.read_bytes()[:-2])
+    with pytest.raises(UserError, match="damaged"):
+        TokenFile.open(tmp_path, "train", manifest)
