@@ -110,7 +110,7 @@ def _training(summary: Mapping[str, Any], config: Mapping[str, Any]) -> str:
         for growth in summary["growths"]
     )
     return (
-        f"* Text: `{config['data']}`, sequences of {config['corpus']['sequence_length']} tokens, "
+        f"* Text: {_source(config)}, sequences of {config['corpus']['sequence_length']} tokens, "
         f"{config['corpus']['masking_rate']:.0%} of the tokens predicted.\n"
         f"* Spent: {count(summary['tokens'])} tokens, {flops(summary['flops'])} (model FLOPs) and "
         f"{duration(summary['seconds'])} on {summary['world_size']} rank(s) with ZeRO stage {summary['zero_stage']}.\n"
@@ -138,12 +138,17 @@ def _results(summary: Mapping[str, Any]) -> str:
 
 def _limitations(config: Mapping[str, Any]) -> str:
     return (
-        f"* It has read `{config['data']}` and nothing else: its language, its subjects and its biases are those of "
+        f"* It has read {_source(config)} and nothing else: its language, its subjects and its biases are those of "
         "that text.\n"
         "* It fills masks and gives features for fine-tuning; it does not generate text or follow instructions.\n"
         f"* Inputs longer than {config['corpus']['sequence_length']} tokens were never seen in training.\n"
         "* The losses above are the only evaluation; they say nothing about a particular task."
     )
+
+
+def _source(config: Mapping[str, Any]) -> str:
+    meaning = " (the documentation of installed Python packages)" if config["data"] == "docs" else ""
+    return f"`{config['data']}`{meaning}"
 
 
 def _licence(licence: str | None, config: Mapping[str, Any]) -> str:

@@ -148,7 +148,7 @@ def test_a_hanging_wandb_delays_only_the_end_and_its_service_is_stopped(tmp_path
     monkeypatch.setattr(tracking, "FINISH_SECONDS", 0.2)
     monkeypatch.setattr(tracking, "QUEUE_LENGTH", 5)
     (tmp_path / "wandb-core").symlink_to(shutil.which("sleep"))
-    service = subprocess.Popen([tmp_path / "wandb-core", "600"])
+    service = subprocess.Popen([tmp_path / "wandb-core", "20"])
     tracker = WandbTracker(tmp_path, name="run", config={})
     for step in range(20):
         tracker.log(TRAIN | {"step": step})
@@ -218,9 +218,10 @@ tracker.close()
 
 
 def run_wandb(run_dir: Path, **env: str) -> subprocess.CompletedProcess:
-    """The real wandb in a process of its own, with secrets on its command line and in its environment."""
+    """The real wandb in a process of its own, with secrets on its command line, in its environment and its config."""
     clean = {name: value for name, value in os.environ.items() if not name.startswith("WANDB_")}
-    arguments = [str(run_dir), json.dumps([TRAIN, EVAL, GROWTH]), json.dumps(RunConfig().to_dict()), f"--token={KEY}"]
+    config = RunConfig().to_dict() | {"api_key": KEY}
+    arguments = [str(run_dir), json.dumps([TRAIN, EVAL, GROWTH]), json.dumps(config), f"--token={KEY}"]
     return subprocess.run(
         [sys.executable, "-c", SCRIPT, *arguments],
         env=clean | {"WANDB_API_KEY": KEY} | env,
