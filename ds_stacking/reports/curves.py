@@ -106,7 +106,8 @@ def _draw_panel(axes: Axes, records: Records, quantity: str) -> None:
             if record.get(curve.fields.get(record["kind"], "")) is not None
         ]
         if points:
-            axes.plot(*zip(*points, strict=True), label=curve.label, **curve.style)
+            every = 1 + len(points) // 40  # markers that touch would hide the line
+            axes.plot(*zip(*points, strict=True), label=curve.label, markevery=every, **curve.style)
     _mark_stages(axes, [record for record in records if record["kind"] == "growth"], quantity, scale, end / scale)
     axes.set_xlim(0, 1.015 * end / scale)
     axes.set_xlabel(unit)
