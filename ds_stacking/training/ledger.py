@@ -92,8 +92,8 @@ class Ledger:
         self._charge()
         self.stages.append(StageTotals(layers=layers))
 
-    def add_step(self, *, tokens: int, flops: float) -> None:
-        """Count one optimizer step with its tokens and model FLOPs over all ranks."""
+    def add_step(self, *, tokens: int, flops: float = 0.0) -> None:
+        """Count one optimizer step with its tokens and model FLOPs over all ranks; FLOPs may be added later."""
         self.stage.steps += 1
         self.stage.tokens += tokens
         self.stage.flops += flops

@@ -1,0 +1,56 @@
+# make pretrain   set up, then the quickstart on RANKS ranks
+# make test       set up, then all tests
+# make check      format, lint and types, as CI runs them
+#
+# PYTHON      the Python that makes the environment (3.11 or newer)
+# TORCH_PIP   extra pip options for torch, such as the index of a CUDA build:
+#             make pretrain TORCH_PIP="--index-url https://download.pytorch.org/whl/cu130"
+# ARGS        further options of pretrain.py:  make pretrain ARGS="--stages 2:50,4:50"
+
+PYTHON ?= python3
+TORCH_PIP ?=
+RANKS ?= 2
+ARGS ?=
+VENV ?= .venv
+
+BIN := $(CURDIR)/$(VENV)/bin
+INSTALLED := $(VENV)/.installed
+# The environment's bin folder leads PATH: DeepSpeed looks for ninja there.
+export PATH := $(BIN):$(PATH)
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+export DS_BUILD_OPS := 0
+
+.PHONY: install pretrain test check format bench clean
+
+install: $(INSTALLED)
+
+# torch first: DeepSpeed's setup imports it, and an unpinned torch would pull another build. Build isolation is off
+# so that both see the installed one.
+$(INSTALLED): setup.py pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt setuptools wheel ninja
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt $(TORCH_PIP) torch
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-build-isolation --editable ".[dev]"
+	touch $@
+
+pretrain: $(INSTALLED)
+	LOCAL_SIZE=$(RANKS) deepspeed --num_gpus $(RANKS) launchers/pretrain.py --deepspeed_config ds_configs/zero2.json $(ARGS)
+
+test: $(INSTALLED)
+	$(BIN)/python -m pytest
+
+check: $(INSTALLED)
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+format: $(INSTALLED)
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+bench: $(INSTALLED)
+	$(BIN)/python benchmarks/throughput.py
+	$(BIN)/python benchmarks/data.py
+
+clean:
+	rm -rf $(VENV) build *.egg-info

@@ -1,0 +1,72 @@
+"""Held-out masked language modelling loss, the same number whatever the ranks and micro-batches."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from ds_stacking.data.batches import Batch, EvalBatches
+
+
+@dataclass(frozen=True, kw_only=True)
+class HeldOutLoss:
+    """Mean cross entropy in nats per predicted token of the held-out blocks."""
+
+    every: float
+    """Over all predicted positions: 80 % [MASK], 10 % random tokens, 10 % left as they were."""
+    masked: float
+    """Over the positions that hold [MASK] alone: visible tokens, which can be copied, do not count."""
+
+
+def held_out_loss(
+    model: nn.Module, batches: EvalBatches, *, micro_batch_size: int, device: torch.device, shuffled: bool = False
+) -> HeldOutLoss:
+    """Evaluate on all ranks together; every rank gets the same result.
+
+    Each rank runs the same number of forward passes, as ZeRO-3, which gathers weights in them, demands; a rank that
+    has no block left repeats one with weight 0. Dropout is off, so no generator moves.
+    """
+    training = model.training
+    model.eval()
+    read = batches.shuffled if shuffled else batches.batch
+    totals = torch.zeros(4, dtype=torch.float64, device=device)
+    with torch.no_grad():
+        for indices, weight in _rounds(len(batches), micro_batch_size):
+            totals += weight * _sums(model, read, indices, device)
+    model.train(training)
+    if dist.is_initialized():
+        dist.all_reduce(totals)
+    loss, tokens, masked_loss, masked_tokens = totals.tolist()
+    return HeldOutLoss(every=loss / tokens, masked=masked_loss / max(1.0, masked_tokens))
+
+
+def _rounds(blocks: int, micro_batch_size: int) -> list[tuple[np.ndarray, int]]:
+    """This rank's micro-batches with their weights, as many on every rank."""
+    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    rounds = []
+    for start in range(0, blocks, micro_batch_size * world):
+        chunk = np.arange(start, min(start + micro_batch_size * world, blocks))
+        mine = np.array_split(chunk, world)[rank]
+        rounds.append((mine, 1) if len(mine) else (chunk[:1], 0))
+    return rounds
+
+
+def _sums(
+    model: nn.Module, read: Callable[[np.ndarray], Batch], indices: np.ndarray, device: torch.device
+) -> torch.Tensor:
+    """Summed loss and number of tokens over all predicted positions, then over [MASK] positions: [4] float64."""
+    batch = read(indices).to(device)
+    output = model(
+        batch.input_ids,
+        masked_positions=batch.masked_positions,
+        labels=batch.labels,
+        token_type_ids=batch.token_type_ids,
+    )
+    losses = output.token_losses.double()
+    is_mask = batch.is_mask.double()
+    return torch.stack([losses.sum(), losses.new_tensor(len(losses)), (losses * is_mask).sum(), is_mask.sum()])

@@ -1,0 +1,270 @@
+"""The training loop: stages, steps, evaluations, growths.
+
+Losses and norms stay on the device and are read when a line is logged, so a step does not wait for the host.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Generator
+from contextlib import closing
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from deepspeed.runtime.engine import DeepSpeedEngine
+from torch import Tensor
+
+from ds_stacking.config import RunConfig, StageConfig
+from ds_stacking.data.batches import Batch, EvalBatches, MaskedBatches
+from ds_stacking.data.prefetch import prefetch
+from ds_stacking.data.prepare import PreparedData
+from ds_stacking.engine.consolidate import consolidate
+from ds_stacking.engine.factory import EngineSpec
+from ds_stacking.engine.stage_manager import GrowthRecord, StageManager
+from ds_stacking.evaluation.masked_lm import HeldOutLoss, held_out_loss
+from ds_stacking.models.flops import training_flops
+from ds_stacking.training.batching import BatchPlan
+from ds_stacking.training.export import export_stage
+from ds_stacking.training.ledger import Ledger
+from ds_stacking.training.progress import StageConsole, growth_line
+from ds_stacking.training.schedule import Schedule
+from ds_stacking.training.tracking import Tracker
+
+
+@dataclass(kw_only=True)
+class Position:
+    """Where a run stands."""
+
+    step: int = 0
+    """Optimizer steps made."""
+    stage: int = 0
+    """Current stage, from 0."""
+    stage_step: int = 0
+    """Optimizer steps made in it."""
+    samples: int = 0
+    """Training samples consumed."""
+
+
+@dataclass(kw_only=True)
+class Pretraining:
+    """One run: everything it works with, and where it stands."""
+
+    config: RunConfig
+    data: PreparedData
+    manager: StageManager
+    batches: MaskedBatches
+    held_out: EvalBatches
+    plans: list[BatchPlan]
+    """Batch arithmetic by stage."""
+    ledger: Ledger
+    console: StageConsole
+    tracker: Tracker
+    run_dir: Path
+    device: torch.device
+    position: Position = field(default_factory=Position)
+    growths: list[GrowthRecord] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.schedule = Schedule(self.config)
+        self.manager.evaluate = lambda _: self.evaluate().every
+        self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
+        self._loss = torch.zeros((), dtype=torch.float64, device=self.device)
+        self._steps_in_loss = 0
+        self._masked = torch.zeros((), dtype=torch.int64, device=self.device)
+        self._settled = 0
+        self._evaluated: tuple[tuple[int, int], HeldOutLoss] | None = None
+
+    @property
+    def stages(self) -> list[StageConfig]:
+        """The run's stages."""
+        assert isinstance(self.config.stages, list)
+        return self.config.stages
+
+    @property
+    def engine(self) -> DeepSpeedEngine:
+        """The current stage's engine."""
+        return self.manager.engine
+
+    def train(self) -> None:
+        """Run all stages to the end."""
+        for index, stage in enumerate(self.stages):
+            self.open_stage(index, stage)
+            with closing(self._stream(stage)) as steps:
+                for micro_batches in steps:
+                    self.train_step(micro_batches)
+                    self.report(stage)
+            self.close_stage(index, stage)
+
+    def open_stage(self, index: int, stage: StageConfig) -> None:
+        """Build the first engine, or grow into the stage's."""
+        self.ledger.start_stage(stage.layers)
+        self.position.stage, self.position.stage_step = index, 0
+        plan = self.plans[index]
+        spec = EngineSpec(
+            layers=stage.layers,
+            micro_batch_size=plan.micro_batch_size,
+            accumulation=plan.accumulation,
+            zero_stage=stage.zero_stage,
+        )
+        if index == 0:
+            self.manager.start(spec)
+            torch.manual_seed(self.config.seed * 1_000_003 + self.rank)  # dropout differs between ranks
+        else:
+            self.grow(index, stage, spec)
+        self.console.start_stage(stage=index, stages=len(self.stages), layers=stage.layers, steps=stage.steps)
+
+    def grow(self, index: int, stage: StageConfig, spec: EngineSpec) -> None:
+        """One growth, told to the console and the tracker."""
+        with self.ledger.clock("growth"):
+            record = self.manager.grow(
+                spec,
+                operator=stage.operator or self.config.operator,
+                optimizer_state=stage.optimizer_state or self.config.optimizer_state,
+            )
+        self.growths.append(record)
+        event = self._event("growth", stage=index, layers=stage.layers)
+        event |= {name: value for name, value in asdict(record).items() if name not in ("stage", "seconds")}
+        event["seconds_growth"] = record.seconds
+        self.tracker.log(event)
+        self.console.line(growth_line(event))
+
+    def train_step(self, micro_batches: list[Batch]) -> None:
+        """One optimizer step: the loss is the mean over the masked tokens of all ranks and micro-batches."""
+        stage, engine = self.position.stage, self.engine
+        self.set_learning_rate()
+        masked = torch.tensor(sum(len(batch.labels) for batch in micro_batches), device=self.device)
+        dist.all_reduce(masked)
+        self._masked += masked
+        for batch in micro_batches:
+            loss = self.loss(engine, batch.to(self.device, non_blocking=True), masked)
+            # DeepSpeed averages gradients over ranks; the loss is a part of the global mean, so that is undone.
+            engine.backward(loss * self.world_size, scale_wrt_gas=False)
+            engine.step()
+            self._loss += loss.detach()
+        self._steps_in_loss += 1
+        self.position.step += 1
+        self.position.stage_step += 1
+        self.position.samples += self.plans[stage].sequences
+        self.ledger.add_step(tokens=self.plans[stage].sequences * self.config.corpus.sequence_length)
+
+    def loss(self, engine: DeepSpeedEngine, batch: Batch, masked: Tensor) -> Tensor:
+        """This micro-batch's part of the global batch's mean loss; with next-sentence prediction the sum of both."""
+        output = engine(
+            batch.input_ids,
+            masked_positions=batch.masked_positions,
+            labels=batch.labels,
+            token_type_ids=batch.token_type_ids,
+            next_sentence_labels=batch.next_sentence_labels,
+        )
+        loss = output.loss_sum / masked
+        if output.next_sentence_loss_sum is not None:
+            loss = loss + output.next_sentence_loss_sum / self.plans[self.position.stage].sequences
+        return loss
+
+    def set_learning_rate(self) -> None:
+        """Give every parameter group the rate of this step; the newest blocks may still be warming up."""
+        position = self.position
+        rate = self.schedule(position.step, position.stage, position.stage_step)
+        newest = self.schedule.newest(position.stage, position.stage_step)
+        for group in self.engine.optimizer.param_groups:
+            group["lr"] = rate * (newest if position.stage and group["birth"] == position.stage else 1.0)
+
+    def report(self, stage: StageConfig) -> None:
+        """Log, show and evaluate where it is time to."""
+        position, every = self.position, self.config.eval_every
+        if position.step % self.config.log_every == 0 or position.stage_step == stage.steps:
+            self.log_training(stage)
+        if every and position.step % every == 0 and position.stage_step < stage.steps:
+            self.evaluate()
+
+    def log_training(self, stage: StageConfig) -> None:
+        """Read the losses of the steps since the last line, over all ranks, and log them."""
+        total = self._loss.clone()
+        dist.all_reduce(total)
+        loss = float(total) / self._steps_in_loss
+        self._loss.zero_()
+        self._steps_in_loss = 0
+        norm = self.engine.get_global_grad_norm()
+        position = self.position
+        rate = self.schedule(position.step - 1, position.stage, position.stage_step - 1)
+        event = self._event("train", stage=position.stage, layers=stage.layers)
+        rates = self.ledger.rates()
+        event |= {"loss": loss, "lr": rate, "grad_norm": None if norm is None else float(norm), **rates}
+        self.ledger.stage.train_loss_end = loss
+        self.tracker.log(event)
+        self.console.update(position.stage_step, loss=loss, lr=rate, tokens_per_second=rates["tokens_per_second"])
+
+    def evaluate(self) -> HeldOutLoss:
+        """Held-out loss of the current engine; the same step at the same depth is not evaluated twice."""
+        layers = len(self.engine.module.blocks)
+        at = (self.position.step, layers)
+        if self._evaluated is None or self._evaluated[0] != at:
+            self._evaluated = (at, self._held_out_loss())
+            loss = self._evaluated[1]
+            event = self._event("eval", stage=self.position.stage, layers=layers)
+            self.tracker.log(event | {"eval_loss": loss.every, "eval_loss_masked": loss.masked})
+        return self._evaluated[1]
+
+    def evaluate_shuffled(self) -> HeldOutLoss:
+        """The control: the same blocks with their tokens shuffled."""
+        return self._held_out_loss(shuffled=True)
+
+    def _held_out_loss(self, *, shuffled: bool = False) -> HeldOutLoss:
+        size = self.config.micro_batch_size
+        with self.ledger.clock("evaluation"):
+            return held_out_loss(
+                self.engine, self.held_out, micro_batch_size=size, device=self.device, shuffled=shuffled
+            )
+
+    def close_stage(self, index: int, stage: StageConfig) -> None:
+        """Evaluate and export the stage's model."""
+        loss = self.evaluate()
+        self.ledger.stage.eval_loss_end = loss.every
+        self.ledger.stage.eval_loss_masked_end = loss.masked
+        tensors = consolidate(self.engine, self.manager.parameters)
+        if tensors is not None:
+            export_stage(
+                self.run_dir,
+                stage=index,
+                layers=stage.layers,
+                tensors=tensors,
+                model=self.config.model,
+                data=self.data,
+            )
+
+    def _stream(self, stage: StageConfig) -> Generator[list[Batch]]:
+        """This rank's micro-batches, step by step, made ahead in the background."""
+        plan, start = self.plans[self.position.stage], self.position.samples
+        remaining = range(self.position.stage_step, stage.steps)
+        steps = (plan.samples(start + i * plan.sequences, self.rank) for i in range(len(remaining)))
+        return prefetch(self._make_step, steps)
+
+    def _make_step(self, samples: list[np.ndarray]) -> list[Batch]:
+        batches = [self.batches.batch(indices) for indices in samples]
+        return [batch.pin_memory() for batch in batches] if self.device.type == "cuda" else batches
+
+    def _settle(self) -> None:
+        """Charge the FLOPs of the steps since the last call; how many tokens they masked is known to the device."""
+        steps, self._settled = self.position.step - self._settled, self.position.step
+        if steps:
+            self.ledger.stage.flops += training_flops(
+                self.config.model,
+                self.ledger.stage.layers,
+                sequences=steps * self.plans[self.position.stage].sequences,
+                length=self.config.corpus.sequence_length,
+                masked=float(self._masked),
+            )
+            self._masked.zero_()
+
+    def _event(self, kind: str, *, stage: int, layers: int) -> dict[str, Any]:
+        self._settle()
+        return {
+            "kind": kind,
+            "step": self.position.step,
+            "stage": stage,
+            "layers": layers,
+            **self.ledger.totals(),
+        }

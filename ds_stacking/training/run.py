@@ -1,0 +1,214 @@
+"""A pre-training run from its configuration: prepare, build, train, finish."""
+
+from __future__ import annotations
+
+import os
+import platform
+from collections.abc import Mapping
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from ds_stacking.config import ModelConfig, RunConfig, StageConfig, UserError
+from ds_stacking.data.batches import EvalBatches, MaskedBatches
+from ds_stacking.data.prepare import PreparedData, prepare
+from ds_stacking.engine.ds_config import load_ds_config, resolve_ds_config
+from ds_stacking.engine.factory import EngineFactory, device, init_distributed, native_bf16
+from ds_stacking.engine.stage_manager import StageManager
+from ds_stacking.growth.operators import layer_map
+from ds_stacking.models.bert import Bert
+from ds_stacking.reports.curves import draw_curves
+from ds_stacking.training.batching import BatchPlan, plan_batch
+from ds_stacking.training.export import finish_export
+from ds_stacking.training.ledger import Ledger
+from ds_stacking.training.loop import Pretraining
+from ds_stacking.training.progress import make_console
+from ds_stacking.training.run_directory import SUMMARY, check_run_directory, claim_run_directory, write_json
+from ds_stacking.training.tracking import make_tracker
+
+
+def pretrain(config: RunConfig) -> None:
+    """Run `config` to the end. Every rank calls it; bad input raises UserError before anything is written."""
+    rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    _limit_threads()
+    if rank == 0:
+        check_run_directory(config)
+    ds_config = load_ds_config(config.deepspeed_config)
+    bf16, why = _precision(config)
+    plans = check_stages(config, ds_config, bf16=bf16, world_size=world_size)
+    console = make_console(rank)
+    data = prepare(config.data, config.tokenizer, config.corpus, log=console.line)
+    config = replace(config, model=_model_config(config.model, data))
+    init_distributed()
+    run = _build(config, data, plans, ds_config, bf16=bf16)
+    run.console.resolved(_resolved(run, why))
+    try:
+        run.train()
+        _finish(run)
+    except BaseException:
+        run.tracker.close(exit_code=1)
+        raise
+    finally:
+        run.console.close()
+    run.tracker.close()
+
+
+def _limit_threads() -> None:
+    """Share the cores between the ranks of a node, unless the user said how many threads each gets."""
+    if "OMP_NUM_THREADS" not in os.environ:
+        local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or "1")
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_ranks))
+
+
+def _precision(config: RunConfig) -> tuple[bool, str]:
+    """Whether to train in bf16, and why."""
+    if config.precision != "auto":
+        return config.precision == "bf16", "as asked"
+    native, why = native_bf16()
+    return native, why
+
+
+def check_stages(config: RunConfig, ds_config: Mapping[str, Any], *, bf16: bool, world_size: int) -> list[BatchPlan]:
+    """The batch arithmetic of every stage. Raises UserError for a growth or a batch that cannot be."""
+    stages = config.stages
+    assert isinstance(stages, list)
+    for before, after in zip(stages, stages[1:], strict=False):
+        layer_map(after.operator or config.operator, before.layers, after.layers)
+    plans = [plan_batch(config, stage, world_size) for stage in stages]
+    for stage, plan in zip(stages, plans, strict=True):
+        resolve_ds_config(
+            dict(ds_config),
+            zero_stage=stage.zero_stage,
+            bf16=bf16,
+            clip=config.optimizer.clip,
+            micro_batch_size=plan.micro_batch_size,
+            accumulation=plan.accumulation,
+            world_size=world_size,
+        )
+    return plans
+
+
+def _model_config(model: ModelConfig, data: PreparedData) -> ModelConfig:
+    """The model with its vocabulary: the tokenizer's, rounded up to a multiple of 8 for the matrix units."""
+    if model.vocab_size == 0:
+        return replace(model, vocab_size=-(-data.vocab_size // 8) * 8)
+    if model.vocab_size < data.vocab_size:
+        raise UserError(
+            f"model.vocab_size {model.vocab_size} is smaller than the tokenizer's {data.vocab_size}; "
+            f"raise it, or leave it at 0."
+        )
+    return model
+
+
+def _build(
+    config: RunConfig, data: PreparedData, plans: list[BatchPlan], ds_config: Mapping[str, Any], *, bf16: bool
+) -> Pretraining:
+    rank = dist.get_rank()
+    shared: dict[str, Any] = {
+        "sequence_length": config.corpus.sequence_length,
+        "masking_rate": config.corpus.masking_rate,
+        "special": data.special,
+        "vocab_size": data.vocab_size,
+        "next_sentence": config.model.next_sentence,
+    }
+    factory = EngineFactory(
+        build_model=lambda layers, initialize: Bert(config.model, layers, initialize=initialize),
+        ds_config=ds_config,
+        optimizer=config.optimizer,
+        bf16=bf16,
+    )
+    batches = MaskedBatches(data.train, seed=config.seed, **shared)
+    held_out = EvalBatches(data.eval, blocks=config.eval_blocks, **shared)
+    run_dir = Path(config.run_dir)
+    if rank == 0:
+        claim_run_directory(config, _record(config, data))
+    return Pretraining(
+        config=config,
+        data=data,
+        manager=StageManager(factory, seed=config.seed),
+        batches=batches,
+        held_out=held_out,
+        plans=plans,
+        ledger=Ledger(),
+        console=make_console(rank),
+        tracker=make_tracker(run_dir, tracking=config.tracking, name=config.name, config=config.to_dict(), rank=rank),
+        run_dir=run_dir,
+        device=device(),
+    )
+
+
+def _record(config: RunConfig, data: PreparedData) -> dict[str, Any]:
+    """What config.json holds: the resolved configuration, the data's digest and the software."""
+    import deepspeed
+    import transformers
+
+    versions = {"python": platform.python_version(), "torch": torch.__version__}
+    versions |= {"deepspeed": deepspeed.__version__, "transformers": transformers.__version__}
+    return config.to_dict() | {"data_fingerprint": data.fingerprint, "versions": versions}
+
+
+def _resolved(run: Pretraining, why: str) -> dict[str, object]:
+    """What a person reads before the start."""
+    config, data, length = run.config, run.data, run.config.corpus.sequence_length
+    factory = run.manager.factory
+    model = config.model
+    return {
+        "run": f"{config.name} -> {run.run_dir}",
+        "ranks": f"{run.world_size} on {run.device.type}",
+        "engine": f"ZeRO stage {factory.ds_config['zero_optimization']['stage']} ({config.deepspeed_config})",
+        "precision": f"{'bf16' if factory.bf16 else 'fp32'} ({why})",
+        "model": f"{model.norm}-LN BERT, width {model.hidden_size}, {model.num_heads} heads, "
+        f"vocabulary {model.vocab_size:,}",
+        "data": f"{config.data}: {len(data.train):,} tokens for training, {len(data.eval):,} held out, "
+        f"unigram entropy {data.unigram_entropy:.2f} nat",
+        "batch": " then ".join(dict.fromkeys(plan.describe(length) for plan in run.plans)),
+        "stages": ", ".join(_stage_text(config, stage, i) for i, stage in enumerate(run.stages)),
+        "schedule": f"{config.schedule}, peak {config.lr:g}"
+        if all(stage.lr is None for stage in run.stages)
+        else "by stage",
+    }
+
+
+def _stage_text(config: RunConfig, stage: StageConfig, index: int) -> str:
+    text = f"{stage.layers} layers x {stage.steps:,} steps"
+    if index:
+        operator, state = stage.operator or config.operator, stage.optimizer_state or config.optimizer_state
+        text += f" (grown: {operator}, optimizer state {state})"
+    return text
+
+
+def _finish(run: Pretraining) -> None:
+    """The last evaluation, the exported model's card, the figure, and summary.json as the last thing."""
+    loss, shuffled = run.evaluate(), run.evaluate_shuffled()
+    if run.rank != 0:
+        return
+    ledger = run.ledger
+    summary: dict[str, Any] = {
+        "finished": True,
+        "name": run.config.name,
+        "world_size": run.world_size,
+        "zero_stage": int(run.engine.zero_optimization_stage()),
+        "precision": "bf16" if run.manager.factory.bf16 else "fp32",
+        "parameters": sum(info.numel for info in run.manager.parameters.values()),
+        "steps": run.position.step,
+        **ledger.totals(),
+        "seconds_by_phase": dict(ledger.phases),
+        "eval_loss": loss.every,
+        "eval_loss_masked": loss.masked,
+        "eval_loss_shuffled": shuffled.masked,
+        "unigram_entropy": run.data.unigram_entropy,
+        "data_fingerprint": run.data.fingerprint,
+        "stages": ledger.stage_rows(),
+        "growths": [asdict(record) for record in run.growths],
+    }
+    last = run.stages[-1]
+    exported = run.run_dir / "export" / f"stage-{len(run.stages)}-{last.layers}L"
+    finish_export(exported, summary=summary, config=run.config.to_dict())
+    figure = draw_curves(run.run_dir)
+    write_json(run.run_dir / SUMMARY, summary)
+    run.console.closing(summary)
+    run.console.line(f"model   {run.run_dir / 'export' / 'final'}")
+    run.console.line(f"curves  {figure}")

@@ -1,0 +1,54 @@
+"""The run directory: claimed before anything is computed, its JSON files written whole or not at all."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from ds_stacking.config import RunConfig, UserError
+
+CONFIG, SUMMARY, METRICS = "config.json", "summary.json", "metrics.jsonl"
+OURS = (CONFIG, SUMMARY, METRICS, "wandb_id.txt", "checkpoints", "export", "report", "wandb")
+"""What a run writes; --overwrite deletes this and nothing else."""
+
+
+def check_run_directory(config: RunConfig) -> None:
+    """Raise UserError where the run directory holds another run or cannot be one. Writes nothing."""
+    path = Path(config.run_dir)
+    if path.exists() and not path.is_dir():
+        raise UserError(f"output_dir {path} is a file; choose a folder.")
+    if not config.overwrite and any((path / name).exists() for name in OURS):
+        raise UserError(f"output_dir {path} holds another run; give --overwrite, or another --output_dir.")
+    parent = next(folder for folder in (path, *path.absolute().parents) if folder.exists())
+    if not os.access(parent, os.W_OK):
+        raise UserError(f"output_dir {path} cannot be made: no permission to write in {parent}.")
+
+
+def claim_run_directory(config: RunConfig, resolved: Mapping[str, Any]) -> Path:
+    """Make the run directory, readable by its owner only, and write the resolved configuration into it."""
+    path = Path(config.run_dir)
+    for name in OURS:
+        old = path / name
+        if old.is_dir() and not old.is_symlink():
+            shutil.rmtree(old)
+        else:
+            old.unlink(missing_ok=True)
+    os.umask(0o077)
+    path.mkdir(parents=True, exist_ok=True)
+    write_json(path / CONFIG, resolved)
+    return path
+
+
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    """Write a JSON file by a temporary name, fsync and one rename."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    with temporary.open("w") as file:
+        json.dump(content, file, indent=2)
+        file.write("\n")
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
