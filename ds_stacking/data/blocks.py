@@ -35,7 +35,8 @@ class BlockReader:
 
     With `next_sentence` a block is [CLS] A [SEP] B [SEP] with C = T - 3: A is the first part of the next C tokens,
     between a quarter and three quarters of them. In half of the blocks B is the rest of them, in the others the same
-    part of another block drawn at random (Devlin et al. 2019, section 3.1, task 2).
+    part of another block drawn at random (Devlin et al. 2019, section 3.1, task 2). Segments are pieces of the stream:
+    the end of a document, a [SEP], may fall inside one. An epoch shows every A part once, but not every B part.
     """
 
     def __init__(

@@ -8,6 +8,7 @@ from __future__ import annotations
 import ast
 import importlib.metadata
 import inspect
+import os
 import platform
 import sysconfig
 import warnings
@@ -56,9 +57,9 @@ def _distributions() -> list[importlib.metadata.Distribution]:
 
 
 def _modules() -> Iterator[Path]:
-    library = Path(sysconfig.get_paths()["stdlib"])
-    names = [path.relative_to(library) for path in library.rglob("*.py")]
-    yield from (library / name for name in sorted(names) if _LEFT_OUT_FOLDERS.isdisjoint(name.parts))
+    for folder, subfolders, names in os.walk(sysconfig.get_paths()["stdlib"]):
+        subfolders[:] = sorted(set(subfolders) - _LEFT_OUT_FOLDERS)
+        yield from (Path(folder, name) for name in sorted(names) if name.endswith(".py"))
     for dist in _distributions():
         files = [file for file in dist.files or [] if file.suffix == ".py"]
         yield from (Path(str(file.locate())) for file in sorted(files) if _LEFT_OUT_FOLDERS.isdisjoint(file.parts))

@@ -95,7 +95,7 @@ def _identity(source: str, tokenizer: PreTrainedTokenizerBase | None, config: Co
     return {
         "format": _FORMAT,
         "source": identify_source(source, config),
-        "eval_percent": config.eval_percent,
+        "eval_percent": float(config.eval_percent),
         "tokenizer": trained if tokenizer is None else tokenizer_hash(tokenizer),
     }
 
