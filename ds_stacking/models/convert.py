@@ -107,7 +107,8 @@ def to_huggingface(
 ) -> tuple[PreTrainedConfig, dict[str, Tensor]]:
     """Convert our parameters, a state dict or (name, tensor) pairs, into a transformers configuration and state dict.
 
-    The state dict holds contiguous CPU tensors of `dtype`. The tied decoder is left out, as transformers does.
+    The state dict holds contiguous CPU tensors of `dtype`, which share memory with the given ones where these are such
+    tensors already. The tied decoder is left out, as transformers does.
     Raises UserError where a parameter is missing, unknown or of another shape than `config` and `num_layers` say.
     """
     shapes = parameter_shapes(config, num_layers)
@@ -121,8 +122,7 @@ def to_huggingface(
             )
         names = huggingface_names(name, config.norm)
         for part_name, part in zip(names, tensor.detach().chunk(len(names)), strict=True):
-            # A copy even where type and device agree: parts of one tensor share memory, which safetensors refuses.
-            converted[part_name] = part.to("cpu", dtype, copy=True, memory_format=torch.contiguous_format)
+            converted[part_name] = part.to("cpu", dtype).contiguous()
     if shapes:
         raise UserError(f"Parameter {next(iter(shapes))} is missing ({len(shapes)} in all); give the whole model.")
     return _huggingface_config(config, num_layers, dtype, pad_token_id), converted
