@@ -95,7 +95,7 @@ class MaskedBatches:
 
 
 class EvalBatches:
-    """The first blocks of the held-out split, masked in the same way each time. `len()` is their number.
+    """Blocks spread evenly over the held-out split, masked in the same way each time. `len()` is their number.
 
     `shuffled` gives the control: the same blocks and masked positions with the ordinary tokens permuted inside each
     block. A model that uses more than which words occur must do worse there.
@@ -143,7 +143,8 @@ class EvalBatches:
 
     def _read(self, indices: np.ndarray) -> Blocks:
         assert np.all((indices >= 0) & (indices < self._count)), "evaluation block out of range"
-        return self._reader.read(indices, derive_keys(_EVAL_SEED, _PAIRS, indices))
+        spread = indices * len(self._reader) // self._count  # not the first ones: they come from a few documents
+        return self._reader.read(spread, derive_keys(_EVAL_SEED, _PAIRS, indices))
 
 
 def require_masked_tokens(sequence_length: int, masking_rate: float) -> None:

@@ -97,7 +97,7 @@ class StageManager:
         Raises UserError for a depth that the operator cannot reach, before anything is touched, and RuntimeError
         where a tensor of the new engine differs from its source; the old engine is then still the current one.
         """
-        assert self.engine.is_gradient_accumulation_boundary() or self.engine.micro_steps == 0
+        assert self.engine.micro_steps % self.engine.gradient_accumulation_steps() == 0, "in the middle of a step"
         plan = self.plan(spec.layers, operator, optimizer_state)
         before = self.evaluate(self.engine) if self.evaluate else None
         start = time.perf_counter()
@@ -155,7 +155,8 @@ def collect() -> None:
 
 
 def _carry_counters(old: DeepSpeedEngine, new: DeepSpeedEngine) -> None:
-    for name in ("global_steps", "global_samples", "micro_steps", "skipped_steps"):
+    """DeepSpeed's own counts go on; micro_steps begins anew, since the number of micro-batches may differ."""
+    for name in ("global_steps", "global_samples", "skipped_steps"):
         setattr(new, name, getattr(old, name))
 
 
