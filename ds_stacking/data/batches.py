@@ -125,11 +125,12 @@ class EvalBatches:
 
     def batch(self, indices: np.ndarray) -> Batch:
         """Return blocks by index in [0, len), [B] int64."""
-        return _masked(self._read(indices), self._masker, derive_keys(_EVAL_SEED, _MASKING, indices))
+        blocks, keys = self._read(indices)
+        return _masked(blocks, self._masker, keys)
 
     def shuffled(self, indices: np.ndarray) -> Batch:
         """Return the same blocks with shuffled tokens, masked at the same positions."""
-        blocks, keys = self._read(indices), derive_keys(_EVAL_SEED, _MASKING, indices)
+        blocks, keys = self._read(indices)
         shuffled = self._masker.shuffle(blocks.input_ids, keys)
         return _masked(
             Blocks(
@@ -141,10 +142,13 @@ class EvalBatches:
             keys,
         )
 
-    def _read(self, indices: np.ndarray) -> Blocks:
+    def _read(self, indices: np.ndarray) -> tuple[Blocks, np.ndarray]:
+        """The blocks and the keys of their masks, which belong to the block, however many others are evaluated."""
         assert np.all((indices >= 0) & (indices < self._count)), "evaluation block out of range"
-        spread = indices * len(self._reader) // self._count  # not the first ones: they come from a few documents
-        return self._reader.read(spread, derive_keys(_EVAL_SEED, _PAIRS, indices))
+        places = indices * len(self._reader) // self._count  # not the first ones: they come from a few documents
+        return self._reader.read(places, derive_keys(_EVAL_SEED, _PAIRS, places)), derive_keys(
+            _EVAL_SEED, _MASKING, places
+        )
 
 
 def require_masked_tokens(sequence_length: int, masking_rate: float) -> None:
