@@ -169,7 +169,7 @@ def _read_amd(compiled: Any) -> dict[str, int]:
 
     return {
         "registers": figure("vgpr_count"),
-        "spills": figure("vgpr_spill_count") + figure("sgpr_spill_count"),
+        "spills": figure("vgpr_spill_count"),  # scalar registers spill into vector registers, not into memory
         "wgmma": 0,
         "vectors": len(re.findall(r"(?:global|buffer)_(?:load|store)_dwordx4", text)),
     }

@@ -1,0 +1,345 @@
+"""Multi-head attention over packed QKV: unpadded or padded, bidirectional or causal, with dropout.
+
+    P = softmax(scale * Q K^T)              O = drop(P) V
+    dV = drop(P)^T dO                       dP = drop(dO V^T)
+    dS = P * (dP - rowsum(dO * O))          dQ = scale * dS K            dK = scale * dS^T Q
+
+Only O and the rows' log-sum-exp are kept; the backward pass computes P again (Dao et al. 2022, FlashAttention; Dao
+2023). Softmax runs in base 2 with fp32 statistics. dQ has a kernel of its own, so nothing is added atomically and
+every result is deterministic. Heads of up to 64 channels in sequences up to 128
+tokens are differentiated whole, in one program each.
+
+Legend: T tokens of all sequences, B sequences, S longest sequence (or padded length), H heads, D head size.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+from ds_stacking.kernels import attention_kernels
+from ds_stacking.kernels._dropout import keep_mask, new_seed, threshold
+from ds_stacking.kernels._launch import Configs, Kernel, check, launch, multiprocessors, runs_kernels, target_of
+from torch.library import triton_op
+
+LOG2_E = 1.4426950408889634
+
+Tile = tuple[int, int, int, int]
+
+
+def _configs(tiles: dict[tuple[str, int], list[Tile]], exact_warps: int) -> Configs:
+    """(BLOCK_M, BLOCK_N, warps, stages) per target and head size; fp32 is exact and slow, in small tiles."""
+
+    def configs(target: str, meta: dict[str, Any]) -> list[triton.Config]:
+        if meta["ITEMSIZE"] == 4 or meta["BLOCK_D"] > 128:
+            found = [(32, 32, exact_warps, 1)]
+        else:
+            found = tiles[target, 64 if meta["BLOCK_D"] <= 64 else 128]
+        return [triton.Config({"BLOCK_M": m, "BLOCK_N": n}, num_warps=w, num_stages=s) for m, n, w, s in found]
+
+    return configs
+
+
+FORWARD = Kernel(
+    fn=attention_kernels.forward,
+    key=("longest",),
+    configs=_configs(
+        {
+            ("sm_80", 64): [(128, 64, 8, 2)],
+            ("sm_80", 128): [(128, 32, 8, 2)],
+            ("sm_90", 64): [(128, 64, 8, 3), (128, 128, 8, 2), (64, 128, 4, 2), (64, 64, 4, 3)],
+            ("sm_90", 128): [(128, 64, 8, 2), (64, 64, 4, 2)],
+            ("sm_100", 64): [(128, 64, 8, 3)],
+            ("sm_100", 128): [(128, 64, 8, 2)],
+            ("gfx942", 64): [(64, 64, 4, 1)],
+            ("gfx942", 128): [(128, 32, 4, 1)],
+        },
+        exact_warps=8,
+    ),
+)
+BACKWARD_QUERIES = Kernel(
+    fn=attention_kernels.backward_queries,
+    key=("longest",),
+    configs=_configs(
+        {
+            ("sm_80", 64): [(64, 32, 4, 2)],
+            ("sm_80", 128): [(64, 32, 4, 2)],
+            ("sm_90", 64): [(128, 64, 8, 2), (64, 64, 4, 3), (128, 128, 8, 1)],
+            ("sm_90", 128): [(64, 64, 4, 2), (128, 64, 8, 2)],
+            ("sm_100", 64): [(64, 64, 4, 2)],
+            ("sm_100", 128): [(64, 64, 4, 2)],
+            ("gfx942", 64): [(64, 32, 4, 1)],
+            ("gfx942", 128): [(64, 32, 4, 1)],
+        },
+        exact_warps=8,
+    ),
+)
+BACKWARD_KEYS = Kernel(
+    fn=attention_kernels.backward_keys,
+    key=("longest",),
+    configs=_configs(
+        {
+            ("sm_80", 64): [(32, 64, 4, 2)],
+            ("sm_80", 128): [(32, 64, 8, 2)],
+            ("sm_90", 64): [(64, 128, 8, 2), (64, 64, 4, 2), (32, 64, 4, 3)],
+            ("sm_90", 128): [(64, 64, 8, 2), (32, 128, 8, 2)],
+            ("sm_100", 64): [(64, 64, 4, 2)],
+            ("sm_100", 128): [(64, 64, 8, 2)],
+            ("gfx942", 64): [(64, 64, 4, 1)],
+            ("gfx942", 128): [(32, 64, 4, 1)],
+        },
+        exact_warps=4,
+    ),
+)
+
+
+def _short_configs(target: str, meta: dict[str, Any]) -> list[triton.Config]:
+    if meta["BLOCK"] > _longest_short(target):
+        return []
+    # two stages keep the next head's loads in flight; with dropout there are no registers left for them
+    pipelined = target == "sm_90" and meta["ITEMSIZE"] == 2 and meta["THRESHOLD"] == 0
+    stages = (1, 2) if pipelined else (1,)
+    return [triton.Config({"STAGES": stage}, num_warps=8 if meta["BLOCK"] == 128 else 4) for stage in stages]
+
+
+def _longest_short(target: str) -> int:
+    """Longest sequence whose heads one program can hold, in 16-bit types and up to 64 channels."""
+    return {"sm_90": 128, "gfx942": 0}.get(target, 64)  # elsewhere larger tiles spill registers
+
+
+BACKWARD_SHORT = Kernel(fn=attention_kernels.backward_short, configs=_short_configs)
+
+
+@triton_op("ds_stacking::attention", mutates_args=())
+def _attention(
+    qkv: torch.Tensor,
+    starts: torch.Tensor,
+    seed: torch.Tensor | None,
+    longest: int,
+    padded: bool,
+    causal: bool,
+    scale: float,
+    p: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(O [T, H, D], log2-sum-exp2 of the scaled scores [H, T] fp32)."""
+    if not runs_kernels(qkv):
+        return _forward_reference(qkv, starts, seed, longest, padded, causal, scale, p)
+    tokens, _, heads, size = qkv.shape
+    out = torch.empty(tokens, heads, size, dtype=qkv.dtype, device=qkv.device)
+    lse = torch.empty(heads, tokens, dtype=torch.float32, device=qkv.device)
+    pairs = (starts.numel() - (0 if padded else 1)) * heads
+    launch(
+        FORWARD, lambda meta: (triton.cdiv(longest, meta["BLOCK_M"]) * pairs,), qkv, starts,
+        starts if seed is None else seed, out, lse, longest, tokens, scale * LOG2_E, 1 / (1 - p),
+        **_shape(heads, size, padded, causal, p),
+    )  # fmt: skip
+    return out, lse
+
+
+def _shape(heads: int, size: int, padded: bool, causal: bool, p: float) -> dict[str, Any]:
+    block = max(16, triton.next_power_of_2(size))
+    return {
+        "H": heads, "D": size, "BLOCK_D": block, "PADDED": padded, "CAUSAL": causal, "THRESHOLD": threshold(p),
+    }  # fmt: skip
+
+
+@triton_op("ds_stacking::attention_backward", mutates_args=())
+def _attention_backward(
+    dout: torch.Tensor,
+    qkv: torch.Tensor,
+    starts: torch.Tensor,
+    seed: torch.Tensor | None,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    longest: int,
+    padded: bool,
+    causal: bool,
+    scale: float,
+    p: float,
+) -> torch.Tensor:
+    """dQKV [T, 3, H, D]."""
+    if not runs_kernels(qkv):
+        return _backward_reference(dout, qkv, starts, seed, lse, longest, padded, causal, scale, p)
+    tokens, _, heads, size = qkv.shape
+    dqkv = torch.empty_like(qkv)
+    pairs = (starts.numel() - (0 if padded else 1)) * heads
+    seed = starts if seed is None else seed
+    scales = (scale * LOG2_E, 1 / (1 - p), scale)
+    shape = _shape(heads, size, padded, causal, p)
+    if longest <= _longest_short(target_of(qkv.device)) and size <= 64 and qkv.element_size() == 2:
+        block = max(16, triton.next_power_of_2(longest))
+        programs = min(pairs, 2 * multiprocessors(qkv.device))
+        launch(
+            BACKWARD_SHORT, (programs,), qkv, starts, seed, lse, dout, dqkv, longest, tokens, pairs, programs, *scales,
+            BLOCK=block, **shape,
+        )  # fmt: skip
+        return dqkv
+    delta = torch.empty_like(lse)
+    launch(
+        BACKWARD_QUERIES, lambda meta: (triton.cdiv(longest, meta["BLOCK_M"]) * pairs,), qkv, starts, seed, out, lse,
+        dout, delta, dqkv, longest, tokens, *scales, **shape,
+    )  # fmt: skip
+    launch(
+        BACKWARD_KEYS, lambda meta: (triton.cdiv(longest, meta["BLOCK_N"]) * pairs,), qkv, starts, seed, lse, dout,
+        delta, dqkv, longest, tokens, *scales, **shape,
+    )  # fmt: skip
+    return dqkv
+
+
+class _Padded:
+    """Views of a packed batch as [B, S, ...] for the reference, with the masks that go with it."""
+
+    def __init__(self, tokens: int, starts: torch.Tensor, longest: int, padded: bool) -> None:
+        first = torch.arange(starts.numel(), device=starts.device) * longest if padded else starts[:-1].long()
+        lengths = starts if padded else starts.diff()
+        position = torch.arange(longest, device=starts.device)
+        self.real = position < lengths[:, None]  # [B, S]
+        self.rows = (first[:, None] + position).clamp(max=max(tokens - 1, 0))  # [B, S]
+        self.position = position
+
+    def pad(self, x: torch.Tensor) -> torch.Tensor:
+        """[T, H, D] -> [B, H, S, D], zeros beyond each sequence, at least fp32."""
+        x = torch.where(self.real[..., None, None], x[self.rows], 0)
+        return x.transpose(1, 2).to(torch.promote_types(x.dtype, torch.float32))
+
+    def unpad(self, x: torch.Tensor, out: torch.Tensor) -> None:
+        """Write [B, H, S, D] into the zeroed `out` [T, H, D]."""
+        out[self.rows[self.real]] = x.transpose(1, 2)[self.real].to(out.dtype)
+
+    def hidden(self, causal: bool) -> torch.Tensor:
+        """True where a query may not see a key, [B, 1, S or 1, S]."""
+        hidden = ~self.real[:, None, None, :]
+        return hidden | (self.position[None, :] > self.position[:, None]) if causal else hidden
+
+    def keep(self, seed: torch.Tensor, heads: int, p: float) -> torch.Tensor:
+        """The dropout mask, [B, H, S, S]."""
+        rows = self.rows[:, None, :] * heads + torch.arange(heads, device=self.rows.device)[:, None]
+        return keep_mask(seed, rows[..., None], self.position, p)
+
+
+def _forward_reference(qkv, starts, seed, longest, padded, causal, scale, p):
+    batch = _Padded(qkv.shape[0], starts, longest, padded)
+    q, k, v = (batch.pad(part) for part in qkv.unbind(1))  # [B, H, S, D]
+    scores = (q @ k.mT * scale).masked_fill_(batch.hidden(causal), -torch.inf)
+    lse = scores.logsumexp(-1, keepdim=True)
+    probabilities = (scores - lse).exp_().nan_to_num_(0.0)  # rows of empty sequences see no key
+    if p > 0:
+        probabilities = torch.where(batch.keep(seed, q.shape[1], p), probabilities / (1 - p), 0.0)
+    out = torch.zeros_like(qkv[:, 0])
+    batch.unpad(probabilities @ v, out)
+    packed = torch.zeros(*qkv.shape[::2][:1], qkv.shape[2], 1, dtype=lse.dtype, device=qkv.device)
+    batch.unpad(lse * LOG2_E, packed)
+    return out, packed[..., 0].mT.contiguous()
+
+
+def _backward_reference(dout, qkv, starts, seed, lse, longest, padded, causal, scale, p):
+    batch = _Padded(qkv.shape[0], starts, longest, padded)
+    q, k, v = (batch.pad(part) for part in qkv.unbind(1))  # [B, H, S, D]
+    do, lse = batch.pad(dout), batch.pad(lse.mT[..., None])
+    probabilities = (q @ k.mT * scale - lse / LOG2_E).exp_().masked_fill_(batch.hidden(causal), 0.0)
+    dp, kept = do @ v.mT, probabilities
+    if p > 0:
+        keep = batch.keep(seed, q.shape[1], p)
+        dp, kept = (torch.where(keep, x / (1 - p), 0.0) for x in (dp, probabilities))
+    ds = probabilities * (dp - (probabilities * dp).sum(-1, keepdim=True)) * scale
+    dqkv = torch.zeros_like(qkv)
+    for index, gradient in enumerate((ds @ k, ds.mT @ q, kept.mT @ do)):
+        batch.unpad(gradient, dqkv[:, index])
+    return dqkv
+
+
+def _save(ctx, inputs, output):
+    qkv, starts, seed, ctx.longest, ctx.padded, ctx.causal, ctx.scale, ctx.p = inputs
+    ctx.save_for_backward(qkv, starts, seed, *output)
+
+
+def _differentiate(ctx, dout, _):
+    qkv, starts, seed, out, lse = ctx.saved_tensors
+    dqkv = _attention_backward(
+        dout.contiguous(), qkv, starts, seed, out, lse, ctx.longest, ctx.padded, ctx.causal, ctx.scale, ctx.p
+    )
+    return dqkv, None, None, None, None, None, None, None
+
+
+_attention.register_autograd(_differentiate, setup_context=_save)
+
+
+def attention(
+    qkv: torch.Tensor,
+    cu_seqlens: torch.Tensor,
+    max_seqlen: int,
+    *,
+    causal: bool = False,
+    dropout: float = 0.0,
+    seed: torch.Tensor | None = None,
+    softmax_scale: float | None = None,
+) -> torch.Tensor:
+    """Attention inside each of several sequences that lie one after the other.
+
+    Args:
+        qkv: [T, 3, H, D], contiguous; bf16, fp16 or fp32.
+        cu_seqlens: int32 [B + 1], cumulative lengths from 0 to T; empty sequences are allowed.
+        max_seqlen: length of the longest sequence, or more.
+        causal: tokens see themselves and what precedes them.
+        dropout: rate in [0, 1) of the probabilities.
+        seed: int64 [1] on qkv's device; drawn from the device's default generator where it is needed and absent.
+        softmax_scale: default 1 / sqrt(D).
+
+    Returns:
+        [T, H, D] in qkv's dtype.
+
+    Raises:
+        ValueError: shapes, dtypes or rate do not fit.
+    """
+    check(qkv.dim() == 4 and qkv.shape[1] == 3, f"qkv has shape {tuple(qkv.shape)}; it must be [T, 3, H, D].")
+    _check(qkv, cu_seqlens, "cu_seqlens", max_seqlen, dropout)
+    if cu_seqlens.device.type == "cpu":
+        last = int(cu_seqlens[-1])
+        check(last == qkv.shape[0], f"cu_seqlens ends at {last}, but qkv holds {qkv.shape[0]} tokens.")
+    return _apply(qkv, cu_seqlens, max_seqlen, False, causal, dropout, seed, softmax_scale)
+
+
+def attention_padded(
+    qkv: torch.Tensor,
+    lengths: torch.Tensor | None = None,
+    *,
+    causal: bool = False,
+    dropout: float = 0.0,
+    seed: torch.Tensor | None = None,
+    softmax_scale: float | None = None,
+) -> torch.Tensor:
+    """Attention in a padded batch; arguments as for `attention`.
+
+    Args:
+        qkv: [B, S, 3, H, D], contiguous.
+        lengths: int32 [B], tokens of each sequence; the rest of its row is padding. None: all S.
+
+    Returns:
+        [B, S, H, D]; zeros, in the gradient too, on padding.
+    """
+    check(qkv.dim() == 5 and qkv.shape[2] == 3, f"qkv has shape {tuple(qkv.shape)}; it must be [B, S, 3, H, D].")
+    batch, longest = qkv.shape[:2]
+    if lengths is None:
+        lengths = torch.full((batch,), longest, dtype=torch.int32, device=qkv.device)
+    check(lengths.numel() == batch, f"lengths has {lengths.numel()} entries for {batch} sequences.")
+    _check(qkv, lengths, "lengths", longest, dropout)
+    out = _apply(qkv.flatten(0, 1), lengths, longest, True, causal, dropout, seed, softmax_scale)
+    return out.unflatten(0, (batch, longest))
+
+
+def _apply(qkv, starts, longest, padded, causal, dropout, seed, softmax_scale):
+    if dropout > 0 and seed is None:
+        seed = new_seed(qkv.device)
+    scale = softmax_scale or qkv.shape[-1] ** -0.5
+    return _attention(qkv, starts, seed if dropout > 0 else None, longest, padded, causal, scale, dropout)[0]
+
+
+def _check(qkv, starts, name, longest, dropout):
+    check(qkv.is_contiguous(), f"qkv has strides {qkv.stride()} for shape {tuple(qkv.shape)}; make it contiguous.")
+    check(starts.dtype == torch.int32, f"{name} has dtype {starts.dtype}; it must be torch.int32.")
+    check(starts.device == qkv.device, f"{name} is on {starts.device} and qkv on {qkv.device}; move the one.")
+    check(starts.dim() == 1, f"{name} has shape {tuple(starts.shape)}; it must have one dimension.")
+    check(0 <= dropout < 1, f"dropout is {dropout}; it must lie in [0, 1).")
+    elements = longest * 3 * qkv.shape[-1] * qkv.shape[-2]
+    check(elements < 2**31, f"a sequence of {longest} tokens spans {elements} elements; the limit is {2**31 - 1}.")

@@ -1,0 +1,329 @@
+"""Cross entropy of a linear layer's output without keeping its logits: the head of masked language modelling.
+
+    x = h W^T + b                          lse = log sum_v exp(x_v)
+    loss = lse - (1 - e) x_t - e mean_v(x_v) + z lse^2
+    dx = g ((1 + 2 z lse) softmax(x) - (1 - e) [v = t] - e / V)
+    dh = dx W          dW = dx^T h          db = sum_rows(dx)
+
+Forward: a matrix product whose epilogue reduces each tile of logits to the row's maximum, sum of exponentials, sum
+and target logit; a second kernel merges the tiles. Backward: for one slice of the vocabulary at a time the product is
+computed again, its epilogue writes dx in 16 bits, and two library products turn it into dh (summed in fp32) and the
+slice's final dW and db. So memory is one slice, not the logits, and every sum has one order: no atomics. After
+"Cut Your Losses" (Wijmans et al. 2024), with the slice in place of its fused second and third products.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from ds_stacking.kernels._launch import Kernel, check, launch, runs_kernels
+from torch.library import triton_op
+
+SLICE = 8192
+"""Most columns of the vocabulary whose gradient of the logits exists at one time."""
+
+# M rows (masked tokens), K hidden size, V vocabulary
+
+
+@triton.jit
+def _logits(
+    H, W, BIAS, row, column, rows, columns,
+    K: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, UPCAST_DOT: tl.constexpr,
+):  # fmt: skip
+    """A tile of h W^T + b, fp32 [BLOCK_M, BLOCK_N]; rows and columns beyond the matrix repeat its last ones."""
+    row = tl.minimum(row, rows - 1).to(tl.int64)
+    column = tl.minimum(column, columns - 1).to(tl.int64)
+    inner = tl.arange(0, BLOCK_K)
+    acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    for k in range(0, K, BLOCK_K):
+        inside = k + inner < K
+        if K % BLOCK_K == 0:
+            h = tl.load(H + row[:, None] * K + (k + inner)[None, :])
+            w = tl.load(W + column[:, None] * K + (k + inner)[None, :])
+        else:
+            h = tl.load(H + row[:, None] * K + (k + inner)[None, :], mask=inside[None, :], other=0.0)
+            w = tl.load(W + column[:, None] * K + (k + inner)[None, :], mask=inside[None, :], other=0.0)
+        if UPCAST_DOT:
+            acc += tl.dot(h.to(tl.float32), tl.trans(w.to(tl.float32)))
+        else:
+            acc = tl.dot(h, tl.trans(w), acc, input_precision="ieee")
+    return acc + tl.load(BIAS + column).to(tl.float32)[None, :]
+
+
+@triton.jit
+def _tile(rows, columns, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP: tl.constexpr):
+    """Row and column of this program's tile, GROUP rows of tiles together so that their operands stay in L2."""
+    down, across = tl.cdiv(rows, BLOCK_M), tl.cdiv(columns, BLOCK_N)
+    group = tl.program_id(0) // (GROUP * across)
+    height = tl.minimum(down - group * GROUP, GROUP)
+    within = tl.program_id(0) % (GROUP * across)
+    return group * GROUP + within % height, within // height
+
+
+@triton.jit(do_not_specialize=["rows"])
+def _statistics(
+    H, W, BIAS, TARGET, TILES, rows, columns, K: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr, UPCAST_DOT: tl.constexpr,
+):  # fmt: skip
+    """Per row and tile of columns: maximum, sum of exponentials, sum, target logit; TILES [tiles, 4, M] fp32."""
+    m, n = _tile(rows, columns, BLOCK_M, BLOCK_N, GROUP)
+    row = m * BLOCK_M + tl.arange(0, BLOCK_M)
+    column = n * BLOCK_N + tl.arange(0, BLOCK_N)
+    x = _logits(H, W, BIAS, row, column, rows, columns, K, BLOCK_M, BLOCK_N, BLOCK_K, UPCAST_DOT)
+    inside = column[None, :] < columns
+    target = tl.load(TARGET + row, mask=row < rows, other=-1)
+    peak = tl.max(tl.where(inside, x, -float("inf")), axis=1)
+    at = TILES + n.to(tl.int64) * 4 * rows + row
+    tl.store(at, peak, mask=row < rows)
+    tl.store(at + rows, tl.sum(tl.where(inside, tl.exp(x - peak[:, None]), 0.0), axis=1), mask=row < rows)
+    tl.store(at + 2 * rows, tl.sum(tl.where(inside, x, 0.0), axis=1), mask=row < rows)
+    hit = inside & (column[None, :] == target[:, None])
+    tl.store(at + 3 * rows, tl.sum(tl.where(hit, x, 0.0), axis=1), mask=row < rows)
+
+
+@triton.jit(do_not_specialize=["rows"])
+def _merge(
+    TILES, TARGET, LOSS, LSE, rows, columns, tiles, ignore, smoothing, z_loss, BLOCK_M: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+):  # fmt: skip
+    """Per row: log-sum-exp and loss from the tiles' figures; 0 on ignored rows."""
+    row = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    peak = tl.full([BLOCK_M], -float("inf"), tl.float32)
+    exponentials = tl.zeros([BLOCK_M], tl.float32)
+    total = tl.zeros([BLOCK_M], tl.float32)
+    hit = tl.zeros([BLOCK_M], tl.float32)
+    for first in range(0, tiles, BLOCK_T):
+        tile = first + tl.arange(0, BLOCK_T)
+        mask = (tile[:, None] < tiles) & (row[None, :] < rows)
+        at = TILES + tile[:, None].to(tl.int64) * 4 * rows + row[None, :]
+        peaks = tl.load(at, mask=mask, other=-float("inf"))
+        new_peak = tl.maximum(peak, tl.max(peaks, axis=0))
+        new_peak = tl.where(row < rows, new_peak, 0.0)
+        sums = tl.load(at + rows, mask=mask, other=0.0) * tl.exp(peaks - new_peak[None, :])
+        exponentials = exponentials * tl.exp(peak - new_peak) + tl.sum(sums, axis=0)
+        total += tl.sum(tl.load(at + 2 * rows, mask=mask, other=0.0), axis=0)
+        hit += tl.sum(tl.load(at + 3 * rows, mask=mask, other=0.0), axis=0)
+        peak = new_peak
+    lse = peak + tl.log(tl.where(row < rows, exponentials, 1.0))
+    loss = lse - (1.0 - smoothing) * hit - smoothing * total / columns + z_loss * lse * lse
+    target = tl.load(TARGET + row, mask=row < rows, other=0)
+    tl.store(LOSS + row, tl.where(target == ignore, 0.0, loss), mask=row < rows)
+    tl.store(LSE + row, lse, mask=row < rows)
+
+
+@triton.jit(do_not_specialize=["rows", "begin"])
+def _gradient(
+    H, W, BIAS, TARGET, LSE, SCALE, DX, rows, begin, columns, stride, vocabulary, ignore, smoothing, z_loss,
+    K: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
+    UPCAST_DOT: tl.constexpr,
+):  # fmt: skip
+    """A tile of dx for vocabulary columns [begin, begin + columns); DX is [M, stride]."""
+    m, n = _tile(rows, columns, BLOCK_M, BLOCK_N, GROUP)
+    row = m * BLOCK_M + tl.arange(0, BLOCK_M)
+    column = n * BLOCK_N + tl.arange(0, BLOCK_N)
+    first = begin.to(tl.int64)
+    x = _logits(H, W + first * K, BIAS + first, row, column, rows, columns, K, BLOCK_M, BLOCK_N, BLOCK_K, UPCAST_DOT)
+    target = tl.load(TARGET + row, mask=row < rows, other=ignore)
+    lse = tl.load(LSE + row, mask=row < rows, other=0.0)
+    scale = tl.where(target == ignore, 0.0, tl.load(SCALE + row, mask=row < rows, other=0.0))
+    dx = tl.exp(x - lse[:, None]) * (1.0 + 2.0 * z_loss * lse)[:, None] - smoothing / vocabulary
+    dx -= tl.where(column[None, :] + begin == target[:, None], 1.0 - smoothing, 0.0)
+    at = DX + row[:, None].to(tl.int64) * stride + column[None, :]
+    dx = (dx * scale[:, None]).to(DX.dtype.element_ty)
+    tl.store(at, dx, mask=(row[:, None] < rows) & (column[None, :] < columns))
+
+
+def _product_configs(target: str, meta: dict[str, Any]) -> list[triton.Config]:
+    if meta["ITEMSIZE"] == 4:
+        found = [(32, 32, 4, 1)]
+    else:
+        found = {
+            "sm_80": [(128, 32, 8, 3)],
+            "sm_90": [(128, 64, 8, 3), (256, 64, 8, 3)],
+            "sm_100": [(128, 64, 8, 3)],
+            "gfx942": [(128, 32, 8, 2)],
+        }[target]
+    return [
+        triton.Config({"BLOCK_M": m, "BLOCK_K": k, "GROUP": 8}, num_warps=warps, num_stages=stages)
+        for m, k, warps, stages in found
+    ]
+
+
+STATISTICS = Kernel(fn=_statistics, configs=_product_configs, key=("columns",))
+MERGE = Kernel(fn=_merge, configs=lambda target, meta: [triton.Config({"BLOCK_M": 32, "BLOCK_T": 64}, num_warps=4)])
+GRADIENT = Kernel(fn=_gradient, configs=_product_configs, key=("columns",))
+
+
+def _tile_width(h: torch.Tensor) -> int:
+    """Columns of a tile; not tuned, because the number of tiles is the shape of an intermediate result."""
+    return 32 if h.element_size() == 4 else 128
+
+
+def _tiles(rows: int, columns: int, width: int) -> Any:
+    return lambda meta: (triton.cdiv(rows, meta["BLOCK_M"]) * triton.cdiv(columns, width),)
+
+
+@triton_op("ds_stacking::linear_cross_entropy", mutates_args=())
+def _linear_cross_entropy(
+    h: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor,
+    target: torch.Tensor,
+    ignore_index: int,
+    label_smoothing: float,
+    z_loss: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(loss [M] fp32, log-sum-exp [M] fp32)."""
+    if not runs_kernels(h):
+        return _forward_reference(h, weight, bias, target, ignore_index, label_smoothing, z_loss)
+    (rows, inner), columns, width = h.shape, weight.shape[0], _tile_width(h)
+    count = triton.cdiv(columns, width)
+    tiles = torch.empty(count, 4, rows, dtype=torch.float32, device=h.device)
+    loss, lse = (torch.empty(rows, dtype=torch.float32, device=h.device) for _ in range(2))
+    launch(
+        STATISTICS, _tiles(rows, columns, width), h, weight, bias, target, tiles, rows, columns, K=inner,
+        BLOCK_N=width,
+    )  # fmt: skip
+    launch(
+        MERGE, lambda meta: (triton.cdiv(rows, meta["BLOCK_M"]),), tiles, target, loss, lse, rows, columns, count,
+        ignore_index, label_smoothing, z_loss,
+    )  # fmt: skip
+    return loss, lse
+
+
+@triton_op("ds_stacking::linear_cross_entropy_backward", mutates_args=())
+def _linear_cross_entropy_backward(
+    dloss: torch.Tensor,
+    h: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor,
+    target: torch.Tensor,
+    lse: torch.Tensor,
+    ignore_index: int,
+    label_smoothing: float,
+    z_loss: float,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(dh [M, K], dW [V, K], db [V])."""
+    (rows, inner), vocabulary, width = h.shape, weight.shape[0], _tile_width(h)
+    slices = triton.cdiv(vocabulary, SLICE)
+    stride = triton.cdiv(triton.cdiv(vocabulary, slices), 128) * 128
+    buffer = torch.empty(rows, stride, dtype=h.dtype, device=h.device)
+    dh = torch.zeros(rows, inner, dtype=torch.promote_types(h.dtype, torch.float32), device=h.device)
+    dweight, dbias = torch.empty_like(weight), torch.empty_like(bias)
+    for begin in range(0, vocabulary, stride):
+        end = min(begin + stride, vocabulary)
+        dx = buffer[:, : end - begin]
+        if runs_kernels(h):
+            launch(
+                GRADIENT, _tiles(rows, end - begin, width), h, weight, bias, target, lse, dloss, dx, rows, begin,
+                end - begin, stride, vocabulary, ignore_index, label_smoothing, z_loss, K=inner, BLOCK_N=width,
+            )  # fmt: skip
+        else:
+            dx = _gradient_reference(
+                h, weight[begin:end], bias[begin:end], target - begin, lse, dloss * (target != ignore_index),
+                vocabulary, label_smoothing, z_loss,
+            )  # fmt: skip
+        dh = _add_product(dh, dx, weight[begin:end])
+        torch.mm(dx.mT, h, out=dweight[begin:end])
+        dbias[begin:end] = dx.sum(0, dtype=dh.dtype)
+    return dh.to(h.dtype), dweight, dbias
+
+
+def _add_product(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """total + a b in fp32, whatever the type of a and b."""
+    if a.is_cuda and a.dtype != total.dtype:
+        return torch.addmm(total, a, b, out_dtype=total.dtype)
+    return torch.addmm(total, a.to(total.dtype), b.to(total.dtype))
+
+
+def _wide(x: torch.Tensor) -> torch.Tensor:
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def _forward_reference(h, weight, bias, target, ignore_index, label_smoothing, z_loss):
+    x = _wide(h) @ _wide(weight).mT + _wide(bias)
+    lse, ignored = x.logsumexp(1), target == ignore_index
+    hit = x.gather(1, target.masked_fill(ignored, 0)[:, None])[:, 0]
+    loss = lse - (1 - label_smoothing) * hit - label_smoothing * x.mean(1) + z_loss * lse.square()
+    return loss.masked_fill(ignored, 0.0), lse
+
+
+def _gradient_reference(h, weight, bias, target, lse, scale, vocabulary, label_smoothing, z_loss):
+    x = _wide(h) @ _wide(weight).mT + _wide(bias)
+    dx = (x - lse[:, None]).exp_() * (1 + 2 * z_loss * lse[:, None]) - label_smoothing / vocabulary
+    inside = ((target >= 0) & (target < weight.shape[0])).nonzero()[:, 0]
+    dx[inside, target[inside]] -= 1 - label_smoothing
+    return (dx * scale[:, None]).to(h.dtype)
+
+
+def _save(ctx, inputs, output):
+    h, weight, bias, target, *ctx.options = inputs
+    ctx.save_for_backward(h, weight, bias, target, output[1])
+
+
+def _differentiate(ctx, dloss, _):
+    gradients = _linear_cross_entropy_backward(dloss.contiguous(), *ctx.saved_tensors, *ctx.options)
+    return *gradients, None, None, None, None
+
+
+_linear_cross_entropy.register_autograd(_differentiate, setup_context=_save)
+
+
+def linear_cross_entropy(
+    h: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    target: torch.Tensor,
+    *,
+    ignore_index: int = -100,
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+) -> torch.Tensor:
+    """Sum over rows of the cross entropy of `h @ weight.T + bias`; divide it by the number of targets for the mean.
+
+    Args:
+        h: [M, K], contiguous; bf16, fp16 or fp32. Pass only the rows that have a target: each row costs the same.
+        weight: [V, K] like h.
+        bias: [V] like h, or None.
+        target: int64 [M] in [0, V), or ignore_index.
+        label_smoothing: weight of the uniform distribution, in [0, 1).
+        z_loss: weight of the squared log-sum-exp (Chowdhery et al. 2022, PaLM, section 5).
+
+    Returns:
+        fp32 scalar.
+
+    Raises:
+        ValueError: shapes, dtypes or weights do not fit; on a CPU also targets out of range.
+    """
+    _check(h, weight, bias, target, ignore_index, label_smoothing)
+    bias = weight.new_zeros(weight.shape[0]) if bias is None else bias
+    return _linear_cross_entropy(h, weight, bias, target, ignore_index, label_smoothing, z_loss)[0].sum()
+
+
+def _check(h, weight, bias, target, ignore_index, label_smoothing):
+    check(h.dim() == 2 and h.is_contiguous(), f"h has shape {tuple(h.shape)}; it must be contiguous [M, K].")
+    check(
+        weight.dim() == 2 and weight.shape[1] == h.shape[1] and weight.is_contiguous(),
+        f"weight has shape {tuple(weight.shape)}; h of shape {tuple(h.shape)} needs contiguous [V, {h.shape[1]}].",
+    )
+    check(weight.dtype == h.dtype, f"weight is {weight.dtype} and h {h.dtype}; cast the one.")
+    if bias is not None:
+        check(
+            bias.shape == weight.shape[:1] and bias.dtype == h.dtype,
+            f"bias is {bias.dtype} {tuple(bias.shape)}; it must be {h.dtype} [{weight.shape[0]}].",
+        )
+    check(
+        target.shape == h.shape[:1] and target.dtype == torch.int64,
+        f"target is {target.dtype} {tuple(target.shape)}; it must be torch.int64 [{h.shape[0]}].",
+    )
+    check(0 <= label_smoothing < 1, f"label_smoothing is {label_smoothing}; it must lie in [0, 1).")
+    if target.device.type == "cpu" and target.numel():
+        real = target[target != ignore_index]
+        check(
+            real.numel() == 0 or 0 <= int(real.min()) <= int(real.max()) < weight.shape[0],
+            f"target reaches from {int(target.min())} to {int(target.max())}; "
+            f"it must lie in [0, {weight.shape[0]}) or be {ignore_index}.",
+        )

@@ -1,0 +1,112 @@
+"""attention: the kernels in the interpreter against fp64 autograd of the textbook formula, sequence by sequence."""
+
+import pytest
+import torch
+from ds_stacking.kernels._dropout import keep_mask
+from ds_stacking.kernels.attention import attention, attention_padded
+
+SEED = torch.tensor([987654321])
+
+
+def cumulative(lengths):
+    return torch.tensor([0, *lengths]).cumsum(0).int()
+
+
+def textbook(qkv, starts, lengths, causal, p):
+    """[T, H, D] in qkv's dtype; every sequence on its own."""
+    heads, size = qkv.shape[2:]
+    out = torch.zeros_like(qkv[:, 0])
+    for start, length in zip(starts, lengths, strict=True):
+        q, k, v = qkv[start : start + length].permute(1, 2, 0, 3)  # [H, L, D]
+        scores = q @ k.mT * size**-0.5
+        if causal:
+            scores = scores.masked_fill(torch.ones(length, length).triu(1).bool(), -torch.inf)
+        rows = (start + torch.arange(length)) * heads + torch.arange(heads)[:, None]
+        keep = keep_mask(SEED, rows[..., None], torch.arange(length), p)
+        probabilities = torch.where(keep, scores.softmax(-1) / (1 - p), 0.0)
+        out = out.index_add(0, start + torch.arange(length), (probabilities @ v).transpose(0, 1))
+    return out
+
+
+def with_gradient(out, qkv):
+    torch.manual_seed(1)
+    return [out, torch.autograd.grad(out, qkv, torch.randn(out.shape).to(out.dtype))[0]]
+
+
+def expected(qkv, starts, lengths, causal, p, dout_dtype):
+    exact = qkv.detach().double().requires_grad_()
+    out = textbook(exact, starts, lengths, causal, p)
+    torch.manual_seed(1)
+    dout = torch.randn(out.shape).to(dout_dtype).double()
+    return [out, torch.autograd.grad(out, exact, dout)[0]]
+
+
+# lengths, heads, head size, causal, dropout, dtype: fp16 up to 128 tokens takes the kernel for short sequences
+CASES = [
+    ([17, 0, 1, 63], 2, 64, False, 0.1, torch.float32),
+    ([17, 0, 1, 63], 2, 64, False, 0.1, torch.float16),
+    ([127, 128, 1], 1, 64, True, 0.2, torch.float16),
+    ([127, 30], 1, 48, True, 0.0, torch.float32),
+    ([200, 0, 130], 1, 64, True, 0.2, torch.float16),
+    ([257], 1, 128, False, 0.0, torch.float32),
+]
+
+
+@pytest.mark.parametrize("lengths, heads, size, causal, p, dtype", CASES)
+def test_unpadded(kernels, assert_close, lengths, heads, size, causal, p, dtype):
+    starts = cumulative(lengths)
+    qkv = torch.randn(sum(lengths), 3, heads, size).to(dtype).requires_grad_()
+    with kernels(BLOCK_M=64, BLOCK_N=64, STAGES=1):
+        actual = with_gradient(attention(qkv, starts, max(lengths), causal=causal, dropout=p, seed=SEED), qkv)
+    assert_close(actual, expected(qkv, starts[:-1], lengths, causal, p, dtype), dtype)
+
+
+@pytest.mark.parametrize("dtype, longest", [(torch.float32, 70), (torch.float16, 70), (torch.float16, 150)])
+def test_padded(kernels, assert_close, dtype, longest):
+    lengths = [longest, 0, 1, 33]
+    qkv = torch.randn(4, longest, 3, 1, 32).to(dtype).requires_grad_()
+    with kernels(BLOCK_M=64, BLOCK_N=64, STAGES=1):
+        out = attention_padded(qkv, torch.tensor(lengths, dtype=torch.int32), dropout=0.1, seed=SEED)
+        actual = with_gradient(out.flatten(0, 1), qkv)
+    starts = [longest * index for index in range(4)]
+    want = expected(qkv.flatten(0, 1), starts, lengths, False, 0.1, dtype)
+    assert_close([actual[0], actual[1].flatten(0, 1)], want, dtype)
+
+
+def test_reference_agrees_with_formula(assert_close):
+    lengths = [17, 0, 1, 63]
+    starts = cumulative(lengths)
+    qkv = torch.randn(sum(lengths), 3, 2, 16, requires_grad=True)
+    actual = with_gradient(attention(qkv, starts, 70, causal=True, dropout=0.3, seed=SEED), qkv)
+    assert_close(actual, expected(qkv, starts[:-1], lengths, True, 0.3, torch.float32))
+
+
+def test_extreme_scores_stay_finite(kernels, assert_close):
+    qkv = (torch.randn(130, 3, 1, 16) * 30).requires_grad_()
+    with kernels(BLOCK_M=64, BLOCK_N=64):
+        actual = with_gradient(attention(qkv, cumulative([130]), 130), qkv)
+    assert_close(actual, expected(qkv, [0], [130], False, 0.0, torch.float32), factor=100)
+
+
+def test_a_wrong_scale_is_noticed(kernels, assert_close):
+    qkv = torch.randn(20, 3, 1, 16, requires_grad=True)
+    with kernels():
+        actual = with_gradient(attention(qkv, cumulative([20]), 20, softmax_scale=0.2501), qkv)
+    with pytest.raises(AssertionError, match="error"):
+        assert_close(actual, expected(qkv, [0], [20], False, 0.0, torch.float32))
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"qkv": torch.ones(6, 2, 1, 16)}, r"qkv has shape \(6, 2, 1, 16\); it must be \[T, 3, H, D\]"),
+        ({"qkv": torch.ones(3, 6, 1, 16).transpose(0, 1)}, "qkv has strides"),
+        ({"cu_seqlens": torch.tensor([0, 6])}, "cu_seqlens has dtype torch.int64; it must be torch.int32"),
+        ({"cu_seqlens": torch.tensor([0, 5], dtype=torch.int32)}, "cu_seqlens ends at 5, but qkv holds 6 tokens"),
+        ({"dropout": -0.1}, r"dropout is -0.1; it must lie in \[0, 1\)"),
+    ],
+)
+def test_bad_input_is_named(change, message):
+    good = {"qkv": torch.ones(6, 3, 1, 16), "cu_seqlens": cumulative([6]), "max_seqlen": 6}
+    with pytest.raises(ValueError, match=message):
+        attention(**{**good, **change})

@@ -1,0 +1,99 @@
+"""linear_cross_entropy: the kernels in the interpreter against fp64 autograd of F.cross_entropy."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from ds_stacking.kernels import linear_cross_entropy as module
+from ds_stacking.kernels.linear_cross_entropy import linear_cross_entropy
+
+
+def inputs(rows, inner, vocabulary, dtype, bias=True):
+    h, weight = torch.randn(rows, inner), torch.randn(vocabulary, inner) * inner**-0.5
+    tensors = [h, weight, *([torch.randn(vocabulary)] if bias else [])]
+    target = torch.randint(vocabulary, (rows,))
+    target[::5] = -100
+    return [tensor.to(dtype).requires_grad_() for tensor in tensors], target
+
+
+def with_gradients(loss, tensors):
+    return [loss, *torch.autograd.grad(loss * 0.5, tensors)]
+
+
+def expected(tensors, target, smoothing, z_loss):
+    exact = [tensor.detach().double().requires_grad_() for tensor in tensors]
+    x = F.linear(*exact)
+    loss = F.cross_entropy(x, target, reduction="sum", label_smoothing=smoothing)
+    return with_gradients(loss + z_loss * (x.logsumexp(1).square() * (target != -100)).sum(), exact)
+
+
+@pytest.mark.parametrize(
+    "rows, inner, vocabulary, dtype, smoothing, z_loss, bias",
+    [
+        (127, 1000, 1000, torch.float16, 0.1, 1e-3, True),
+        (63, 96, 517, torch.float32, 0.1, 1e-3, True),
+        (1, 33, 130, torch.float32, 0.0, 0.0, False),
+    ],
+)
+def test_forward_and_gradients(
+    kernels, assert_close, monkeypatch, rows, inner, vocabulary, dtype, smoothing, z_loss, bias
+):
+    monkeypatch.setattr(module, "SLICE", 384)  # several slices of the vocabulary
+    tensors, target = inputs(rows, inner, vocabulary, dtype, bias)
+    with kernels(BLOCK_M=64, BLOCK_K=128):
+        h, weight, *rest = tensors
+        loss = linear_cross_entropy(
+            h, weight, rest[0] if bias else None, target, label_smoothing=smoothing, z_loss=z_loss
+        )
+        actual = with_gradients(loss, tensors)
+    assert_close(actual, expected(tensors, target, smoothing, z_loss), dtype)
+
+
+def test_the_vocabulary_of_bert(kernels, assert_close):
+    tensors, target = inputs(17, 64, 30522, torch.float16)
+    with kernels(BLOCK_M=32, BLOCK_K=64):
+        actual = with_gradients(linear_cross_entropy(*tensors, target), tensors)
+    assert_close(actual, expected(tensors, target, 0.0, 0.0), torch.float16)
+
+
+def test_reference_agrees_with_formula(assert_close):
+    tensors, target = inputs(50, 32, 9000, torch.float32)
+    loss = linear_cross_entropy(*tensors, target, label_smoothing=0.2, z_loss=1e-2)
+    assert_close(with_gradients(loss, tensors), expected(tensors, target, 0.2, 1e-2))
+
+
+def test_all_rows_ignored_and_no_rows(kernels):
+    (h, weight, bias), target = inputs(5, 16, 40, torch.float32)
+    with kernels():
+        for rows in (5, 0):
+            loss = linear_cross_entropy(h[:rows], weight, bias, torch.full_like(target[:rows], -100))
+            assert loss == 0
+            assert not any(g.any() for g in torch.autograd.grad(loss, (weight, bias)))
+
+
+def test_a_shifted_target_is_noticed(kernels, assert_close):
+    tensors, target = inputs(20, 16, 40, torch.float32)
+    with kernels():
+        actual = with_gradients(linear_cross_entropy(*tensors, target.clamp(min=0)), tensors)
+    with pytest.raises(AssertionError, match="error"):
+        assert_close(actual, expected(tensors, (target + 1).clamp(min=0, max=39), 0.0, 0.0))
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"weight": torch.ones(9, 5)}, r"weight has shape \(9, 5\); h of shape \(3, 4\)"),
+        ({"bias": torch.ones(8)}, r"bias is torch.float32 \(8,\)"),
+        ({"target": torch.tensor([0, 9, 1])}, r"target reaches from 0 to 9; it must lie in \[0, 9\)"),
+        ({"target": torch.zeros(2, dtype=torch.int64)}, r"target is torch.int64 \(2,\)"),
+        ({"label_smoothing": 1.5}, "label_smoothing is 1.5"),
+    ],
+)
+def test_bad_input_is_named(change, message):
+    good = {
+        "h": torch.ones(3, 4),
+        "weight": torch.ones(9, 4),
+        "bias": torch.ones(9),
+        "target": torch.tensor([0, 8, -100]),
+    }
+    with pytest.raises(ValueError, match=message):
+        linear_cross_entropy(**{**good, **change})
