@@ -17,6 +17,9 @@ from ds_stacking.config import OptimizerConfig
 from ds_stacking.engine.ds_config import offloads_optimizer, resolve_ds_config
 from ds_stacking.growth.plan import ParameterInfo, parameter_groups
 
+Engine = DeepSpeedEngine
+"""The engine's type, for rooms that must not import deepspeed."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class EngineSpec:

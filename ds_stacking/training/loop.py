@@ -14,7 +14,6 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
-from deepspeed.runtime.engine import DeepSpeedEngine
 from torch import Tensor
 
 from ds_stacking.config import RunConfig, StageConfig
@@ -22,7 +21,7 @@ from ds_stacking.data.batches import Batch, EvalBatches, MaskedBatches
 from ds_stacking.data.prefetch import prefetch
 from ds_stacking.data.prepare import PreparedData
 from ds_stacking.engine.consolidate import consolidate
-from ds_stacking.engine.factory import EngineSpec
+from ds_stacking.engine.factory import Engine, EngineSpec
 from ds_stacking.engine.stage_manager import GrowthRecord, StageManager
 from ds_stacking.evaluation.masked_lm import HeldOutLoss, held_out_loss
 from ds_stacking.models.flops import training_flops
@@ -84,7 +83,7 @@ class Pretraining:
         return self.config.stages
 
     @property
-    def engine(self) -> DeepSpeedEngine:
+    def engine(self) -> Engine:
         """The current stage's engine."""
         return self.manager.engine
 
@@ -150,7 +149,7 @@ class Pretraining:
         self.position.samples += self.plans[stage].sequences
         self.ledger.add_step(tokens=self.plans[stage].sequences * self.config.corpus.sequence_length)
 
-    def loss(self, engine: DeepSpeedEngine, batch: Batch, masked: Tensor) -> Tensor:
+    def loss(self, engine: Engine, batch: Batch, masked: Tensor) -> Tensor:
         """This micro-batch's part of the global batch's mean loss; with next-sentence prediction the sum of both."""
         output = engine(
             batch.input_ids,

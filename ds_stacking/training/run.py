@@ -6,6 +6,7 @@ import os
 import platform
 from collections.abc import Mapping
 from dataclasses import asdict, replace
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -142,11 +143,8 @@ def _build(
 
 def _record(config: RunConfig, data: PreparedData) -> dict[str, Any]:
     """What config.json holds: the resolved configuration, the data's digest and the software."""
-    import deepspeed
-    import transformers
-
-    versions = {"python": platform.python_version(), "torch": torch.__version__}
-    versions |= {"deepspeed": deepspeed.__version__, "transformers": transformers.__version__}
+    versions = {name: version(name) for name in ("torch", "deepspeed", "transformers", "tokenizers")}
+    versions["python"] = platform.python_version()
     return config.to_dict() | {"data_fingerprint": data.fingerprint, "versions": versions}
 
 
