@@ -15,6 +15,9 @@ from typing import Any, Literal
 OPTIMIZER_STATES = ("stack", "new_reset", "reset", "second_only")
 """Optimizer state policies without an argument; `scale:c` takes one."""
 
+Operator = Literal["stack", "interleave"]
+"""Names of the growth operators."""
+
 
 class UserError(ValueError):
     """Bad input. Its text is the one sentence that the user reads; launchers end with exit code 2."""
@@ -65,6 +68,9 @@ class ModelConfig:
             f"model.hidden_size {self.hidden_size} is not divisible by model.num_heads {self.num_heads}; "
             f"choose a head count that divides it.",
         )
+        _require(self.vocab_size >= 0, f"model.vocab_size is {self.vocab_size}; it must be positive, or 0.")
+        for name in ("layer_norm_eps", "initializer_range"):
+            _require(getattr(self, name) > 0, f"model.{name} is {getattr(self, name)}; it must be positive.")
         for name in ("dropout", "attention_dropout"):
             _require(0 <= getattr(self, name) < 1, f"model.{name} is {getattr(self, name)}; it must lie in [0, 1).")
 
@@ -156,7 +162,7 @@ class StageConfig:
     """Largest number of sequences that one rank holds at a time."""
     zero_stage: int | None = None
     """ZeRO stage of this stage's engine; default: that of the DeepSpeed configuration."""
-    operator: str | None = None
+    operator: Operator | None = None
     """Growth operator into this stage."""
     optimizer_state: str | None = None
     """Optimizer state policy of the growth into this stage."""
@@ -170,8 +176,17 @@ class StageConfig:
             self.lr is not None or not (self.lr_end is not None or self.lr_steps or self.warmup_steps),
             f"{where} sets lr_end, lr_steps or warmup_steps without lr; give lr, or leave all to the run's schedule.",
         )
-        for name in ("warmup_steps", "rewarm_steps"):
-            _require(getattr(self, name) >= 0, f"{where}: {name} must not be negative.")
+        for name in ("lr", "lr_end", "warmup_steps", "rewarm_steps"):
+            value = getattr(self, name)
+            _require(value is None or value >= 0, f"{where}: {name} is {value}; it must not be negative.")
+        for name in ("lr_steps", "tokens_per_step", "micro_batch_size"):
+            value = getattr(self, name)
+            _require(value is None or value > 0, f"{where}: {name} is {value}; it must be positive.")
+        span = min(self.steps, self.lr_steps or self.steps)
+        _require(
+            self.warmup_steps <= span,
+            f"{where}: warmup_steps {self.warmup_steps} is more than the {span} steps of the stage or its lr_steps.",
+        )
         _require(
             self.zero_stage in (None, 0, 1, 2, 3),
             f"{where}: zero_stage is {self.zero_stage}; it must be 0, 1, 2 or 3.",
@@ -209,7 +224,7 @@ class RunConfig:
     """`train` (WordPiece on the corpus), a folder with a tokenizer, or a hub name."""
     stages: list[StageConfig] | str = "2:450,4:450,8:500"
     """Stages as LAYERS:STEPS,... or, in a recipe, as a list of objects."""
-    operator: str = "stack"
+    operator: Operator = "stack"
     """How blocks are copied at a growth: stack (ABAB) or interleave (AABB)."""
     optimizer_state: str = "stack"
     """What a growth does to Adam's state: stack, new_reset, reset, second_only or scale:C."""
@@ -252,6 +267,11 @@ class RunConfig:
             _require(getattr(self, name) > 0, f"{name} is {getattr(self, name)}; it must be positive.")
         for name in ("lr", "warmup_steps", "eval_every", "seed"):
             _require(getattr(self, name) >= 0, f"{name} is {getattr(self, name)}; it must not be negative.")
+        _require(self.seed < 2**32, f"seed is {self.seed}; it must be less than 2**32.")
+        _require(
+            re.fullmatch(r"\w[\w.-]*", self.name),
+            f"name is {self.name!r}; it names a folder, so give letters, digits, '_', '-' and '.' only.",
+        )
         _require(0 <= self.decay_percent <= 100, f"decay_percent is {self.decay_percent}; it must lie in 0 to 100.")
         check_optimizer_state(self.optimizer_state)
         length, positions = self.corpus.sequence_length, self.model.max_positions
@@ -259,6 +279,12 @@ class RunConfig:
             length <= positions,
             f"corpus.sequence_length {length} is longer than model.max_positions {positions}; "
             f"shorten the one or raise the other.",
+        )
+        first = self.stages[0]
+        _require(
+            not (first.operator or first.optimizer_state or first.rewarm_steps),
+            f"Stage {first.layers}:{first.steps} is the first, so no growth leads into it; "
+            f"remove its operator, optimizer_state and rewarm_steps.",
         )
         for stage in self.stages:
             if stage.optimizer_state is not None:
