@@ -7,18 +7,22 @@ it.
 from __future__ import annotations
 
 import difflib
+import json
 import os
 import re
 import sys
 import time
 import traceback
 from argparse import ArgumentError
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import MISSING, fields, is_dataclass
 from pathlib import Path
+from types import NoneType
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
-from jsonargparse import ArgumentParser
+from jsonargparse import ArgumentParser, Namespace, set_parsing_settings
 
-from ds_stacking.config import RunConfig, UserError
+from ds_stacking.config import RunConfig, StageConfig, UserError
 
 RECIPES = Path(__file__).resolve().parent.parent / "launchers" / "recipes"
 """Shipped recipes; `--recipe NAME` finds them by name."""
@@ -28,41 +32,72 @@ WAIT_FOR_RANK_0 = 5.0
 
 def make_parser() -> ArgumentParser:
     """The parser of a pre-training run: a recipe file, and every field of RunConfig as an option that overrides it."""
+    set_parsing_settings(docstring_parse_attribute_docstrings=True)
     parser = ArgumentParser(
         prog="pretrain.py",
         description="Pre-train BERT by progressive stacking on DeepSpeed ZeRO engines. No options: the quickstart.",
         exit_on_error=False,
         allow_abbrev=False,
+        parser_mode="json",
     )
     parser.add_argument("--recipe", action="config", help="recipe: a JSON file, or the name of a shipped one")
-    parser.add_argument("--local_rank", type=int, default=0, help="set by the deepspeed launcher")
-    parser.add_class_arguments(RunConfig, nested_key=None)
+    stages = RunConfig.__dataclass_fields__["stages"].default
+    text = "stages as LAYERS:STEPS,LAYERS:STEPS,... or as a JSON list of objects"
+    parser.add_argument("--stages", type=Any, default=stages, help=text)
+    parser.add_class_arguments(RunConfig, nested_key=None, skip={"stages"})
+    # jsonargparse takes defaults from a built ModelConfig, in which the 0 is resolved for the default width.
+    parser.set_defaults({"model.intermediate_size": 0})
     return parser
 
 
 def parse_run(arguments: Sequence[str]) -> RunConfig:
-    """The run configuration that the command line describes. Raises UserError."""
+    """The run configuration that the command line describes; its options override the recipe. Raises UserError."""
+    recipe, options = _split(arguments)
+    if recipe is not None:
+        _check_recipe(recipe)
+        options = ["--recipe", recipe, *options]  # first, since a later argument overrides an earlier one
     parser = make_parser()
+    known = field_types(RunConfig)
     try:
-        parsed = parser.instantiate(parser.parse_args(_find_recipe(arguments)))
+        parsed = parser.parse_args(options)
+        _refuse_nulls(known, parsed)
+        built = vars(parser.instantiate(parsed))
     except UserError:
         raise
     except (ArgumentError, ValueError, TypeError) as error:
-        raise UserError(_explain(str(error), _option_names(parser))) from None
-    fields = vars(parsed)
-    return RunConfig(**{name: fields[name] for name in RunConfig.__dataclass_fields__})
+        raise UserError(_explain(str(error), known)) from None
+    return RunConfig(**{**{field.name: built[field.name] for field in fields(RunConfig)}, "stages": _stages(parsed)})
 
 
-def _find_recipe(arguments: Sequence[str]) -> list[str]:
-    """Replace the name of a shipped recipe by its file."""
-    result = list(arguments)
-    for i, argument in enumerate(result):
-        name = argument.removeprefix("--recipe=") if argument.startswith("--recipe=") else None
-        if argument == "--recipe" and i + 1 < len(result):
-            result[i + 1] = _recipe_file(result[i + 1])
-        elif name is not None:
-            result[i] = f"--recipe={_recipe_file(name)}"
-    return result
+def field_types(config: type, prefix: str = "") -> dict[str, Any]:
+    """Type of every option of a configuration class by its dotted name, those of nested classes included."""
+    types: dict[str, Any] = {}
+    for name, hint in get_type_hints(config).items():
+        types[prefix + name] = hint
+        if is_dataclass(hint):
+            assert isinstance(hint, type)
+            types |= field_types(hint, f"{prefix}{name}.")
+    return types
+
+
+def _split(arguments: Sequence[str]) -> tuple[str | None, list[str]]:
+    """The recipe's file and all other options, switches such as --overwrite completed, the launcher's own removed."""
+    switches = {f"--{name}" for name, hint in field_types(RunConfig).items() if hint is bool}
+    recipes, options = [], []
+    rest = [argument for argument in arguments if not re.fullmatch(r"--local[_-]rank=\d+", argument)]
+    while rest:
+        option, *rest = rest
+        if option.startswith("--recipe="):
+            recipes.append(option.removeprefix("--recipe="))
+        elif option == "--recipe" and rest:
+            recipes.append(rest.pop(0))
+        elif option in switches and (not rest or rest[0].startswith("--")):
+            options.append(f"{option}=true")
+        else:
+            options.append(option)
+    if len(recipes) > 1:
+        raise UserError(f"--recipe is given {len(recipes)} times; give one recipe.")
+    return (_recipe_file(recipes[0]) if recipes else None), options
 
 
 def _recipe_file(name: str) -> str:
@@ -70,30 +105,119 @@ def _recipe_file(name: str) -> str:
         return name
     shipped = sorted(path.stem for path in RECIPES.glob("*.json"))
     if name not in shipped:
-        raise UserError(f"Recipe {name} is no file and no shipped recipe; shipped are {', '.join(shipped)}.")
+        near = _nearest(name, shipped) or f"; shipped are {', '.join(shipped)}."
+        raise UserError(f"Recipe {name} is no file and no shipped recipe{near}")
     return str(RECIPES / f"{name}.json")
 
 
-def _option_names(parser: ArgumentParser) -> list[str]:
-    return [option for action in parser._actions for option in action.option_strings if option.startswith("--")]
+def _check_recipe(path: str) -> None:
+    """Raise UserError for a recipe that cannot be read, is no JSON object or has a key that no option has."""
+    try:
+        recipe = json.loads(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"Recipe {path} cannot be read: {error.strerror}.") from None
+    except ValueError as error:  # no JSON, or bytes that are no text
+        raise UserError(f"Recipe {path} is no JSON: {error}.") from None
+    if not isinstance(recipe, dict):
+        raise UserError(f'Recipe {path} must be a JSON object, such as {{"lr": 0.001}}.')
+    known = field_types(RunConfig)
+    for key, value in recipe.items():
+        _check_key(key, known)
+        if is_dataclass(known[key]):
+            if not isinstance(value, dict):
+                raise UserError(_wrong_type(key, known[key], value))
+            for inner in value:
+                _check_key(f"{key}.{inner}", known)
 
 
-def _explain(message: str, options: list[str]) -> str:
-    """One sentence for a parser's message, with the nearest known name for an unknown one."""
+def _stages(parsed: Namespace) -> Any:
+    """The stages, objects of a JSON list turned into StageConfig; text is left to RunConfig."""
+    given = parsed["stages"]
+    if isinstance(given, str):
+        return given
+    if not isinstance(given, list):
+        raise UserError(f"stages is {given!r}; it must be text such as 3:50000,6:70000 or a list of objects.")
+    return [_stage(number, stage) for number, stage in enumerate(given)]
+
+
+def _stage(number: int, stage: Any) -> StageConfig:
+    known = field_types(StageConfig)
+    where = f"stages[{number}]"
+    if not isinstance(stage, dict):
+        raise UserError(f'{where} is {stage!r}; it must be an object such as {{"layers": 3, "steps": 50000}}.')
+    for key in stage:
+        _check_key(key, known, f"{where}.")
+    for field in fields(StageConfig):
+        if field.default is MISSING and field.name not in stage:
+            raise UserError(f"{where} has no {field.name}; give it layers and steps.")
+    parser = ArgumentParser(exit_on_error=False, parser_mode="json")
+    parser.add_class_arguments(StageConfig, nested_key=None)
+    try:
+        values = parser.parse_object(stage)
+    except (ArgumentError, ValueError, TypeError) as error:
+        raise UserError(_explain(str(error), known, f"{where}.")) from None
+    _refuse_nulls(known, values, f"{where}.")
+    return StageConfig(**vars(values))
+
+
+def _refuse_nulls(known: Mapping[str, Any], values: Namespace, where: str = "") -> None:
+    """Raise UserError for a null where the field must have a value: jsonargparse takes it for "not given"."""
+    for name, hint in known.items():
+        if values[name] is None and NoneType not in get_args(hint):
+            raise UserError(_wrong_type(where + name, hint, None))
+
+
+def _check_key(key: str, known: Iterable[str], where: str = "") -> None:
+    if key not in known:
+        near = _nearest(key, known) or "; --help lists all."
+        raise UserError(f"Unknown option or recipe key {where + key!r}{near}")
+
+
+def _nearest(unknown: str, known: Iterable[str]) -> str:
+    """The end of a sentence that names the nearest known name, in full or by its last part; empty if none is near."""
+    whole = {name: name for name in known}
+    last = {name.rpartition(".")[2]: name for name in known}
+    for names, cutoff in ((whole, 0.6), (last, 0.8)):
+        if near := difflib.get_close_matches(unknown, names, n=1, cutoff=cutoff):
+            return f"; did you mean {names[near[0]]!r}?"
+    return ""
+
+
+def _wrong_type(name: str, hint: Any, value: Any) -> str:
+    shown = value if isinstance(value, str) else json.dumps(value, default=str)
+    return f"{name} is {shown}; it must be {_describe(hint)}."
+
+
+def _describe(hint: Any) -> str:
+    """What a value of a type looks like."""
+    if get_origin(hint) is Literal:
+        return " or ".join(get_args(hint))
+    if is_dataclass(hint):
+        return "an object of its fields"
+    if get_origin(hint) is tuple:
+        return f"a list of {len(get_args(hint))} numbers"
+    words = {int: "a whole number", float: "a finite number", bool: "true or false", str: "text", NoneType: "null"}
+    return " or ".join(words.get(part) or _describe(part) for part in get_args(hint) or (hint,))
+
+
+def _explain(message: str, known: Mapping[str, Any], where: str = "") -> str:
+    """One sentence for a message of jsonargparse; `known` holds the type of every option."""
     text = re.sub(r"\s+", " ", message).strip().rstrip(".")
-    match = re.search(r"unrecognized arguments: (--[\w.]+)", text)
-    unknown = match[1] if match else None
-    if match := re.search(r"(?:Group '([\w.]+)'|[Pp]arser|.*) does not accept (?:option|nested key) '([\w.]+)'", text):
-        unknown = "--" + ".".join(part for part in (match[1], match[2]) if part)
-    if match := re.search(r"(?:Unrecognized|unexpected) (?:key|keyword argument)s? ['\"]?([\w.]+)", text):
-        unknown = "--" + match[1]
-    if unknown is None:
-        return f"{text}."
-    near = difflib.get_close_matches(unknown, options, n=1)
-    name = unknown.removeprefix("--")
-    return f"Unknown option or recipe key {name!r}" + (
-        f"; did you mean {near[0].removeprefix('--')!r}?" if near else "."
-    )
+    if match := re.search(r"[Pp]arser key [\"']([\w.]+)[\"']", text):
+        value = re.search(r"(?:Got value: |Unable to load config [\"'])(.*?)[\"']?(?: - .*)?$", text)
+        if match[1] in known and value:
+            return _wrong_type(where + match[1], known[match[1]], value[1])
+    if match := re.search(r"argument (--[\w.]+)[^:]*: expected one argument", text):
+        return f"{match[1]} needs a value."
+    if match := re.search(r"(?:unrecognized arguments: --|(?:option|key) ')([\w.]+)", text):
+        unknown = match[1]
+        if group := re.search(r"Group '([\w.]+)'", text):
+            unknown = f"{group[1]}.{unknown}"
+        near = _nearest(unknown, [*known, "recipe", "help", "print_config"]) or "; --help lists all."
+        return f"Unknown option or recipe key {unknown!r}{near}"
+    if match := re.search(r"unrecognized arguments: (.*)", text):
+        return f"Argument {match[1]!r} belongs to no option; options begin with --, and --help lists them."
+    return f"{text}."
 
 
 def run_main(main: Callable[[], None]) -> int:
