@@ -19,13 +19,16 @@ OURS = (CONFIG, SUMMARY, METRICS, "wandb_id.txt", "checkpoints", "export", "repo
 def check_run_directory(config: RunConfig) -> None:
     """Raise UserError where the run directory holds another run or cannot be one. Writes nothing."""
     path = Path(config.run_dir)
-    if path.exists() and not path.is_dir():
-        raise UserError(f"output_dir {path} is a file; choose a folder.")
-    if not config.overwrite and any((path / name).exists() for name in OURS):
+    if not config.overwrite and any(os.path.lexists(path / name) for name in OURS):
         raise UserError(f"output_dir {path} holds another run; give --overwrite, or another --output_dir.")
-    parent = next(folder for folder in (path, *path.absolute().parents) if folder.exists())
-    if not os.access(parent, os.W_OK):
-        raise UserError(f"output_dir {path} cannot be made: no permission to write in {parent}.")
+    # The functions of os.path, unlike Path.exists, answer False where a parent may not be searched.
+    existing = next(folder for folder in (path, *path.absolute().parents) if os.path.lexists(folder))
+    if not os.path.isdir(existing):
+        raise UserError(f"output_dir {path} cannot be made: {existing} is no folder; choose another --output_dir.")
+    if not os.access(existing, os.W_OK | os.X_OK):
+        raise UserError(
+            f"output_dir {path} cannot be made: no permission to write in {existing}; choose another --output_dir."
+        )
 
 
 def claim_run_directory(config: RunConfig, resolved: Mapping[str, Any]) -> Path:
