@@ -9,10 +9,11 @@ from __future__ import annotations
 import copy
 import difflib
 import json
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 
 from ds_stacking.config import UserError
 
@@ -46,6 +47,9 @@ REFUSED_KEYS = {
     "gradient_allreduce_op": "the loss is already normalised over the global batch",
 }
 
+REFUSED_BF16_KEYS = ("bf16_master_weights_and_grads", "bf16_optimizer_states")
+"""They drop the fp32 masters and moments, from which a growth is made."""
+
 
 def load_ds_config(path: str) -> dict[str, Any]:
     """Read and check a DeepSpeed configuration file.
@@ -55,7 +59,7 @@ def load_ds_config(path: str) -> dict[str, Any]:
     try:
         raw = json.loads(Path(path).read_text())
     except OSError as error:
-        raise UserError(f"DeepSpeed configuration {path} cannot be read: {error.strerror}.") from None
+        raise UserError(f"DeepSpeed configuration {path} cannot be read ({error.strerror}); give --deepspeed_config.") from None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise UserError(f"DeepSpeed configuration {path} is no JSON: {error}.") from None
     if not isinstance(raw, dict):
@@ -63,9 +67,7 @@ def load_ds_config(path: str) -> dict[str, Any]:
     for key in raw:
         _check_key(path, key)
     _check_zero(path, raw)
-    bf16 = raw.get("bf16", {})
-    if not isinstance(bf16, dict) or bf16.get("enabled", "auto") not in ("auto", True, False):
-        raise UserError(f'{path}: bf16 must be an object with "enabled": "auto", true or false.')
+    _check_bf16(path, raw.get("bf16", {}))
     return raw
 
 
@@ -73,36 +75,77 @@ def _check_key(path: str, key: str) -> None:
     if key in REFUSED_KEYS:
         raise UserError(f"{path}: remove {key!r}, {REFUSED_KEYS[key]}.")
     if key not in KNOWN_KEYS:
-        near = difflib.get_close_matches(key, KNOWN_KEYS, n=1)
-        raise UserError(f"{path}: unknown key {key!r}" + (f"; did you mean {near[0]!r}?" if near else "."))
+        raise UserError(f"{path}: unknown key {key!r}{_nearest(key, KNOWN_KEYS)}")
+
+
+def _nearest(key: str, known: Iterable[str]) -> str:
+    near = difflib.get_close_matches(key, list(known), n=1)
+    return f"; did you mean {near[0]!r}?" if near else "; remove it."
+
+
+def _check_bf16(path: str, bf16: Any) -> None:
+    from deepspeed.runtime.precision_config import DeepSpeedBF16Config
+
+    if not isinstance(bf16, dict) or not (bf16.get("enabled", "auto") == "auto" or isinstance(bf16["enabled"], bool)):
+        raise UserError(f'{path}: bf16 must be an object with "enabled": "auto", true or false.')
+    _check_section(path, "bf16", {**bf16, "enabled": True}, DeepSpeedBF16Config)
+    for key in REFUSED_BF16_KEYS:
+        if bf16.get(key):
+            raise UserError(f"{path}: remove bf16.{key}, a growth needs fp32 masters and moments.")
 
 
 def _check_zero(path: str, raw: dict[str, Any]) -> None:
     from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 
     zero = raw.setdefault("zero_optimization", {"stage": 0})
-    try:
-        DeepSpeedZeroConfig(**zero)
-    except ValidationError as error:
-        first = error.errors()[0]
-        key = ".".join(str(part) for part in first["loc"])
-        near = difflib.get_close_matches(key, DeepSpeedZeroConfig.model_fields, n=1)
-        hint = f"; did you mean {near[0]!r}?" if near and first["type"] == "extra_forbidden" else "."
-        raise UserError(f"{path}: zero_optimization.{key}: {first['msg']}{hint}") from None
-    except TypeError:
-        raise UserError(f"{path}: zero_optimization must be a JSON object.") from None
+    if not isinstance(zero, dict):
+        raise UserError(f'{path}: zero_optimization must be a JSON object, such as {{"stage": 2}}.')
+    if type(zero.get("stage", 0)) is not int or zero.get("stage", 0) not in range(4):
+        raise UserError(f"{path}: zero_optimization.stage is {zero['stage']!r}; it must be 0, 1, 2 or 3.")
+    _check_section(path, "zero_optimization", zero, DeepSpeedZeroConfig)
+    for key in zero:
+        extra = DeepSpeedZeroConfig.model_fields[key].json_schema_extra
+        if isinstance(extra, dict) and extra.get("deprecated"):
+            raise UserError(f"{path}: zero_optimization.{key} is deprecated; use {extra['new_param']}.")
+    _check_offload(zero, path)
+
+
+def _check_offload(zero: dict[str, Any], path: str) -> None:
+    """Raise UserError where the section `zero_optimization` offloads what its ZeRO stage cannot."""
     stage = zero.get("stage", 0)
     if _offloads(zero, "offload_param") and stage != 3:
         raise UserError(f"{path}: offload_param needs ZeRO stage 3, but the stage is {stage}.")
     if _offloads(zero, "offload_optimizer") and stage == 0:
         raise UserError(f"{path}: offload_optimizer needs ZeRO stage 1, 2 or 3, but the stage is 0.")
     for key in ("offload_param", "offload_optimizer"):
-        if zero.get(key, {}).get("device") == "nvme":
+        if (zero.get(key) or {}).get("device") == "nvme":
             raise UserError(f"{path}: {key} to nvme is not supported; use cpu.")
 
 
+def _check_section(path: str, name: str, content: dict[str, Any], model: type[BaseModel]) -> None:
+    """Raise UserError, with the nearest known key, where DeepSpeed would refuse a section."""
+    try:
+        model(**content)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in (name, *first["loc"]))
+        if first["type"] != "extra_forbidden":
+            raise UserError(f"{path}: {where} is {first['input']!r}: {first['msg']}.") from None
+        *parents, key = first["loc"]
+        known = _fields(model, [str(parent) for parent in parents])
+        raise UserError(f"{path}: unknown key {where!r}{_nearest(str(key), known)}") from None
+
+
+def _fields(model: type[BaseModel], parents: list[str]) -> list[str]:
+    """Names of the fields of `model`, or of the section inside it that `parents` lead to."""
+    for parent in parents:
+        inner = [model.model_fields[parent].annotation, *get_args(model.model_fields[parent].annotation)]
+        model = next(hint for hint in inner if isinstance(hint, type) and issubclass(hint, BaseModel))
+    return list(model.model_fields)
+
+
 def _offloads(zero: dict[str, Any], key: str) -> bool:
-    return zero.get(key, {}).get("device", "none") != "none"
+    return (zero.get(key) or {}).get("device", "none") != "none"
 
 
 def offloads_optimizer(config: dict[str, Any]) -> bool:
@@ -144,5 +187,6 @@ def resolve_ds_config(
     section["enabled"] = bf16
     if zero_stage is not None:
         config["zero_optimization"]["stage"] = zero_stage
+        _check_offload(config["zero_optimization"], f"zero_stage {zero_stage} of a stage")
     config.setdefault("steps_per_print", 2**31)
     return config
