@@ -20,7 +20,7 @@ from pathlib import Path
 from types import NoneType
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
-from jsonargparse import ArgumentParser, Namespace, set_parsing_settings
+from jsonargparse import ArgumentParser, Namespace, set_dumper, set_parsing_settings
 
 from ds_stacking.config import RunConfig, StageConfig, UserError
 
@@ -33,6 +33,7 @@ WAIT_FOR_RANK_0 = 5.0
 def make_parser() -> ArgumentParser:
     """The parser of a pre-training run: a recipe file, and every field of RunConfig as an option that overrides it."""
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
+    set_dumper("json", lambda values: json.dumps(values, indent=2) + "\n")  # --print_config for people
     parser = ArgumentParser(
         prog="pretrain.py",
         description="Pre-train BERT by progressive stacking on DeepSpeed ZeRO engines. No options: the quickstart.",
