@@ -15,9 +15,6 @@ from typing import Any, Literal
 OPTIMIZER_STATES = ("stack", "new_reset", "reset", "second_only")
 """Optimizer state policies without an argument; `scale:c` takes one."""
 
-Operator = Literal["stack", "interleave"]
-"""Names of the growth operators."""
-
 
 class UserError(ValueError):
     """Bad input. Its text is the one sentence that the user reads; launchers end with exit code 2."""
@@ -162,7 +159,7 @@ class StageConfig:
     """Largest number of sequences that one rank holds at a time."""
     zero_stage: int | None = None
     """ZeRO stage of this stage's engine; default: that of the DeepSpeed configuration."""
-    operator: Operator | None = None
+    operator: str | None = None
     """Growth operator into this stage."""
     optimizer_state: str | None = None
     """Optimizer state policy of the growth into this stage."""
@@ -224,8 +221,9 @@ class RunConfig:
     """`train` (WordPiece on the corpus), a folder with a tokenizer, or a hub name."""
     stages: list[StageConfig] | str = "2:450,4:450,8:500"
     """Stages as LAYERS:STEPS,... or, in a recipe, as a list of objects."""
-    operator: Operator = "stack"
-    """How blocks are copied at a growth: stack (ABAB) or interleave (AABB)."""
+    operator: str = "stack"
+    """How blocks are copied at a growth: stack (ABAB), interleave (AABB), middle, last, fresh or a list (0,1,1,0), if
+    wanted on some blocks only (stack[1:-1]) and with modifiers of the copies (+zero_output, +scale:C, +noise:C)."""
     optimizer_state: str = "stack"
     """What a growth does to Adam's state: stack, new_reset, reset, second_only or scale:C."""
     precision: Literal["auto", "bf16", "fp32"] = "auto"
