@@ -36,6 +36,10 @@ setup(
         "zstandard",
         "xxhash",
         "filelock",
+        "huggingface_hub",
+        "psutil",
+        "pyarrow",
+        "pydantic>=2",
     ],
     extras_require={"dev": ["pytest", "hypothesis", "ruff", "mypy"]},
 )
