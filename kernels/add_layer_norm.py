@@ -115,7 +115,8 @@ def _backward(
         tl.store(at + 2 * N, dbias, mask=inside)
 
 
-def _tiles(target: str, meta: dict) -> list[triton.Config]:
+def row_tiles(target: str, meta: dict) -> list[triton.Config]:
+    """Configurations of kernels that walk whole rows."""
     # 16 elements of each tensor per thread: at two 16-byte loads in flight per tensor, four programs of four warps
     # keep 32 kB in flight on a multiprocessor, twice what latency times bandwidth asks for
     width = meta["BLOCK_N"]
@@ -128,8 +129,8 @@ def _tiles(target: str, meta: dict) -> list[triton.Config]:
     return [small, pipelined, large] if target == "sm_90" else [small]
 
 
-FORWARD = Kernel(fn=_forward, configs=_tiles, key=("N",))
-BACKWARD = Kernel(fn=_backward, configs=_tiles, key=("N",))
+FORWARD = Kernel(fn=_forward, configs=row_tiles, key=("N",))
+BACKWARD = Kernel(fn=_backward, configs=row_tiles, key=("N",))
 
 
 @triton_op("ds_stacking::add_layer_norm", mutates_args=())

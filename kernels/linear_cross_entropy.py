@@ -14,12 +14,11 @@ slice's final dW and db. So memory is one slice, not the logits, and every sum h
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
 from ds_stacking.kernels._launch import Kernel, check, launch, runs_kernels
+from ds_stacking.kernels._product import product, product_configs, tile_grid, tile_of, tile_width
 from torch.library import triton_op
 
 SLICE = 8192
@@ -28,51 +27,17 @@ SLICE = 8192
 # M rows (masked tokens), K hidden size, V vocabulary
 
 
-@triton.jit
-def _logits(
-    H, W, BIAS, row, column, rows, columns,
-    K: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, UPCAST_DOT: tl.constexpr,
-):  # fmt: skip
-    """A tile of h W^T + b, fp32 [BLOCK_M, BLOCK_N]; rows and columns beyond the matrix repeat its last ones."""
-    row = tl.minimum(row, rows - 1).to(tl.int64)
-    column = tl.minimum(column, columns - 1).to(tl.int64)
-    inner = tl.arange(0, BLOCK_K)
-    acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-    for k in range(0, K, BLOCK_K):
-        inside = k + inner < K
-        if K % BLOCK_K == 0:
-            h = tl.load(H + row[:, None] * K + (k + inner)[None, :])
-            w = tl.load(W + column[:, None] * K + (k + inner)[None, :])
-        else:
-            h = tl.load(H + row[:, None] * K + (k + inner)[None, :], mask=inside[None, :], other=0.0)
-            w = tl.load(W + column[:, None] * K + (k + inner)[None, :], mask=inside[None, :], other=0.0)
-        if UPCAST_DOT:
-            acc += tl.dot(h.to(tl.float32), tl.trans(w.to(tl.float32)))
-        else:
-            acc = tl.dot(h, tl.trans(w), acc, input_precision="ieee")
-    return acc + tl.load(BIAS + column).to(tl.float32)[None, :]
-
-
-@triton.jit
-def _tile(rows, columns, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP: tl.constexpr):
-    """Row and column of this program's tile, GROUP rows of tiles together so that their operands stay in L2."""
-    down, across = tl.cdiv(rows, BLOCK_M), tl.cdiv(columns, BLOCK_N)
-    group = tl.program_id(0) // (GROUP * across)
-    height = tl.minimum(down - group * GROUP, GROUP)
-    within = tl.program_id(0) % (GROUP * across)
-    return group * GROUP + within % height, within // height
-
-
 @triton.jit(do_not_specialize=["rows"])
 def _statistics(
     H, W, BIAS, TARGET, TILES, rows, columns, K: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr, UPCAST_DOT: tl.constexpr,
 ):  # fmt: skip
     """Per row and tile of columns: maximum, sum of exponentials, sum, target logit; TILES [tiles, 4, M] fp32."""
-    m, n = _tile(rows, columns, BLOCK_M, BLOCK_N, GROUP)
+    m, n = tile_of(rows, columns, BLOCK_M, BLOCK_N, GROUP)
     row = m * BLOCK_M + tl.arange(0, BLOCK_M)
     column = n * BLOCK_N + tl.arange(0, BLOCK_N)
-    x = _logits(H, W, BIAS, row, column, rows, columns, K, BLOCK_M, BLOCK_N, BLOCK_K, UPCAST_DOT)
+    x = product(H, W, row, column, rows, columns, K, BLOCK_M, BLOCK_N, BLOCK_K, UPCAST_DOT)
+    x += tl.load(BIAS + column, mask=column < columns, other=0.0).to(tl.float32)[None, :]
     inside = column[None, :] < columns
     target = tl.load(TARGET + row, mask=row < rows, other=-1)
     peak = tl.max(tl.where(inside, x, -float("inf")), axis=1)
@@ -121,11 +86,12 @@ def _gradient(
     UPCAST_DOT: tl.constexpr,
 ):  # fmt: skip
     """A tile of dx for vocabulary columns [begin, begin + columns); DX is [M, stride]."""
-    m, n = _tile(rows, columns, BLOCK_M, BLOCK_N, GROUP)
+    m, n = tile_of(rows, columns, BLOCK_M, BLOCK_N, GROUP)
     row = m * BLOCK_M + tl.arange(0, BLOCK_M)
     column = n * BLOCK_N + tl.arange(0, BLOCK_N)
     first = begin.to(tl.int64)
-    x = _logits(H, W + first * K, BIAS + first, row, column, rows, columns, K, BLOCK_M, BLOCK_N, BLOCK_K, UPCAST_DOT)
+    x = product(H, W + first * K, row, column, rows, columns, K, BLOCK_M, BLOCK_N, BLOCK_K, UPCAST_DOT)
+    x += tl.load(BIAS + first + column, mask=column < columns, other=0.0).to(tl.float32)[None, :]
     target = tl.load(TARGET + row, mask=row < rows, other=ignore)
     lse = tl.load(LSE + row, mask=row < rows, other=0.0)
     scale = tl.where(target == ignore, 0.0, tl.load(SCALE + row, mask=row < rows, other=0.0))
@@ -136,34 +102,9 @@ def _gradient(
     tl.store(at, dx, mask=(row[:, None] < rows) & (column[None, :] < columns))
 
 
-def _product_configs(target: str, meta: dict[str, Any]) -> list[triton.Config]:
-    if meta["ITEMSIZE"] == 4:
-        found = [(32, 32, 4, 1)]
-    else:
-        found = {
-            "sm_80": [(128, 32, 8, 3)],
-            "sm_90": [(128, 64, 8, 3), (256, 64, 8, 3)],
-            "sm_100": [(128, 64, 8, 3)],
-            "gfx942": [(128, 32, 8, 2)],
-        }[target]
-    return [
-        triton.Config({"BLOCK_M": m, "BLOCK_K": k, "GROUP": 8}, num_warps=warps, num_stages=stages)
-        for m, k, warps, stages in found
-    ]
-
-
-STATISTICS = Kernel(fn=_statistics, configs=_product_configs, key=("columns",))
+STATISTICS = Kernel(fn=_statistics, configs=product_configs, key=("columns",))
 MERGE = Kernel(fn=_merge, configs=lambda target, meta: [triton.Config({"BLOCK_M": 32, "BLOCK_T": 64}, num_warps=4)])
-GRADIENT = Kernel(fn=_gradient, configs=_product_configs, key=("columns",))
-
-
-def _tile_width(h: torch.Tensor) -> int:
-    """Columns of a tile; not tuned, because the number of tiles is the shape of an intermediate result."""
-    return 32 if h.element_size() == 4 else 128
-
-
-def _tiles(rows: int, columns: int, width: int) -> Any:
-    return lambda meta: (triton.cdiv(rows, meta["BLOCK_M"]) * triton.cdiv(columns, width),)
+GRADIENT = Kernel(fn=_gradient, configs=product_configs, key=("columns",))
 
 
 @triton_op("ds_stacking::linear_cross_entropy", mutates_args=())
@@ -179,12 +120,12 @@ def _linear_cross_entropy(
     """(loss [M] fp32, log-sum-exp [M] fp32)."""
     if not runs_kernels(h):
         return _forward_reference(h, weight, bias, target, ignore_index, label_smoothing, z_loss)
-    (rows, inner), columns, width = h.shape, weight.shape[0], _tile_width(h)
+    (rows, inner), columns, width = h.shape, weight.shape[0], tile_width(h.element_size())
     count = triton.cdiv(columns, width)
     tiles = torch.empty(count, 4, rows, dtype=torch.float32, device=h.device)
     loss, lse = (torch.empty(rows, dtype=torch.float32, device=h.device) for _ in range(2))
     launch(
-        STATISTICS, _tiles(rows, columns, width), h, weight, bias, target, tiles, rows, columns, K=inner,
+        STATISTICS, tile_grid(rows, columns, width), h, weight, bias, target, tiles, rows, columns, K=inner,
         BLOCK_N=width,
     )  # fmt: skip
     launch(
@@ -207,7 +148,7 @@ def _linear_cross_entropy_backward(
     z_loss: float,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """(dh [M, K], dW [V, K], db [V])."""
-    (rows, inner), vocabulary, width = h.shape, weight.shape[0], _tile_width(h)
+    (rows, inner), vocabulary, width = h.shape, weight.shape[0], tile_width(h.element_size())
     slices = triton.cdiv(vocabulary, SLICE)
     stride = triton.cdiv(triton.cdiv(vocabulary, slices), 128) * 128
     buffer = torch.empty(rows, stride, dtype=h.dtype, device=h.device)
@@ -218,7 +159,7 @@ def _linear_cross_entropy_backward(
         dx = buffer[:, : end - begin]
         if runs_kernels(h):
             launch(
-                GRADIENT, _tiles(rows, end - begin, width), h, weight, bias, target, lse, dloss, dx, rows, begin,
+                GRADIENT, tile_grid(rows, end - begin, width), h, weight, bias, target, lse, dloss, dx, rows, begin,
                 end - begin, stride, vocabulary, ignore_index, label_smoothing, z_loss, K=inner, BLOCK_N=width,
             )  # fmt: skip
         else:

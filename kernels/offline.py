@@ -14,14 +14,14 @@ import multiprocessing
 import re
 import subprocess
 import tempfile
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 import triton
-from ds_stacking.kernels._launch import TARGETS, Kernel, Launch
+from ds_stacking.kernels._launch import Kernel, Launch
+from ds_stacking.kernels.cases import CASES, Case
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import mangle_type
@@ -74,15 +74,15 @@ class Task:
     config: triton.Config
 
 
-def tasks(cases: dict[str, Sequence[Launch]], targets: Sequence[str] = TARGETS) -> list[Task]:
-    """Every configuration on every target of every recorded launch, repeated launches of a case once."""
-    found = {}
-    for case, launches in cases.items():
-        for launch in launches:
-            for target in targets:
+def tasks(cases: dict[str, Case]) -> list[Task]:
+    """Every launch of every case in every configuration on every target; what a case repeats, once."""
+    found: dict[tuple[str, str, str, str], Task] = {}
+    for name, case in cases.items():
+        for launch in case.launches():
+            for target in case.targets:
                 for config in launch.kernel.candidates(target, launch.args, launch.constexprs):
-                    task = Task(case=case, launch=launch, target=target, config=config)
-                    found.setdefault((case, launch.kernel.fn.__name__, target, str(config)), task)
+                    task = Task(case=name, launch=launch, target=target, config=config)
+                    found.setdefault((name, launch.kernel.fn.__name__, target, str(config)), task)
     return list(found.values())
 
 
@@ -206,8 +206,6 @@ def format_rows(rows: list[Compiled]) -> str:
 
 
 if __name__ == "__main__":
-    from ds_stacking.kernels.cases import recorded_cases
-
-    table = compile_all(tasks(recorded_cases()), workers=2)
+    table = compile_all(tasks(CASES), workers=2)
     write_table(table)
     print(format_rows(table))
