@@ -1,0 +1,81 @@
+"""Files and directories that survive a crash: private, written once, fsynced, hashed while they are written."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+from collections.abc import Iterable
+from pathlib import Path
+from typing import NamedTuple
+
+from ds_stacking.checkpoint.format import TEMPORARY
+
+CHUNK = 1 << 22
+"""Bytes hashed and written at a time; both release the interpreter lock."""
+
+
+class FileRecord(NamedTuple):
+    """What a manifest says of a file."""
+
+    size: int
+    sha256: str
+
+
+def write_file(path: Path, parts: Iterable[bytes | memoryview]) -> FileRecord:
+    """Write a new file, readable by its owner only, and force it to the disk. Raises OSError."""
+    hasher, size = hashlib.sha256(), 0
+    with open(path, "xb", opener=_private) as file:
+        for part in parts:
+            view = memoryview(part)
+            if view.nbytes == 0:
+                continue
+            view = view.cast("B")
+            for start in range(0, len(view), CHUNK):
+                chunk = view[start : start + CHUNK]
+                hasher.update(chunk)
+                file.write(chunk)
+                size += len(chunk)
+        file.flush()
+        os.fsync(file.fileno())
+    return FileRecord(size, hasher.hexdigest())
+
+
+def file_sha256(path: Path) -> str:
+    """The sha256 of a file's content, as hexadecimal digits."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def make_directory(path: Path) -> None:
+    """Make a directory that only its owner can enter, and its parents; an existing one is left as it is."""
+    path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+    path.mkdir(exist_ok=True, mode=0o700)
+
+
+def sync_directory(path: Path) -> None:
+    """Force a directory's entries to the disk."""
+    handle = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def remove_checkpoint(path: Path) -> None:
+    """Delete a directory; it loses its name first, so that a crash in between leaves no half of a checkpoint."""
+    doomed = path.with_name(f"{TEMPORARY}removed-{path.name}")
+    shutil.rmtree(doomed, ignore_errors=True)
+    os.rename(path, doomed)
+    shutil.rmtree(doomed, ignore_errors=True)
+
+
+def sweep(folder: Path, *, besides: Path | None = None) -> None:
+    """Delete what interrupted saves left in `folder`, all but `besides`; what cannot be deleted stays."""
+    for path in folder.glob(f"{TEMPORARY}*"):
+        if path != besides:
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def _private(path: str, flags: int) -> int:
+    return os.open(path, flags, 0o600)

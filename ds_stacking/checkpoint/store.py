@@ -1,0 +1,197 @@
+"""Checkpoints as stores of training state: the one executor reads from them and writes to them.
+
+A reader serves any number of ranks under any ZeRO stage, whatever wrote the checkpoint.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+import shutil
+from collections.abc import Mapping
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from ds_stacking.checkpoint import durable
+from ds_stacking.checkpoint.durable import FileRecord, file_sha256, write_file
+from ds_stacking.checkpoint.format import STATE, TEMPORARY, PieceFile, parse_key, rank_file, tensor_key, tensors_file
+from ds_stacking.checkpoint.job import publish
+from ds_stacking.checkpoint.manifest import Unusable, read_manifest
+from ds_stacking.config import UserError
+from ds_stacking.growth.plan import ParameterInfo
+from ds_stacking.growth.state import KINDS, Kind, TensorSlice
+
+
+class CheckpointReader:
+    """The state in a checkpoint (StateReader of ds_stacking.growth.state); all ranks see all of it.
+
+    Files are mapped into memory: a rank reads from the disk only what it asks for. `find` or `newest_valid`
+    (ds_stacking.checkpoint.select) comes first; here only headers are checked. Raises UserError where the tensors
+    do not cover the parameters.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        try:
+            self.manifest = read_manifest(path)
+            content = json.loads((path / STATE).read_bytes())
+            self.step: int = content["step"]
+            self.parameters = {name: ParameterInfo(**info) for name, info in content["parameters"].items()}
+            self.extra: dict[str, Any] = content["extra"]
+            self._pieces = self._index()
+        except (Unusable, OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
+            raise UserError(f"Checkpoint {path} cannot be loaded: {error}; choose another one.") from None
+
+    @property
+    def steps(self) -> dict[str, int]:
+        """Adam's step count of every parameter."""
+        return {name: info.step for name, info in self.parameters.items()}
+
+    def generators(self, rank: int, world_size: int) -> dict[str, Any] | None:
+        """The generators of `rank` for `restore_generators`; None where other ranks wrote the checkpoint.
+
+        At another world size no saved state is right: two ranks must never draw the same dropout masks.
+        """
+        if world_size != self.manifest.world_size or rank_file(rank) not in self.manifest.files:
+            return None
+        return json.loads((self.path / rank_file(rank)).read_bytes())
+
+    def slices(self) -> list[TensorSlice]:
+        """Every tensor, whole, on every rank."""
+        return [TensorSlice(name, 0, info.numel) for name, info in self.parameters.items()]
+
+    def read(self, piece: TensorSlice, kind: Kind) -> Tensor:
+        """The elements of `piece`: [N] float32; a read-only view of one file where they lie in one."""
+        parts = []
+        for held, file in self._pieces[piece.name]:
+            start, stop = max(piece.start, held.start), min(piece.stop, held.stop)
+            if start < stop:
+                stored = file.get_slice(tensor_key(held, kind))
+                parts.append(stored[start - held.start : stop - held.start])
+        return parts[0] if len(parts) == 1 else torch.cat(parts) if parts else torch.empty(0)
+
+    def _index(self) -> dict[str, list[tuple[TensorSlice, Any]]]:
+        """The pieces of every parameter in order, each with the open file that holds it."""
+        found: dict[str, dict[Kind, list[tuple[TensorSlice, Any]]]] = {
+            name: {kind: [] for kind in KINDS} for name in self.parameters
+        }
+        for rank in range(self.manifest.world_size):
+            file = safe_open(self.path / tensors_file(rank), framework="pt")
+            for key in file.keys():  # noqa: SIM118 (safe_open is no mapping)
+                piece, kind = parse_key(key)
+                stored = file.get_slice(key)
+                if stored.get_dtype() != "F32" or stored.get_shape() != [piece.numel]:
+                    raise ValueError(f"{key} in {tensors_file(rank)} is not [{piece.numel}] float32")
+                found[piece.name][kind].append((piece, file))
+        for name, info in self.parameters.items():
+            for kind in KINDS:
+                _check_cover(name, info.numel, [piece for piece, _ in found[name][kind]])
+        return {name: sorted(kinds["master"], key=lambda item: item[0].start) for name, kinds in found.items()}
+
+
+class CheckpointState:
+    """A checkpoint in the making (StateWriter), for growth without engines in one process.
+
+    The file is mapped into memory, so that what was written may leave it again. What is not written is zero.
+
+        with CheckpointState(folder, step, plan.parameters, extra={}, identity={}) as target:
+            execute(plan, CheckpointReader(path), target, OneRank())
+            target.publish()
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        step: int,
+        parameters: Mapping[str, ParameterInfo],
+        *,
+        extra: Mapping[str, Any],
+        identity: Mapping[str, Any],
+    ) -> None:
+        """Reserve the file in `folder`; nothing is to be seen there before `publish`. Raises OSError."""
+        self.folder, self.step, self.extra, self.identity = folder.absolute(), step, extra, identity
+        self.parameters = dict(parameters)
+        self._wholes = {name: TensorSlice(name, 0, info.numel) for name, info in parameters.items()}
+        self._layout = PieceFile(list(self._wholes.values()))
+        self._temporary = self.folder / f"{TEMPORARY}step-{step}-{secrets.token_hex(8)}"
+        durable.make_directory(self._temporary)
+        self._path = self._temporary / tensors_file(0)
+        try:
+            self._elements = self._reserve()
+        except OSError:
+            self.__exit__()
+            raise
+
+    def __enter__(self) -> CheckpointState:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Remove what was not published."""
+        shutil.rmtree(self._temporary, ignore_errors=True)
+
+    def slices(self) -> list[TensorSlice]:
+        """Every tensor, whole."""
+        return list(self._wholes.values())
+
+    def read(self, piece: TensorSlice, kind: Kind) -> Tensor:
+        """A view into the file."""
+        start = self._layout.position(self._wholes[piece.name], kind) + piece.start
+        return self._elements[start : start + piece.numel]
+
+    def write(self, piece: TensorSlice, kind: Kind, values: Tensor) -> None:
+        """Put the elements into the file."""
+        self.read(piece, kind).copy_(values)
+
+    def commit(self, steps: Mapping[str, int]) -> None:
+        """Keep the step counts."""
+        self.parameters = {name: replace(info, step=steps[name]) for name, info in self.parameters.items()}
+
+    def publish(self) -> Path:
+        """Make it a checkpoint that is never pruned; its path. Raises OSError."""
+        with open(self._path, "rb+") as file:
+            os.fsync(file.fileno())
+        parameters = {name: asdict(info) for name, info in self.parameters.items()}
+        content = {"step": self.step, "parameters": parameters, "extra": self.extra}
+        files = {
+            tensors_file(0): FileRecord(self._layout.nbytes, file_sha256(self._path)),
+            STATE: write_file(self._temporary / STATE, [json.dumps(content).encode()]),
+        }
+        return publish(
+            self._temporary,
+            self.folder,
+            step=self.step,
+            keep=True,
+            world_size=1,
+            identity=dict(self.identity),
+            files=files,
+        )
+
+    def _reserve(self) -> Tensor:
+        """The file with its header, mapped into memory: its elements [3 * N] float32, all zero.
+
+        Its blocks are taken at once, so that a full disk is an error here and not a crash on a later write.
+        """
+        header = self._layout.header
+        with open(self._path, "xb") as file:
+            os.fchmod(file.fileno(), 0o600)
+            os.posix_fallocate(file.fileno(), 0, self._layout.nbytes)
+            file.write(header)
+        mapped = torch.from_file(str(self._path), shared=True, size=self._layout.nbytes // 4, dtype=torch.float32)
+        return mapped[len(header) // 4 :]
+
+
+def _check_cover(name: str, numel: int, pieces: list[TensorSlice]) -> None:
+    """Raise ValueError unless `pieces` cover elements 0..numel exactly once."""
+    at = 0
+    for piece in sorted(pieces, key=lambda piece: piece.start):
+        if piece.start != at:
+            break
+        at = piece.stop
+    if at != numel:
+        raise ValueError(f"it does not hold all of {name}")

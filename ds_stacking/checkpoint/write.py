@@ -1,0 +1,210 @@
+"""Saving: the training loop waits for the copy out of the engine only, and no failed write ever stops it."""
+
+from __future__ import annotations
+
+import json
+import queue
+import secrets
+import threading
+import time
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from ds_stacking.checkpoint.durable import sweep
+from ds_stacking.checkpoint.format import PieceFile
+from ds_stacking.checkpoint.generators import capture_generators
+from ds_stacking.checkpoint.job import SaveJob, explain
+from ds_stacking.checkpoint.manifest import Unusable
+from ds_stacking.checkpoint.retention import prune
+from ds_stacking.checkpoint.snapshot import Snapshot, responsible
+from ds_stacking.checkpoint.verify import verify
+from ds_stacking.config import UserError
+from ds_stacking.growth.exchange import Exchange
+from ds_stacking.growth.plan import ParameterInfo
+from ds_stacking.growth.state import StateReader
+
+
+@dataclass(frozen=True, kw_only=True)
+class SaveReport:
+    """How a save ended on this rank."""
+
+    step: int
+    path: Path | None = None
+    """The published checkpoint, on rank 0."""
+    seconds: float = 0.0
+    """From the call until it was on the disk."""
+    error: str | None = None
+    """Why there is no such checkpoint; the ones before it stay."""
+    warning: str | None = None
+    """What else went wrong although it was saved."""
+
+    @property
+    def line(self) -> str:
+        """The report in one line."""
+        if self.error:
+            return (
+                f"The checkpoint at step {self.step} was not saved: {self.error}. Older ones stay; training goes on."
+            )
+        saved = f"Checkpoint at step {self.step} saved in {self.seconds:.1f} s."
+        return f"{saved} {self.warning}" if self.warning else saved
+
+
+class CheckpointWriter:
+    """Saves checkpoints into one folder. Every rank has one and calls `save` and `wait` together with the others.
+
+    Nothing here raises because of the disk: what went wrong is found in `reports()`.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        exchange: Exchange,
+        *,
+        identity: Mapping[str, Any],
+        keep: int = 2,
+        asynchronous: bool = True,
+        patience: float = 600.0,
+    ) -> None:
+        """Make a writer; the folder itself is made by the first save.
+
+        identity      plain JSON values that a run must share with this one to load its checkpoints
+        keep          newest valid checkpoints that stay beside those saved with `keep=True`
+        asynchronous  write in a background thread
+        patience      seconds after which a rank that is not done, or a write under way, is given up
+        """
+        if keep < 1:
+            raise UserError(f"keep is {keep}; at least 1 checkpoint must be kept.")
+        self.folder, self.exchange, self.identity = folder.absolute(), exchange, dict(identity)
+        self.keep, self.asynchronous, self.patience = keep, asynchronous, patience
+        self._snapshot = Snapshot()
+        self._thread: threading.Thread | None = None
+        self._succeeded = True
+        self._valid: dict[Path, bool] = {}
+        self._reports: queue.SimpleQueue[SaveReport] = queue.SimpleQueue()
+        if exchange.rank == 0:
+            sweep(self.folder)
+
+    def save(
+        self,
+        step: int,
+        state: StateReader,
+        parameters: Mapping[str, ParameterInfo],
+        *,
+        extra: Mapping[str, Any],
+        keep: bool = False,
+        required: bool = False,
+    ) -> None:
+        """Copy the state, the generators and `extra` (plain JSON values, rank 0's count), and write them.
+
+        `parameters` carry their current step counts. While the save before is still being written this one is
+        skipped, unless it is `required` or to be kept for good (`keep`): then that one is waited for.
+        """
+        start = time.perf_counter()
+        if not self._ready(wait=required or keep):
+            self._finish(SaveReport(step=step, error="the save before it is still being written"))
+            return
+        rank = self.exchange.rank
+        attempt = self.exchange.total(secrets.randbits(62) if rank == 0 else 0)
+        tables = self.exchange.tables(state.slices(), list(parameters))
+        content = {"step": step, "parameters": {name: asdict(info) for name, info in parameters.items()}}
+        job = SaveJob(
+            folder=self.folder,
+            attempt=attempt,
+            rank=rank,
+            world_size=self.exchange.world_size,
+            step=step,
+            keep=keep,
+            identity=self.identity,
+            state=json.dumps(content | {"extra": extra}).encode(),
+            generators=json.dumps(capture_generators()).encode(),
+            file=PieceFile(responsible(tables, rank)),
+            patience=self.patience,
+        )
+        try:
+            values = self._snapshot.take(state, job.file)
+        except (MemoryError, RuntimeError) as error:
+            self._fail(job, error)
+            return
+        if self.asynchronous:
+            self._thread = threading.Thread(target=self._run, args=(job, values, start), name="save", daemon=True)
+            self._thread.start()
+        else:
+            self._run(job, values, start)
+
+    def reports(self) -> list[SaveReport]:
+        """The saves that ended since the last call, without waiting."""
+        ended = []
+        while not self._reports.empty():
+            ended.append(self._reports.get())
+        return ended
+
+    def wait(self, timeout: float | None = None) -> bool:
+        """Wait for the save under way, `timeout` seconds at most (default: twice `patience`).
+
+        Returns, on every rank, whether the last save succeeded. All ranks call it together.
+        """
+        ended = self._join(timeout)
+        return self.exchange.total(int(not (ended and self._succeeded))) == 0
+
+    def close(self) -> None:
+        """Wait for this rank's part of the save under way; for the end of a run, however it came."""
+        self._join(None)
+
+    def _ready(self, *, wait: bool) -> bool:
+        """Whether no rank is writing any more."""
+        if wait:
+            self._join(None)
+        writing = self._thread is not None and self._thread.is_alive()
+        return self.exchange.total(int(writing)) == 0
+
+    def _join(self, timeout: float | None) -> bool:
+        if self._thread is not None:
+            self._thread.join(2 * self.patience if timeout is None else timeout)
+            return not self._thread.is_alive()
+        return True
+
+    def _run(self, job: SaveJob, values: Tensor, start: float) -> None:
+        """In the background: nothing may escape from here."""
+        path = warning = None
+        try:
+            if job.rank == 0:
+                sweep(self.folder, besides=job.temporary)
+            job.write_share(values)
+            if job.rank == 0:
+                path = job.publish()
+                warning = self._tidy(path)
+        except Exception as error:
+            self._fail(job, error)
+        else:
+            self._finish(SaveReport(step=job.step, path=path, seconds=time.perf_counter() - start, warning=warning))
+
+    def _fail(self, job: SaveJob, error: Exception) -> None:
+        job.give_up(explain(error))
+        self._finish(SaveReport(step=job.step, error=explain(error)))
+
+    def _finish(self, report: SaveReport) -> None:
+        self._succeeded = report.error is None
+        self._reports.put(report)
+
+    def _tidy(self, newest: Path) -> str | None:
+        """Rank 0: delete what is no longer needed; what went wrong with that."""
+        self._valid[newest] = True
+        try:
+            prune(self.folder, keep=self.keep, is_valid=self._is_valid)
+        except OSError as error:
+            return f"Older ones could not be deleted: {explain(error)}."
+        return None
+
+    def _is_valid(self, path: Path) -> bool:
+        """Checked once by each process: a save must not read all older ones again."""
+        if path not in self._valid:
+            try:
+                verify(path)
+                self._valid[path] = True
+            except Unusable:
+                self._valid[path] = False
+        return self._valid[path]
