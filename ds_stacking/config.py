@@ -43,10 +43,10 @@ class ModelConfig:
     """LayerNorm before each sub-layer (as Megatron-LM's BERT) or after the residual sum (as the original BERT)."""
     activation: Literal["gelu", "gelu_tanh"] = "gelu"
     """Exact (erf) GELU or its tanh approximation."""
-    dropout: float = 0.1
-    """Dropout of embeddings and of both sub-layers' outputs."""
-    attention_dropout: float = 0.1
-    """Dropout of attention probabilities."""
+    dropout: float = 0.0
+    """Dropout of embeddings and of both sub-layers' outputs; BERT's is 0.1."""
+    attention_dropout: float = 0.0
+    """Dropout of attention probabilities; BERT's is 0.1."""
     layer_norm_eps: float = 1e-12
     """Epsilon of every LayerNorm."""
     initializer_range: float = 0.02

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -112,9 +113,11 @@ class EngineFactory:
 
 def init_distributed() -> None:
     """Join the default process group; a process that no launcher started becomes the only rank."""
-    for name, value in {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}.items():
-        os.environ.setdefault(name, value)
-    os.environ.setdefault("MASTER_PORT", "29500")
+    alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
+    if "RANK" not in os.environ:
+        with socket.socket() as probe:  # a fixed port might be another run's
+            probe.bind((alone["MASTER_ADDR"], 0))
+            os.environ |= alone | {"MASTER_PORT": str(probe.getsockname()[1])}
     get_accelerator().set_device(int(os.environ["LOCAL_RANK"]))
     deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)
 

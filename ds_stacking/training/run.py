@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import os
 import platform
 from collections.abc import Mapping
@@ -35,6 +37,7 @@ def pretrain(config: RunConfig) -> None:
     """Run `config` to the end. Every rank calls it; bad input raises UserError before anything is written."""
     rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     _limit_threads()
+    _keep_freed_memory()
     if rank == 0:
         check_run_directory(config)
     ds_config = load_ds_config(config.deepspeed_config)
@@ -62,6 +65,19 @@ def _limit_threads() -> None:
     if "OMP_NUM_THREADS" not in os.environ:
         local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or "1")
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_ranks))
+
+
+def _keep_freed_memory() -> None:
+    """Let glibc keep what a step frees for the next step, which takes the same sizes again.
+
+    By default large buffers go back to the kernel, which clears every page anew; on a CPU that costs a step a tenth
+    and more of its time. Elsewhere than on glibc there is no mallopt, and nothing happens.
+    """
+    mmap_threshold, trim_threshold = -3, -1  # M_MMAP_THRESHOLD, M_TRIM_THRESHOLD of malloc.h
+    with contextlib.suppress(OSError, AttributeError):
+        libc = ctypes.CDLL("libc.so.6")
+        libc.mallopt(mmap_threshold, 32 << 20)  # the largest that it takes
+        libc.mallopt(trim_threshold, 1 << 30)
 
 
 def _precision(config: RunConfig) -> tuple[bool, str]:
