@@ -61,13 +61,14 @@ def parse_run(arguments: Sequence[str]) -> RunConfig:
     known = field_types(RunConfig)
     try:
         parsed = parser.parse_args(options)
+        stages = _stages(parsed["stages"])
         _refuse_nulls(known, parsed)
         built = vars(parser.instantiate(parsed))
     except UserError:
         raise
     except (ArgumentError, ValueError, TypeError) as error:
         raise UserError(_explain(str(error), known)) from None
-    return RunConfig(**{**{field.name: built[field.name] for field in fields(RunConfig)}, "stages": _stages(parsed)})
+    return RunConfig(**{**{field.name: built[field.name] for field in fields(RunConfig)}, "stages": stages})
 
 
 def field_types(config: type, prefix: str = "") -> dict[str, Any]:
@@ -114,7 +115,7 @@ def _recipe_file(name: str) -> str:
 def _check_recipe(path: str) -> None:
     """Raise UserError for a recipe that cannot be read, is no JSON object or has a key that no option has."""
     try:
-        recipe = json.loads(Path(path).read_text(encoding="utf-8"))
+        recipe = json.loads(Path(path).read_text(encoding="utf-8"), parse_constant=_no_number)
     except OSError as error:
         raise UserError(f"Recipe {path} cannot be read: {error.strerror}.") from None
     except ValueError as error:  # no JSON, or bytes that are no text
@@ -131,13 +132,19 @@ def _check_recipe(path: str) -> None:
                 _check_key(f"{key}.{inner}", known)
 
 
-def _stages(parsed: Namespace) -> Any:
+def _no_number(constant: str) -> None:
+    """Refuse what Python's parser takes for JSON: NaN, Infinity and -Infinity."""
+    raise ValueError(f"{constant} is no number")
+
+
+def _stages(given: Any) -> str | list[StageConfig]:
     """The stages, objects of a JSON list turned into StageConfig; text is left to RunConfig."""
-    given = parsed["stages"]
     if isinstance(given, str):
         return given
     if not isinstance(given, list):
-        raise UserError(f"stages is {given!r}; it must be text such as 3:50000,6:70000 or a list of objects.")
+        raise UserError(
+            f"stages is {json.dumps(given)}; it must be text such as 3:50000,6:70000 or a list of objects."
+        )
     return [_stage(number, stage) for number, stage in enumerate(given)]
 
 
@@ -149,7 +156,7 @@ def _stage(number: int, stage: Any) -> StageConfig:
     for key in stage:
         _check_key(key, known, f"{where}.")
     for field in fields(StageConfig):
-        if field.default is MISSING and field.name not in stage:
+        if field.default is MISSING and stage.get(field.name) is None:
             raise UserError(f"{where} has no {field.name}; give it layers and steps.")
     parser = ArgumentParser(exit_on_error=False, parser_mode="json")
     parser.add_class_arguments(StageConfig, nested_key=None)
@@ -205,7 +212,7 @@ def _explain(message: str, known: Mapping[str, Any], where: str = "") -> str:
     """One sentence for a message of jsonargparse; `known` holds the type of every option."""
     text = re.sub(r"\s+", " ", message).strip().rstrip(".")
     if match := re.search(r"[Pp]arser key [\"']([\w.]+)[\"']", text):
-        value = re.search(r"(?:Got value: |Unable to load config [\"'])(.*?)[\"']?(?: - .*)?$", text)
+        value = re.search(r"(?:(?:Got|Given) value: |Unable to load config [\"'])(.*?)[\"']?(?: - .*)?$", text)
         if match[1] in known and value:
             return _wrong_type(where + match[1], known[match[1]], value[1])
     if match := re.search(r"argument (--[\w.]+)[^:]*: expected one argument", text):

@@ -1,0 +1,253 @@
+"""Options and recipes: what wins, what is refused and in which words, exit codes."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ds_stacking import command_line
+from ds_stacking.command_line import RECIPES, field_types, make_parser, parse_run, run_main
+from ds_stacking.config import RunConfig, UserError
+from ds_stacking.engine.ds_config import load_ds_config
+from ds_stacking.training.batching import plan_batch
+from ds_stacking.training.run import check_stages
+
+ROOT = Path(__file__).parents[1]
+SHIPPED = sorted(path.stem for path in RECIPES.glob("*.json"))
+
+
+def write(folder: Path, content: Any) -> str:
+    """A recipe file; `content` is its text or a value to be written as JSON."""
+    path = folder / "recipe.json"
+    path.write_text(content if isinstance(content, str) else json.dumps(content))
+    return str(path)
+
+
+def refusal(*arguments: str) -> str:
+    """The sentence with which a command line is refused."""
+    with pytest.raises(UserError) as error:
+        parse_run(arguments)
+    message = str(error.value)
+    assert "\n" not in message and message[-1] in ".?", message
+    return message
+
+
+def recipe(name: str) -> dict[str, Any]:
+    return json.loads((RECIPES / f"{name}.json").read_text())
+
+
+def test_no_options_are_the_quickstart() -> None:
+    assert parse_run([]) == RunConfig()
+
+
+def test_quickstart_recipe_equals_the_defaults() -> None:
+    config = parse_run(["--recipe", "quickstart"])
+    assert config.description
+    config.description = ""
+    assert config == RunConfig()
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_recipes_are_complete(name: str) -> None:
+    """A recipe names every field, so that a changed default never changes it; where a run is kept is no part of it."""
+    content = recipe(name)
+    assert content["name"] == name
+    assert content["description"]
+    given = set(content) | {
+        f"{key}.{inner}" for key, value in content.items() if isinstance(value, dict) for inner in value
+    }
+    assert given == set(field_types(RunConfig)) - {"output_dir", "overwrite"}
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 4, 8])
+@pytest.mark.parametrize("name", SHIPPED)
+def test_recipes_divide_by_ranks_and_grow(name: str, world_size: int) -> None:
+    config = parse_run(["--recipe", name])
+    ds_config = load_ds_config(str(ROOT / config.deepspeed_config))
+    plans = check_stages(config, ds_config, bf16=config.precision == "bf16", world_size=world_size)
+    for stage, plan in zip(config.stages, plans, strict=True):
+        tokens = stage.tokens_per_step or config.tokens_per_step
+        ours = plan.world_size * plan.accumulation * plan.micro_batch_size * config.corpus.sequence_length
+        assert ours == tokens
+        assert plan.micro_batch_size <= (stage.micro_batch_size or config.micro_batch_size)
+
+
+def test_gong2019_has_the_published_numbers() -> None:
+    """reproduce_bert.sh: --max-tokens x --update-freq x 4 GPUs, --lr, --end-lr, --warmup-updates, --max-update."""
+    config = parse_run(["--recipe", "bert_base_gong2019"])
+    stages = config.stages
+    assert [(stage.layers, stage.steps) for stage in stages] == [(3, 50_000), (6, 70_000), (12, 280_000)]
+    assert [stage.tokens_per_step for stage in stages] == [25_600 * 4, 14_336 * 2 * 4, 10_240 * 3 * 4]
+    assert [(stage.lr, stage.lr_end) for stage in stages] == [(8e-4, 5.5e-4), (5.5e-4, 3e-4), (3e-4, 0.0)]
+    assert [stage.warmup_steps for stage in stages] == [10_000, 0, 0]
+    assert [stage.lr_steps for stage in stages] == [None, None, 800_000]
+    plans = [plan_batch(config, stage, 4) for stage in stages]
+    assert [plan.accumulation for plan in plans] == [1, 2, 3]
+    assert (config.operator, config.optimizer_state, config.precision) == ("stack", "reset", "fp32")
+    adam = config.optimizer
+    assert (adam.betas, adam.eps, adam.weight_decay, adam.decay_all, adam.clip) == ((0.9, 0.999), 1e-6, 0.01, True, 0)
+    assert config.model.next_sentence and config.model.norm == "pre"
+
+
+@pytest.mark.parametrize("front", [True, False])
+def test_options_override_the_recipe_wherever_they_stand(tmp_path: Path, front: bool) -> None:
+    path = write(tmp_path, {"lr": 0.5, "seed": 7, "model": {"hidden_size": 64, "dropout": 0.0}})
+    options = ["--lr", "0.25", "--model.hidden_size=32"]
+    config = parse_run([*options, "--recipe", path] if front else [f"--recipe={path}", *options])
+    assert (config.lr, config.seed, config.model.hidden_size, config.model.dropout) == (0.25, 7, 32, 0.0)
+
+
+def test_feed_forward_width_follows_the_width_given(tmp_path: Path) -> None:
+    assert parse_run(["--model.hidden_size", "64"]).model.intermediate_size == 256
+    assert parse_run(["--recipe", write(tmp_path, {"model": {"hidden_size": 64}})]).model.intermediate_size == 256
+
+
+def test_switches_need_no_value() -> None:
+    config = parse_run(["--overwrite", "--model.next_sentence", "--corpus.lowercase", "false"])
+    assert config.overwrite and config.model.next_sentence and not config.corpus.lowercase
+
+
+def test_the_launchers_own_option_is_ignored() -> None:
+    assert parse_run(["--local_rank=1", "--seed", "3"]).seed == 3
+
+
+def test_stage_objects_on_the_command_line() -> None:
+    (stage,) = parse_run(["--stages", '[{"layers": 2, "steps": 3, "lr": 1e-3}]']).stages
+    assert (stage.layers, stage.steps, stage.lr) == (2, 3, 1e-3)
+
+
+def test_printed_configuration_is_a_recipe(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    options = ["--lr", "0.25", "--stages", "2:3,4:5", "--model.hidden_size", "64"]
+    with pytest.raises(SystemExit) as end:
+        parse_run([*options, "--print_config"])
+    assert end.value.code == 0
+    assert parse_run(["--recipe", write(tmp_path, capsys.readouterr().out)]) == parse_run(options)
+
+
+def test_help_explains_every_option() -> None:
+    actions = {action.dest: action.help for action in make_parser()._actions}
+    assert all(actions[name] for name in field_types(RunConfig))
+    assert "Peak learning rate." in actions["lr"]
+    assert "0 means four times hidden_size" in actions["model.intermediate_size"]
+
+
+@pytest.mark.parametrize(
+    ("option", "near"),
+    [
+        ("--lrr", "lr"),
+        ("--hiden_size", "model.hidden_size"),
+        ("--model.hiden_size", "model.hidden_size"),
+        ("--corpus.seqence_length", "corpus.sequence_length"),
+        ("--recip", "recipe"),
+        ("--beta", "optimizer.betas"),
+    ],
+)
+def test_unknown_options_name_the_nearest(option: str, near: str) -> None:
+    unknown = option.removeprefix("--")
+    wanted = f"Unknown option or recipe key {unknown!r}; did you mean {near!r}?"
+    assert refusal(option, "3") == refusal(f"{option}=3") == wanted
+
+
+def test_nothing_near_is_not_guessed() -> None:
+    assert refusal("--zzzzzz", "1") == "Unknown option or recipe key 'zzzzzz'; --help lists all."
+    assert refusal("extra") == "Argument 'extra' belongs to no option; options begin with --, and --help lists them."
+
+
+@pytest.mark.parametrize(
+    ("content", "sentence"),
+    [
+        ({"schedul": "wsd"}, "Unknown option or recipe key 'schedul'; did you mean 'schedule'?"),
+        (
+            {"model": {"hiden_size": 3}},
+            "Unknown option or recipe key 'model.hiden_size'; did you mean 'model.hidden_size'?",
+        ),
+        (
+            {"stages": [{"layers": 2, "steps": 3}, {"layers": 4, "steps": 3, "warmup_step": 3}]},
+            "Unknown option or recipe key 'stages[1].warmup_step'; did you mean 'warmup_steps'?",
+        ),
+        ({"stages": [{"layers": 2}]}, "stages[0] has no steps; give it layers and steps."),
+        ({"stages": [{"layers": "two", "steps": 1}]}, "stages[0].layers is two; it must be a whole number."),
+        ({"stages": [{"layers": 2, "steps": 1, "lr": "x"}]}, "stages[0].lr is x; it must be a finite number or null."),
+        ({"stages": [{"layers": 2, "steps": None}]}, "stages[0] has no steps; give it layers and steps."),
+        (
+            {"stages": [{"layers": 2, "steps": 1, "rewarm_steps": None}]},
+            "stages[0].rewarm_steps is null; it must be a whole number.",
+        ),
+        ({"stages": [7]}, 'stages[0] is 7; it must be an object such as {"layers": 3, "steps": 50000}.'),
+        ({"stages": 5}, "stages is 5; it must be text such as 3:50000,6:70000 or a list of objects."),
+        ({"stages": None}, "stages is null; it must be text such as 3:50000,6:70000 or a list of objects."),
+        ({"lr": "fast"}, "lr is fast; it must be a finite number."),
+        ({"lr": None}, "lr is null; it must be a finite number."),
+        ({"seed": 1.5}, "seed is 1.5; it must be a whole number."),
+        ({"overwrite": "maybe"}, "overwrite is maybe; it must be true or false."),
+        ({"model": 7}, "model is 7; it must be an object of its fields."),
+        ({"model": {"norm": "mid"}}, "model.norm is mid; it must be pre or post."),
+        ({"optimizer": {"betas": [0.9]}}, "optimizer.betas is [0.9]; it must be a list of 2 numbers."),
+        ({"recipe": "x"}, "Unknown option or recipe key 'recipe'; --help lists all."),
+    ],
+)
+def test_bad_recipes(tmp_path: Path, content: Any, sentence: str) -> None:
+    assert refusal("--recipe", write(tmp_path, content)) == sentence
+
+
+@pytest.mark.parametrize("content", ["", "{", "lr: 1", '{"lr": 1,}', '{"lr": NaN}'])
+def test_recipe_that_is_no_json(tmp_path: Path, content: str) -> None:
+    assert refusal("--recipe", write(tmp_path, content)).startswith(f"Recipe {tmp_path}/recipe.json is no JSON: ")
+
+
+def test_recipe_that_is_binary_or_no_object(tmp_path: Path) -> None:
+    assert "must be a JSON object" in refusal("--recipe", write(tmp_path, "[1]"))
+    (tmp_path / "recipe.json").write_bytes(b"\xff\xfe\x00")
+    assert "is no JSON" in refusal("--recipe", str(tmp_path / "recipe.json"))
+
+
+def test_missing_recipe(tmp_path: Path) -> None:
+    assert refusal("--recipe", "quikstart").endswith("is no file and no shipped recipe; did you mean 'quickstart'?")
+    assert "shipped are bert_base_gong2019, " in refusal("--recipe", str(tmp_path / "nothing.json"))
+    assert "shipped are bert_base_gong2019, " in refusal("--recipe", str(tmp_path))
+    assert refusal("--recipe") == "--recipe needs a value."
+    assert refusal("--recipe", "quickstart", "--recipe=quickstart") == "--recipe is given 2 times; give one recipe."
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["--lr", "fast"], "lr is fast; it must be a finite number."),
+        (["--lr", "inf"], "lr is inf; it must be a finite number."),
+        (["--lr", "null"], "lr is None; it must be a finite number."),
+        (["--lr"], "--lr needs a value."),
+        (["--stages"], "--stages needs a value."),
+        (["--precision", "fp16"], "precision is fp16; it must be auto or bf16 or fp32."),
+        (["--model", "x"], "model is x; it must be an object of its fields."),
+        (["--stages", "3x4"], "Stage '3x4' of '3x4' is not LAYERS:STEPS; write for example 3:50000,6:70000."),
+    ],
+)
+def test_bad_values(arguments: list[str], sentence: str) -> None:
+    assert refusal(*arguments) == sentence
+
+
+def test_growth_that_cannot_be_is_refused() -> None:
+    ds_config = load_ds_config(str(ROOT / "ds_configs/zero2.json"))
+    for stages, part in (("3:5,8:5", "8 is not a multiple of 3"), ("4:5,2:5", "would shrink the model")):
+        with pytest.raises(UserError, match=part):
+            check_stages(parse_run(["--stages", stages]), ds_config, bf16=False, world_size=1)
+
+
+def raises(error: BaseException | None) -> int:
+    def body() -> None:
+        if error is not None:
+            raise error
+
+    return run_main(body)
+
+
+def test_exit_codes(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(command_line, "WAIT_FOR_RANK_0", 0.0)
+    assert raises(None) == 0
+    assert raises(RuntimeError("broken")) == 1
+    assert "RuntimeError: broken" in capsys.readouterr().err
+    assert raises(UserError("This is wrong; mend it.")) == 2
+    assert capsys.readouterr().err == "error: This is wrong; mend it.\n"

@@ -1,0 +1,116 @@
+"""Checks of the run configuration: every refusal is one sentence that names the field."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from typing import Any
+
+import pytest
+
+from ds_stacking.config import (
+    OPTIMIZER_STATES,
+    CorpusConfig,
+    ModelConfig,
+    OptimizerConfig,
+    RunConfig,
+    StageConfig,
+    UserError,
+    parse_stages,
+)
+from ds_stacking.growth.policies import policy
+
+REFUSED: list[tuple[type, dict[str, Any], str]] = [
+    (ModelConfig, {"hidden_size": 130, "num_heads": 4}, "hidden_size 130 is not divisible by model.num_heads 4"),
+    (ModelConfig, {"hidden_size": 0}, "model.hidden_size is 0"),
+    (ModelConfig, {"num_heads": -2}, "model.num_heads is -2"),
+    (ModelConfig, {"intermediate_size": -1}, "model.intermediate_size is -1"),
+    (ModelConfig, {"max_positions": 0}, "model.max_positions is 0"),
+    (ModelConfig, {"vocab_size": -1}, "model.vocab_size is -1"),
+    (ModelConfig, {"dropout": 1.0}, "model.dropout is 1.0"),
+    (ModelConfig, {"attention_dropout": -0.1}, "model.attention_dropout is -0.1"),
+    (ModelConfig, {"layer_norm_eps": 0.0}, "model.layer_norm_eps is 0.0"),
+    (ModelConfig, {"initializer_range": 0.0}, "model.initializer_range is 0.0"),
+    (CorpusConfig, {"sequence_length": 7}, "corpus.sequence_length is 7"),
+    (CorpusConfig, {"masking_rate": 1.0}, "corpus.masking_rate is 1.0"),
+    (CorpusConfig, {"eval_percent": 0.0}, "corpus.eval_percent is 0.0"),
+    (CorpusConfig, {"vocab_size": 10}, "corpus.vocab_size is 10"),
+    (CorpusConfig, {"max_documents": -1}, "corpus.max_documents is -1"),
+    (OptimizerConfig, {"betas": (0.9, 1.0)}, "optimizer.betas holds 1.0"),
+    (OptimizerConfig, {"weight_decay": -0.1}, "optimizer.weight_decay is -0.1"),
+    (OptimizerConfig, {"clip": -1.0}, "optimizer.clip is -1.0"),
+    (OptimizerConfig, {"eps": 0.0}, "optimizer.eps is 0.0"),
+    (StageConfig, {"layers": 0, "steps": 5}, "Stage 0:5 has no layers"),
+    (StageConfig, {"layers": 2, "steps": 5, "lr_end": 0.1}, "without lr"),
+    (StageConfig, {"layers": 2, "steps": 5, "lr": -0.1}, "lr is -0.1"),
+    (StageConfig, {"layers": 2, "steps": 5, "lr": 0.1, "warmup_steps": -1}, "warmup_steps is -1"),
+    (StageConfig, {"layers": 2, "steps": 5, "lr": 0.1, "warmup_steps": 6}, "more than the 5 steps"),
+    (StageConfig, {"layers": 2, "steps": 5, "lr": 0.1, "lr_steps": 3, "warmup_steps": 4}, "more than the 3 steps"),
+    (StageConfig, {"layers": 2, "steps": 5, "tokens_per_step": 0}, "tokens_per_step is 0"),
+    (StageConfig, {"layers": 2, "steps": 5, "micro_batch_size": -1}, "micro_batch_size is -1"),
+    (StageConfig, {"layers": 2, "steps": 5, "zero_stage": 4}, "zero_stage is 4"),
+    (RunConfig, {"stages": []}, "stages is empty"),
+    (RunConfig, {"stages": [StageConfig(layers=2, steps=5, rewarm_steps=3)]}, "no growth leads into it"),
+    (RunConfig, {"stages": [StageConfig(layers=2, steps=5, tokens_per_step=100)]}, "tokens_per_step 100 is not"),
+    (RunConfig, {"tokens_per_step": 2047}, "tokens_per_step 2047 is not a multiple"),
+    (RunConfig, {"micro_batch_size": 0}, "micro_batch_size is 0"),
+    (RunConfig, {"eval_blocks": 0}, "eval_blocks is 0"),
+    (RunConfig, {"log_every": 0}, "log_every is 0"),
+    (RunConfig, {"lr": -1.0}, "lr is -1.0"),
+    (RunConfig, {"seed": -1}, "seed is -1"),
+    (RunConfig, {"seed": 2**32}, "less than 2**32"),
+    (RunConfig, {"decay_percent": 101.0}, "decay_percent is 101.0"),
+    (RunConfig, {"name": "../elsewhere"}, "name is '../elsewhere'"),
+    (RunConfig, {"name": ""}, "name is ''"),
+    (RunConfig, {"optimizer_state": "keep"}, "optimizer_state 'keep' is unknown"),
+    (RunConfig, {"corpus": CorpusConfig(sequence_length=1024)}, "is longer than model.max_positions 512"),
+]
+
+
+@pytest.mark.parametrize(("config", "fields", "part"), REFUSED, ids=[part for _, _, part in REFUSED])
+def test_bad_values_are_refused_in_one_sentence(config: type, fields: dict[str, Any], part: str) -> None:
+    with pytest.raises(UserError) as error:
+        config(**fields)
+    message = str(error.value)
+    assert part in message
+    assert message.endswith(".") and "\n" not in message
+
+
+@pytest.mark.parametrize("text", ["", "3", "3x4", "3:4,", "3:4;6:5", "3:-4", "a:b", "3:4.5"])
+def test_stages_that_do_not_parse(text: str) -> None:
+    with pytest.raises(UserError, match="is not LAYERS:STEPS; write for example"):
+        parse_stages(text)
+
+
+def test_stages_are_read() -> None:
+    stages = parse_stages(" 3:50000, 6:70000,12:280000")
+    assert [(stage.layers, stage.steps) for stage in stages] == [(3, 50000), (6, 70000), (12, 280000)]
+
+
+def test_the_suggested_batch_is_accepted() -> None:
+    with pytest.raises(UserError, match=r"; 1984 is\.") as error:
+        RunConfig(tokens_per_step=2047)
+    RunConfig(tokens_per_step=int(str(error.value).split()[-2]))
+
+
+def test_feed_forward_width_follows_the_hidden_size() -> None:
+    assert ModelConfig(hidden_size=768, num_heads=12).intermediate_size == 3072
+    assert ModelConfig(hidden_size=768, num_heads=12, intermediate_size=1000).intermediate_size == 1000
+
+
+@pytest.mark.parametrize("name", [*OPTIMIZER_STATES, "scale:0.5"])
+def test_every_optimizer_state_has_a_policy(name: str) -> None:
+    assert RunConfig(optimizer_state=name).optimizer_state == name
+    policy(name)
+
+
+def test_run_directory_follows_name_and_option() -> None:
+    assert RunConfig(name="a").run_dir == "runs/a"
+    assert RunConfig(name="a", output_dir="b").run_dir == "b"
+
+
+def test_to_dict_is_json_and_holds_every_field() -> None:
+    config = RunConfig().to_dict()
+    assert config == json.loads(json.dumps(config))
+    assert set(config) == {field.name for field in dataclasses.fields(RunConfig)}
+    assert config["stages"][0]["layers"] == 2
