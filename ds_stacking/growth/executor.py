@@ -18,6 +18,7 @@ from ds_stacking.growth.exchange import Exchange
 from ds_stacking.growth.plan import GrowthPlan
 from ds_stacking.growth.schedule import Move, largest_block, rounds, schedule
 from ds_stacking.growth.state import KINDS, Kind, StateReader, StateWriter
+from ds_stacking.growth.transforms import Transform
 
 
 @dataclass(kw_only=True)
@@ -88,19 +89,21 @@ class _Execution:
         yield
         self.report.seconds[phase] = time.perf_counter() - start
 
-    def _moved(self, move: Move) -> list[tuple[Kind, float]]:
-        """The kinds that are not zero in the target, each with the factor on its source."""
-        factors: dict[Kind, float] = {
-            "master": 1.0,
-            "exp_avg": move.entry.state.first,
-            "exp_avg_sq": move.entry.state.second,
+    def _moved(self, move: Move) -> list[tuple[Kind, Transform]]:
+        """The kinds that are not left at zero in the target, each with what is done to its source."""
+        done: dict[Kind, Transform] = {
+            "master": move.entry.transform,
+            "exp_avg": Transform(scale=move.entry.state.first),
+            "exp_avg_sq": Transform(scale=move.entry.state.second),
         }
-        return [(kind, factors[kind]) for kind in self.kinds if factors[kind] != 0]
+        return [(kind, done[kind]) for kind in self.kinds if kind == "master" or done[kind].scale != 0]
 
     def _values(self, move: Move) -> list[tuple[Kind, Tensor]]:
-        """What the target must hold, read from the source."""
-        pairs = [(kind, factor, self.reader.read(move.source, kind)) for kind, factor in self._moved(move)]
-        return [(kind, values if factor == 1 else values * factor) for kind, factor, values in pairs]
+        """What the target must hold, computed from the source."""
+        return [
+            (kind, transform.apply(self.reader.read(move.source, kind), move.entry.target, move.start))
+            for kind, transform in self._moved(move)
+        ]
 
     def _copy(self, move: Move) -> None:
         for kind, values in self._values(move):

@@ -1,14 +1,23 @@
-"""Growth operators: pure functions from two depths to a layer map.
+"""Growth operators: pure functions from two depths to a layer map, and the notation in which a user names them.
 
 A layer map lists, for every block of the grown model, the block of the shallow model that it is copied from; None
 stands for a fresh block. The first block that names a source is the *original*, the others are its *copies*.
+
+    stack                         one of OPERATORS
+    interleave[1:-1]              the same, with the first and the last block left alone (a slice of the blocks)
+    0,1,2,2,1,0                   an explicit layer map; * is a fresh block
+    stack+zero_output+noise:0.01  with modifiers of the copies (transforms.py)
 """
 
 from __future__ import annotations
 
+import difflib
+import re
 from collections.abc import Callable
+from dataclasses import dataclass
 
 from ds_stacking.config import UserError
+from ds_stacking.growth.transforms import COPY, Transform, parse_modifiers
 
 LayerMap = tuple[int | None, ...]
 
@@ -25,7 +34,66 @@ def interleave(source: int, target: int) -> LayerMap:
     return tuple(layer for layer in range(source) for _ in range(target // source))
 
 
-OPERATORS: dict[str, Callable[[int, int], LayerMap]] = {"stack": stack, "interleave": interleave}
+def middle(source: int, target: int) -> LayerMap:
+    """A run of blocks in the middle, twice in a row: 0 1 2 1' 2' 3 (MIDAS of Saunshi et al., NeurIPS 2024).
+
+    Reaches every depth; where that more than doubles the model, it doubles first and then goes on from there.
+    """
+    return _repeat_run(source, target, lambda depth, run: (depth - run) // 2)
+
+
+def last(source: int, target: int) -> LayerMap:
+    """The topmost blocks once more on top: 0 1 2 3 2' 3' (MSLT of Yang et al. 2020; Reddi et al. 2023).
+
+    Reaches every depth; where that more than doubles the model, it doubles first and then goes on from there.
+    """
+    return _repeat_run(source, target, lambda depth, run: depth - run)
+
+
+def fresh(source: int, target: int) -> LayerMap:
+    """New blocks with their own initialisation on top ("random" in Bu 2025, 2511.04981)."""
+    return (*range(source), *(None for _ in range(target - source)))
+
+
+OPERATORS: dict[str, Callable[[int, int], LayerMap]] = {
+    "stack": stack,
+    "interleave": interleave,
+    "middle": middle,
+    "last": last,
+    "fresh": fresh,
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Operator:
+    """An operator as its notation names it."""
+
+    name: str
+    """One of OPERATORS, or an explicit layer map."""
+    start: int | None = None
+    """First block that it works on, counted as in a slice; the ones before are left alone."""
+    stop: int | None = None
+    """One past the last block that it works on."""
+    transform: Transform = COPY
+    """What becomes of the weights of the copies."""
+
+
+def parse_operator(text: str) -> Operator:
+    """Read the notation above; raises UserError for an unknown operator or modifier, naming the nearest known one."""
+    base, *modifiers = text.split("+")
+    match = re.fullmatch(r"([^\[\]]*)(?:\[(-?\d*):(-?\d*)\])?", base)
+    name = match[1].strip() if match else base
+    explicit = re.fullmatch(r"(\d+|\*)(\s*,\s*(\d+|\*))*", name)
+    if not match or not (explicit or name in OPERATORS):
+        near = difflib.get_close_matches(name, OPERATORS, n=1)
+        hint = (
+            f"did you mean {near[0]}?" if near else f"choose one of {', '.join(OPERATORS)} or list the blocks: 0,1,0."
+        )
+        raise UserError(f"operator {text!r} is unknown; {hint}")
+    if explicit and match[2] is not None:
+        raise UserError(f"operator {text!r} limits an explicit list of blocks; write the whole list instead.")
+    start, stop = (int(bound) if bound else None for bound in match.groups()[1:3])
+    return Operator(name=name, start=start, stop=stop, transform=parse_modifiers(modifiers))
 
 
 def layer_map(operator: str, source: int, target: int) -> LayerMap:
@@ -33,11 +101,18 @@ def layer_map(operator: str, source: int, target: int) -> LayerMap:
 
     Raises UserError for an unknown operator and for a depth that it cannot reach.
     """
-    if operator not in OPERATORS:
-        raise UserError(f"operator {operator!r} is unknown; choose one of {', '.join(OPERATORS)}.")
+    parsed = parse_operator(operator)
     if target < source:
         raise UserError(f"Growth from {source} to {target} layers would shrink the model; order the stages by depth.")
-    return OPERATORS[operator](source, target)
+    if parsed.name not in OPERATORS:
+        return _explicit(parsed.name, source, target)
+    blocks = range(source)
+    inner = blocks[parsed.start : parsed.stop]
+    if not inner:
+        raise UserError(f"operator {operator!r} leaves all {source} blocks alone; widen its bounds.")
+    grown = OPERATORS[parsed.name](len(inner), target - source + len(inner))
+    moved = (None if layer is None else inner[layer] for layer in grown)
+    return (*blocks[: inner.start], *moved, *blocks[inner.stop :])
 
 
 def originals(layers: LayerMap) -> frozenset[int]:
@@ -49,10 +124,30 @@ def originals(layers: LayerMap) -> frozenset[int]:
     return frozenset(seen.values())
 
 
+def _repeat_run(source: int, target: int, start: Callable[[int, int], int]) -> LayerMap:
+    """Repeat a run of blocks that begins at `start(depth, length of the run)` until there are `target`."""
+    layers = tuple(range(source))
+    while len(layers) < target:
+        run = min(len(layers), target - len(layers))
+        end = start(len(layers), run) + run
+        layers = layers[:end] + layers[end - run :]
+    return layers
+
+
+def _explicit(text: str, source: int, target: int) -> LayerMap:
+    layers = tuple(None if item.strip() == "*" else int(item) for item in text.split(","))
+    if len(layers) != target:
+        raise UserError(f"operator {text!r} lists {len(layers)} blocks, but the grown model has {target}; list each.")
+    unknown = [layer for layer in layers if layer is not None and layer >= source]
+    if unknown:
+        raise UserError(f"operator {text!r} names block {unknown[0]}, but the model has blocks 0 to {source - 1}.")
+    return layers
+
+
 def _require_multiple(operator: str, source: int, target: int) -> None:
     if target % source:
         nearest = max(1, round(target / source)) * source
         raise UserError(
             f"Growth from {source} to {target} layers: {target} is not a multiple of {source}, as {operator} needs; "
-            f"{nearest} is."
+            f"{nearest} is, or use middle or last."
         )

@@ -15,6 +15,7 @@ from ds_stacking.config import UserError
 from ds_stacking.growth.blocks import BlockNames
 from ds_stacking.growth.operators import LayerMap, originals
 from ds_stacking.growth.policies import FRESH, StateRule, policy
+from ds_stacking.growth.transforms import COPY, OUTPUT_PROJECTION, Transform
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,6 +51,8 @@ class PlanEntry:
     """What becomes of the source's moments."""
     block: int | None
     """The block of the grown model that it belongs to; None outside the blocks."""
+    transform: Transform = COPY
+    """What becomes of the source's weights."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,11 +95,13 @@ def make_plan(
     operator: str,
     optimizer_state: str,
     stage: int,
+    transform: Transform = COPY,
 ) -> GrowthPlan:
     """The plan that grows `source` into `len(layers)` blocks.
 
     `source` lists the shallow model's parameters in its order; `stage` numbers the stage that begins, and is the
-    birth of copies and fresh blocks. Raises UserError where `layers` names a block that is not there.
+    birth of copies and fresh blocks; `transform` is done to the weights of copies. Raises UserError where `layers`
+    names a block that is not there, and where the blocks have nothing that `transform` could scale.
     """
     unknown = [layer for layer in layers if layer is not None and not 0 <= layer < blocks.count]
     if unknown:
@@ -104,12 +109,17 @@ def make_plan(
     rules = policy(optimizer_state)
     first = originals(layers)
     suffixes = [parts[1] for name in source if (parts := blocks.split(name)) and parts[0] == 0]
-
-    def entry(name: str | None, target: str, info: ParameterInfo, rule: StateRule, block: int | None) -> PlanEntry:
-        step = info.step if rule.keep_step else 0
-        return PlanEntry(
-            target=target, source=name, info=dataclasses.replace(info, step=step), state=rule, block=block
+    if transform.scale != 1 and not any(OUTPUT_PROJECTION.fullmatch(rest) for rest in suffixes):
+        raise UserError(
+            f"The blocks have no output projection with a known name ({', '.join(suffixes[:3])}, ...), so zero_output "
+            f"and scale have nothing to work on; leave them out."
         )
+
+    def entry(
+        name: str | None, target: str, info: ParameterInfo, rule: StateRule, block: int | None, what: Transform = COPY
+    ) -> PlanEntry:
+        info = dataclasses.replace(info, step=info.step if rule.keep_step else 0)
+        return PlanEntry(target=target, source=name, info=info, state=rule, block=block, transform=what)
 
     def grown_block(position: int) -> Iterator[PlanEntry]:
         layer = layers[position]
@@ -120,8 +130,10 @@ def make_plan(
                 yield entry(name, target, source[name], rules.original, position)
             else:
                 born = dataclasses.replace(source[name], birth=stage)
-                fresh = layer is None
-                yield entry(None if fresh else name, target, born, FRESH if fresh else rules.copy, position)
+                if layer is None:
+                    yield entry(None, target, born, FRESH, position)
+                else:
+                    yield entry(name, target, born, rules.copy, position, transform.of(rest))
 
     entries: list[PlanEntry] = []
     for name in source:

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
+from ds_stacking.growth.checks import check_source, check_target
 from ds_stacking.growth.exchange import Exchange
 from ds_stacking.growth.plan import GrowthPlan, PlanEntry
 from ds_stacking.growth.state import TensorSlice
@@ -47,17 +48,34 @@ class Move(NamedTuple):
 def schedule(
     plan: GrowthPlan, held: Sequence[TensorSlice], wanted: Sequence[TensorSlice], exchange: Exchange
 ) -> list[Move]:
-    """All moves of all ranks, given what this rank holds of the source and wants of the target."""
-    sources = list(dict.fromkeys(entry.source for entry in plan.entries if entry.source is not None))
-    targets = [entry.target for entry in plan.entries]
-    held_by_name = _by_name(exchange.tables([piece for piece in held if piece.name in set(sources)], sources))
-    wanted_by_name = _by_name(exchange.tables(wanted, targets))
+    """All moves of all ranks, given what this rank holds of the source and wants of the target.
+
+    Raises UserError, on every rank, where the plan does not fit the source or the target.
+    """
+    held_by_name = holdings(held, dict.fromkeys(e.source for e in plan.entries if e.source is not None), exchange)
+    check_source(plan, held_by_name)
+    wanted_by_name = holdings(wanted, [entry.target for entry in plan.entries], exchange)
+    check_target(plan, wanted_by_name)
     return [
         move
         for entry in plan.entries
         if entry.source is not None
-        for move in _cover(entry, held_by_name[entry.source], wanted_by_name.get(entry.target, []))
+        for move in _cover(entry, held_by_name[entry.source], wanted_by_name[entry.target])
     ]
+
+
+def holdings(
+    pieces: Iterable[TensorSlice], names: Iterable[str], exchange: Exchange
+) -> dict[str, list[tuple[int, TensorSlice]]]:
+    """The slices that all ranks hold of the tensors `names`, by name, each with its rank. Collective."""
+    names = list(names)
+    known = set(names)
+    result: dict[str, list[tuple[int, TensorSlice]]] = {}
+    for rank, table in enumerate(exchange.tables([piece for piece in pieces if piece.name in known], names)):
+        for piece in table:
+            if piece.numel:
+                result.setdefault(piece.name, []).append((rank, piece))
+    return result
 
 
 def rounds(moves: Iterable[Move], limit: int) -> Iterator[list[Move]]:
@@ -86,15 +104,6 @@ def largest_block(plan: GrowthPlan) -> int:
         if entry.block is not None:
             sizes[entry.block] += entry.info.numel
     return max(sizes)
-
-
-def _by_name(tables: list[list[TensorSlice]]) -> dict[str, list[tuple[int, TensorSlice]]]:
-    result: dict[str, list[tuple[int, TensorSlice]]] = {}
-    for rank, table in enumerate(tables):
-        for piece in table:
-            if piece.numel:
-                result.setdefault(piece.name, []).append((rank, piece))
-    return result
 
 
 def _cover(
