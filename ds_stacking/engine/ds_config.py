@@ -103,9 +103,9 @@ def _check_zero(path: str, raw: dict[str, Any]) -> None:
     if type(zero.get("stage", 0)) is not int or zero.get("stage", 0) not in range(4):
         raise UserError(f"{path}: zero_optimization.stage is {zero['stage']!r}; it must be 0, 1, 2 or 3.")
     _check_section(path, "zero_optimization", zero, DeepSpeedZeroConfig)
-    for key in zero:
-        extra = DeepSpeedZeroConfig.model_fields[key].json_schema_extra
-        if isinstance(extra, dict) and extra.get("deprecated"):
+    for key, field in DeepSpeedZeroConfig.model_fields.items():
+        extra = field.json_schema_extra
+        if key in zero and isinstance(extra, dict) and extra.get("deprecated"):
             raise UserError(f"{path}: zero_optimization.{key} is deprecated; use {extra['new_param']}.")
     _check_offload(zero, path)
 
@@ -137,11 +137,11 @@ def _check_section(path: str, name: str, content: dict[str, Any], model: type[Ba
 
 
 def _fields(model: type[BaseModel], parents: list[str]) -> list[str]:
-    """Names of the fields of `model`, or of the section inside it that `parents` lead to."""
+    """Keys of the section `model`, or of the one inside it that `parents` lead to."""
     for parent in parents:
         inner = [model.model_fields[parent].annotation, *get_args(model.model_fields[parent].annotation)]
         model = next(hint for hint in inner if isinstance(hint, type) and issubclass(hint, BaseModel))
-    return list(model.model_fields)
+    return [field.alias or name for name, field in model.model_fields.items()]
 
 
 def _offloads(zero: dict[str, Any], key: str) -> bool:

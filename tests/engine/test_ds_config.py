@@ -1,0 +1,145 @@
+"""DeepSpeed configurations: the shipped ones are good, bad ones are refused in one sentence, numbers must agree."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ds_stacking.config import UserError
+from ds_stacking.engine.ds_config import load_ds_config, offloads_optimizer, resolve_ds_config
+
+SHIPPED = sorted((Path(__file__).parents[2] / "ds_configs").glob("*.json"))
+
+
+def load(folder: Path, content: Any) -> dict[str, Any]:
+    """Load a configuration; `content` is its text or a value to be written as JSON."""
+    path = folder / "ds.json"
+    path.write_text(content if isinstance(content, str) else json.dumps(content))
+    return load_ds_config(str(path))
+
+
+def resolve(raw: dict[str, Any], **changes: Any) -> dict[str, Any]:
+    values: dict[str, Any] = {
+        "zero_stage": None,
+        "bf16": True,
+        "clip": 1.0,
+        "micro_batch_size": 4,
+        "accumulation": 3,
+        "world_size": 2,
+    }
+    return resolve_ds_config(raw, **(values | changes))
+
+
+def zero(**fields: Any) -> dict[str, Any]:
+    return {"zero_optimization": {"stage": 2, **fields}}
+
+
+def test_all_six_are_shipped() -> None:
+    assert [path.stem for path in SHIPPED] == ["zero0", "zero1", "zero2", "zero2_offload", "zero3", "zero3_offload"]
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
+def test_shipped_files_take_everything_from_the_recipe(path: Path) -> None:
+    raw = load_ds_config(str(path))
+    config = resolve(raw)
+    assert config["zero_optimization"]["stage"] == int(path.stem[4])
+    assert offloads_optimizer(config) == path.stem.endswith("_offload")
+    assert config["train_micro_batch_size_per_gpu"] == 4
+    assert config["gradient_accumulation_steps"] == 3
+    assert config["train_batch_size"] == 24
+    assert config["gradient_clipping"] == 1.0
+    assert config["bf16"]["enabled"] is True
+    assert resolve(raw, bf16=False)["bf16"]["enabled"] is False, "resolving must not change what was loaded"
+
+
+@pytest.mark.parametrize(
+    ("content", "part"),
+    [
+        ("", "is no JSON"),
+        ("{", "is no JSON"),
+        ("[1]", "must be a JSON object"),
+        ({"zero_optimizaton": {"stage": 2}}, "unknown key 'zero_optimizaton'; did you mean 'zero_optimization'?"),
+        ({"optimizer": {"type": "Adam"}}, "remove 'optimizer', the recipe's `optimizer` sets it."),
+        ({"fp16": {"enabled": True}}, "remove 'fp16', training runs in bf16 or fp32"),
+        (zero(stge=1), "unknown key 'zero_optimization.stge'; did you mean 'stage'?"),
+        (
+            zero(offload_optimizer={"devic": "cpu"}),
+            "unknown key 'zero_optimization.offload_optimizer.devic'; did you mean 'device'?",
+        ),
+        (zero(offload_optimizer={"device": "gpu"}), "zero_optimization.offload_optimizer.device is 'gpu'"),
+        (zero(stage3_prefetch_bucket=1), "did you mean 'stage3_prefetch_bucket_size'?"),
+        (zero(stage=4), "zero_optimization.stage is 4; it must be 0, 1, 2 or 3."),
+        (zero(stage="2"), "zero_optimization.stage is '2'; it must be 0, 1, 2 or 3."),
+        (zero(reduce_bucket_size="big"), "zero_optimization.reduce_bucket_size is 'big'"),
+        (zero(cpu_offload=True), "zero_optimization.cpu_offload is deprecated; use offload_optimizer."),
+        (zero(offload_param={"device": "cpu"}), "offload_param needs ZeRO stage 3, but the stage is 2."),
+        (zero(stage=0, offload_optimizer={"device": "cpu"}), "offload_optimizer needs ZeRO stage 1, 2 or 3"),
+        (zero(offload_optimizer={"device": "nvme", "nvme_path": "/x"}), "offload_optimizer to nvme is not supported"),
+        ({"zero_optimization": 2}, "zero_optimization must be a JSON object"),
+        ({"bf16": True}, 'bf16 must be an object with "enabled": "auto", true or false.'),
+        ({"bf16": {"enabled": 1}}, 'bf16 must be an object with "enabled": "auto", true or false.'),
+        ({"bf16": {"enabld": True}}, "unknown key 'bf16.enabld'; did you mean 'enabled'?"),
+        ({"bf16": {"bf16_optimizer_states": True}}, "a growth needs fp32 masters and moments."),
+    ],
+)
+def test_bad_files_are_refused_in_one_sentence(tmp_path: Path, content: Any, part: str) -> None:
+    with pytest.raises(UserError) as error:
+        load(tmp_path, content)
+    message = str(error.value)
+    assert part in message and str(tmp_path / "ds.json") in message
+    assert message[-1] in ".?" and "\n" not in message
+
+
+def test_a_file_that_cannot_be_read(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="No such file or directory"):
+        load_ds_config(str(tmp_path / "missing.json"))
+    with pytest.raises(UserError, match="Is a directory"):
+        load_ds_config(str(tmp_path))
+    (tmp_path / "binary.json").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(UserError, match="is no JSON"):
+        load_ds_config(str(tmp_path / "binary.json"))
+
+
+@pytest.mark.parametrize(
+    ("key", "good", "bad"),
+    [
+        ("train_micro_batch_size_per_gpu", 4, 8),
+        ("gradient_accumulation_steps", 3, 1),
+        ("train_batch_size", 24, 12),
+        ("gradient_clipping", 1.0, 0.5),
+    ],
+)
+def test_numbers_must_agree_with_the_recipe(tmp_path: Path, key: str, good: float, bad: float) -> None:
+    assert resolve(load(tmp_path, {key: good}))[key] == good
+    assert resolve(load(tmp_path, {key: "auto"}))[key] == good
+    with pytest.raises(UserError, match=f'sets {key} to {bad}, but the recipe makes it {good}; write "auto" there'):
+        resolve(load(tmp_path, {key: bad}))
+
+
+def test_precision_must_agree(tmp_path: Path) -> None:
+    raw = load(tmp_path, {"bf16": {"enabled": True}})
+    assert resolve(raw, bf16=True)["bf16"]["enabled"] is True
+    with pytest.raises(UserError, match="sets bf16.enabled to True, but the precision is fp32"):
+        resolve(raw, bf16=False)
+
+
+def test_a_stage_may_choose_its_zero_stage(tmp_path: Path) -> None:
+    raw = load(tmp_path, zero())
+    assert resolve(raw, zero_stage=3)["zero_optimization"]["stage"] == 3
+    assert resolve(raw)["zero_optimization"]["stage"] == 2
+
+
+def test_a_stage_cannot_choose_what_the_offload_forbids(tmp_path: Path) -> None:
+    raw = load(tmp_path, zero(stage=3, offload_param={"device": "cpu"}))
+    with pytest.raises(UserError, match="zero_stage 2 of a stage: offload_param needs ZeRO stage 3"):
+        resolve(raw, zero_stage=2)
+
+
+def test_null_and_none_offload_nothing(tmp_path: Path) -> None:
+    for offload in (None, {"device": "none"}):
+        assert not offloads_optimizer(load(tmp_path, zero(offload_optimizer=offload)))
+    assert not offloads_optimizer(load(tmp_path, {}))
+    assert offloads_optimizer(load(tmp_path, zero(offload_optimizer={"device": "cpu"})))
