@@ -15,11 +15,8 @@ def prune(folder: Path, *, keep: int, is_valid: Callable[[Path], bool]) -> None:
 
     A directory without a readable manifest is never deleted: it may be evidence, or somebody else's.
     """
-    candidates = published(folder)
-    if len(candidates) <= keep:
-        return
     counted: set[int] = set()
-    for path, manifest in candidates:
+    for path, manifest in published(folder):
         if isinstance(manifest, Unusable):
             continue
         if len(counted) < keep and manifest.step not in counted:

@@ -1,0 +1,162 @@
+"""A disk that is full, slow or forbidden: training is told and goes on, and what was valid stays."""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+import subprocess
+import threading
+from pathlib import Path
+
+import pytest
+
+from ds_stacking.checkpoint import durable, job
+from ds_stacking.checkpoint.job import SaveJob
+from ds_stacking.checkpoint.select import newest_valid
+from ds_stacking.checkpoint.snapshot import Snapshot
+from ds_stacking.checkpoint.write import CheckpointWriter, SaveReport
+from ds_stacking.config import UserError
+from ds_stacking.growth.exchange import Exchange, OneRank
+from tests.checkpoint.stores import IDENTITY, PARAMETERS, equal, in_threads, random_state, save, stored
+
+
+def writer(folder: Path, exchange: Exchange | None = None, **options) -> CheckpointWriter:
+    return CheckpointWriter(folder, exchange or OneRank(), identity=IDENTITY, **options)
+
+
+def attempt(made: CheckpointWriter, step: int, **options) -> SaveReport:
+    """Save and wait; the report."""
+    made.save(step, random_state(step), PARAMETERS, extra={}, **options)
+    succeeded = made.wait()
+    (report,) = made.reports()
+    assert succeeded == (report.error is None) or made.exchange.world_size > 1
+    return report
+
+
+def full_disk(*_: object) -> None:
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of 256 KiB: a few checkpoints of the test's size."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=256k", "none", folder], capture_output=True).returncode:
+        pytest.skip("mounting a file system is not permitted here")
+    yield folder
+    subprocess.run(["umount", "--lazy", folder], check=True)
+
+
+@pytest.mark.parametrize("foreseen", [True, False])
+def test_a_full_disk(small_disk, monkeypatch, foreseen) -> None:
+    if not foreseen:  # space that is there when the save begins and is gone when it writes
+        monkeypatch.setattr(SaveJob, "_check_space", lambda job: None)
+    made = writer(small_disk / "checkpoints", keep=1)
+    assert attempt(made, 1).error is None
+    (small_disk / "ballast").write_bytes(bytes(shutil.disk_usage(small_disk).free - 4096))
+    report = attempt(made, 2)
+    assert "No space left on device" in report.line and "training goes on" in report.line
+    assert newest_valid(made.folder, IDENTITY).step == 1
+    assert [path.name for path in made.folder.iterdir()] == ["step-1"]
+    (small_disk / "ballast").unlink()
+    assert attempt(made, 3).error is None
+    assert newest_valid(made.folder, IDENTITY).step == 3
+
+
+@pytest.mark.parametrize("where", ["write_file", "_free_name"])
+@pytest.mark.parametrize("asynchronous", [False, True])
+def test_no_error_of_the_disk_is_raised(tmp_path, monkeypatch, where, asynchronous) -> None:
+    made = writer(tmp_path, asynchronous=asynchronous)
+    assert attempt(made, 1).error is None
+    with monkeypatch.context() as patch:
+        patch.setattr(job, where, full_disk)
+        assert attempt(made, 2).error == "No space left on device"
+    assert newest_valid(tmp_path, IDENTITY).step == 1
+    assert attempt(made, 3).error is None and newest_valid(tmp_path, IDENTITY).step == 3
+
+
+def test_a_folder_that_cannot_be_made(tmp_path) -> None:
+    (tmp_path / "file").write_text("")
+    report = attempt(writer(tmp_path / "file" / "checkpoints"), 1)
+    assert "Not a directory" in report.error and str(tmp_path) in report.error
+
+
+def test_rank_zero_tells_what_went_wrong_on_another(tmp_path, monkeypatch) -> None:
+    original = job.write_file
+
+    def fails_on_rank_1(path: Path, parts: list) -> durable.FileRecord:
+        if path.name == "rank-00001.json":
+            full_disk()
+        return original(path, parts)
+
+    in_threads(2, lambda exchange: save(tmp_path, 1, exchange=exchange))
+    monkeypatch.setattr(job, "write_file", fails_on_rank_1)
+    reports = in_threads(2, lambda exchange: attempt(writer(tmp_path, exchange), 2))
+    assert reports[0].error == "rank 1: No space left on device" and reports[1].error == "No space left on device"
+    assert newest_valid(tmp_path, IDENTITY).step == 1
+
+
+def test_a_rank_that_does_not_come_is_not_waited_for_for_ever(tmp_path, monkeypatch) -> None:
+    original = SaveJob.write_share
+    monkeypatch.setattr(SaveJob, "write_share", lambda job, v: original(job, v) if job.rank == 0 else None)
+    reports = in_threads(2, lambda exchange: attempt(writer(tmp_path, exchange, patience=0.2), 1))
+    assert "rank 1 had not written its share" in reports[0].error
+    assert newest_valid(tmp_path) is None
+
+
+def test_a_slow_write_makes_the_next_save_be_skipped(tmp_path, monkeypatch) -> None:
+    """All ranks skip together, although only one is slow; what must be saved waits instead."""
+    release, original = threading.Event(), SaveJob.write_share
+
+    def slow(job: SaveJob, values) -> None:
+        if job.rank == 1 and job.step == 1:
+            assert release.wait(20)
+        original(job, values)
+
+    monkeypatch.setattr(SaveJob, "write_share", slow)
+
+    def case(exchange: Exchange) -> list[SaveReport]:
+        made = writer(tmp_path, exchange)
+        made.save(1, random_state(1), PARAMETERS, extra={})
+        made.save(2, random_state(2), PARAMETERS, extra={})
+        release.set()
+        made.save(3, random_state(3), PARAMETERS, extra={}, required=True)
+        assert made.wait()
+        return made.reports()
+
+    for reports in in_threads(2, case):
+        assert [report.step for report in reports] == [2, 1, 3]
+        assert [report.error for report in reports] == ["the save before it is still being written", None, None]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step-1", "step-3"]
+    assert equal(stored(tmp_path / "step-1"), random_state(1)) and equal(stored(tmp_path / "step-3"), random_state(3))
+
+
+def test_memory_that_is_not_there(tmp_path, monkeypatch) -> None:
+    def refuse(*_: object) -> None:
+        raise MemoryError("cannot allocate")
+
+    def case(exchange: Exchange) -> SaveReport:
+        made = writer(tmp_path, exchange)
+        if exchange.rank == 1:
+            made._snapshot.take = refuse
+        return attempt(made, 1)
+
+    reports = in_threads(2, case)
+    assert reports[0].error == "rank 1: cannot allocate" and reports[1].error == "cannot allocate"
+    monkeypatch.setattr(Snapshot, "take", refuse)
+    assert attempt(writer(tmp_path), 2).error == "cannot allocate"
+
+
+def test_older_ones_that_cannot_be_deleted_do_not_spoil_the_new_one(tmp_path, monkeypatch) -> None:
+    save(tmp_path, 1)
+    made = writer(tmp_path, keep=1)
+    monkeypatch.setattr("ds_stacking.checkpoint.retention.remove_checkpoint", full_disk)
+    report = attempt(made, 2)
+    assert report.path == tmp_path / "step-2" and "could not be deleted: No space left" in report.line
+
+
+def test_at_least_one_is_kept(tmp_path) -> None:
+    with pytest.raises(UserError, match="keep is 0"):
+        writer(tmp_path, keep=0)
