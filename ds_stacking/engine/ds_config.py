@@ -59,7 +59,9 @@ def load_ds_config(path: str) -> dict[str, Any]:
     try:
         raw = json.loads(Path(path).read_text())
     except OSError as error:
-        raise UserError(f"DeepSpeed configuration {path} cannot be read ({error.strerror}); give --deepspeed_config.") from None
+        raise UserError(
+            f"DeepSpeed configuration {path} cannot be read ({error.strerror}); give --deepspeed_config."
+        ) from None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise UserError(f"DeepSpeed configuration {path} is no JSON: {error}.") from None
     if not isinstance(raw, dict):
