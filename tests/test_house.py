@@ -1,0 +1,220 @@
+"""The house holds together: who imports whom, what code may not do, how it is packaged."""
+
+from __future__ import annotations
+
+import ast
+import re
+import shutil
+import subprocess
+import sys
+import zipfile
+from collections.abc import Iterator
+from importlib.metadata import packages_distributions
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+LIBRARY = sorted([*(ROOT / "ds_stacking").rglob("*.py"), *(ROOT / "kernels").rglob("*.py")])
+LAUNCHERS = sorted((ROOT / "launchers").rglob("*.py"))
+OTHERS = sorted(path for folder in ("benchmarks", "tests") for path in (ROOT / folder).rglob("*.py"))
+
+ARROWS = {
+    "config": set(),
+    "command_line": {"config"},
+    "kernels": set(),
+    "growth": {"config"},
+    "models": {"config", "kernels", "growth"},
+    "engine": {"config", "growth", "models"},
+    "checkpoint": {"config", "growth"},
+    "data": {"config"},
+    "evaluation": {"config", "models", "data"},
+    "reports": {"config"},
+    "training": {"config", "growth", "models", "engine", "checkpoint", "data", "evaluation", "reports"},
+}
+"""Rooms of the library and the rooms that each may import."""
+PACKAGES = {"config": set(), "kernels": {"torch", "triton"}, "growth": {"torch"}}
+"""Rooms that must do with these packages beside the standard library."""
+FORBIDDEN_MODULES = {"pickle", "cPickle", "dill", "cloudpickle", "marshal", "shelve", "joblib"}
+FORBIDDEN_CALLS = {
+    "eval",
+    "exec",
+    "os.system",
+    "os.popen",
+    "torch.load",
+    "torch.save",
+    "yaml.load",
+    "yaml.unsafe_load",
+}
+PICKLING_COLLECTIVES = {"broadcast_object_list", "all_gather_object", "gather_object", "scatter_object_list"}
+
+
+def relative(path: Path) -> str:
+    return str(path.relative_to(ROOT))
+
+
+def room(path: Path) -> str:
+    """The room of a library file; a file directly in ds_stacking is one by itself."""
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    return parts[0] if parts[0] == "kernels" else parts[1]
+
+
+def imports(source: str) -> Iterator[str]:
+    """Dotted names of all modules that a source imports, inside functions too."""
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert not node.level, "imports are absolute"
+            assert node.module is not None
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def wrong_imports(where: str, source: str) -> list[str]:
+    """Imports that a file of the room `where` may not make."""
+    wrong = []
+    for name in imports(source):
+        top, *rest = name.split(".")
+        if top == "ds_stacking":
+            fine = rest[0] in {where, *ARROWS[where]}
+        elif top == "deepspeed":
+            fine = where == "engine"
+        else:
+            fine = top in sys.stdlib_module_names or where not in PACKAGES or top in PACKAGES[where]
+        if not fine:
+            wrong.append(name)
+    return wrong
+
+
+def dangers(source: str) -> list[str]:
+    """What in a source runs foreign code, or can: pickle in any form, eval, shells, code beside model weights."""
+    found = [name for name in imports(source) if name.split(".")[0] in FORBIDDEN_MODULES]
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Call):
+            name = ast.unparse(node.func)
+            if name in FORBIDDEN_CALLS or name.split(".")[-1] in PICKLING_COLLECTIVES:
+                found.append(name)
+            for keyword in node.keywords:
+                unsafe = not (isinstance(keyword.value, ast.Constant) and keyword.value.value is False)
+                if keyword.arg in ("trust_remote_code", "shell", "allow_pickle") and unsafe:
+                    found.append(ast.unparse(keyword))
+    return found
+
+
+def test_the_plan_names_every_room() -> None:
+    assert {room(path) for path in LIBRARY} <= {*ARROWS, "__init__"}
+
+
+@pytest.mark.parametrize("path", [path for path in LIBRARY if room(path) != "__init__"], ids=relative)
+def test_imports_follow_the_arrows(path: Path) -> None:
+    assert wrong_imports(room(path), path.read_text()) == []
+
+
+@pytest.mark.parametrize(
+    ("where", "source"),
+    [
+        ("growth", "import deepspeed"),
+        ("growth", "import numpy"),
+        ("growth", "def f():\n    from ds_stacking.models.bert import Bert"),
+        ("training", "from deepspeed.runtime.engine import DeepSpeedEngine"),
+        ("kernels", "from ds_stacking.config import UserError"),
+        ("models", "from ds_stacking import engine"),
+        ("config", "import torch"),
+        ("data", "import ds_stacking.models.bert"),
+    ],
+)
+def test_a_wrong_import_is_found(where: str, source: str) -> None:
+    assert len(wrong_imports(where, source)) == 1
+
+
+@pytest.mark.parametrize("path", [*LIBRARY, *LAUNCHERS], ids=relative)
+def test_no_code_runs_foreign_code(path: Path) -> None:
+    assert dangers(path.read_text()) == []
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "import pickle",
+        "from pickle import loads",
+        "torch.load(path)",
+        "torch.save(x, path)",
+        "eval(text)",
+        "subprocess.run(text, shell=True)",
+        "AutoModel.from_pretrained(x, trust_remote_code=flag)",
+        "numpy.load(path, allow_pickle=True)",
+        "dist.broadcast_object_list(items)",
+        "dist.all_gather_object(a, b)",
+    ],
+)
+def test_a_danger_is_found(source: str) -> None:
+    assert len(dangers(source)) == 1
+
+
+def test_model_eval_is_no_danger() -> None:
+    assert dangers("model.eval()\nAutoTokenizer.from_pretrained(x, trust_remote_code=False)") == []
+
+
+@pytest.mark.parametrize("path", [*LIBRARY, *LAUNCHERS, *OTHERS, ROOT / "setup.py"], ids=relative)
+def test_every_module_says_what_it_is(path: Path) -> None:
+    assert ast.get_docstring(ast.parse(path.read_text()))
+
+
+@pytest.mark.parametrize("path", LAUNCHERS, ids=relative)
+def test_launchers_are_thin_and_show_their_command(path: Path) -> None:
+    text = path.read_text()
+    assert len(text.splitlines()) < 100
+    assert f"launchers/{path.name}" in (ast.get_docstring(ast.parse(text)) or "")
+
+
+def test_imported_packages_are_declared() -> None:
+    (required,) = (
+        {re.split(r"[^\w.-]", item)[0] for item in ast.literal_eval(keyword.value)}
+        for keyword in ast.walk(ast.parse((ROOT / "setup.py").read_text()))
+        if isinstance(keyword, ast.keyword) and keyword.arg == "install_requires"
+    )
+    declared = {re.sub(r"[-_.]+", "-", name).lower() for name in required}
+    distributions = packages_distributions()
+    used = {name.split(".")[0] for path in LIBRARY for name in imports(path.read_text())}
+    for package in sorted(used - sys.stdlib_module_names - {"ds_stacking"}):
+        names = {re.sub(r"[-_.]+", "-", name).lower() for name in distributions[package]}
+        assert names & declared, f"{package} is imported, but setup.py does not require it"
+
+
+def python(code: str, folder: Path) -> str:
+    """What `code` prints in a process of its own that starts in `folder`."""
+    command = [sys.executable, "-I", "-c", code]
+    return subprocess.run(command, cwd=folder, check=True, capture_output=True, text=True).stdout.strip()
+
+
+def test_the_installed_project_hides_no_package_named_kernels(tmp_path: Path) -> None:
+    """A distribution named kernels exists, and transformers imports it."""
+    found = python("import importlib.util as u; print(getattr(u.find_spec('kernels'), 'origin', None))", tmp_path)
+    assert not found.startswith(str(ROOT / "kernels"))
+
+
+def test_the_wheel_works_elsewhere(tmp_path: Path) -> None:
+    source, installed = tmp_path / "source", tmp_path / "installed"
+    source.mkdir()
+    ignored = shutil.ignore_patterns("__pycache__")
+    for name in ("ds_stacking", "kernels"):
+        shutil.copytree(ROOT / name, source / name, ignore=ignored)
+    for name in ("setup.py", "pyproject.toml", "LICENSE"):
+        shutil.copy(ROOT / name, source)
+    pip = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "--no-index"]
+    subprocess.run([*pip, "--wheel-dir", str(tmp_path), str(source)], check=True, capture_output=True)
+    (wheel,) = tmp_path.glob("*.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        names = archive.namelist()
+        archive.extractall(installed)
+    assert {name.split("/")[0].split("-")[0] for name in names} == {"ds_stacking"}
+    modules = {name for name in names if name.endswith(".py")}
+    assert modules == {
+        relative(path) if room(path) != "kernels" else f"ds_stacking/{relative(path)}" for path in LIBRARY
+    }
+    code = (
+        f"import sys; sys.path.insert(0, {str(installed)!r}); "
+        "import ds_stacking.command_line as c, ds_stacking.kernels as k; print(c.__file__, k.__file__)"
+    )
+    for file in python(code, tmp_path).split():
+        assert file.startswith(str(installed))
