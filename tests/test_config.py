@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import ast
 import dataclasses
+import inspect
 import json
+from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -114,3 +118,41 @@ def test_to_dict_is_json_and_holds_every_field() -> None:
     assert config == json.loads(json.dumps(config))
     assert set(config) == {field.name for field in dataclasses.fields(RunConfig)}
     assert config["stages"][0]["layers"] == 2
+
+
+def documented_fields(config: type) -> dict[str, str]:
+    """The docstring under each field of a configuration class, on one line."""
+    (body,) = (node.body for node in ast.parse(inspect.getsource(config)).body if isinstance(node, ast.ClassDef))
+    texts = {}
+    for node, after in pairwise(body):
+        if isinstance(node, ast.AnnAssign) and isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant):
+            texts[ast.unparse(node.target)] = " ".join(str(after.value.value).split())
+    return texts
+
+
+def table(config: type, prefix: str = "") -> str:
+    """The rows of docs/configuration.md for a configuration class."""
+    texts = documented_fields(config)
+    rows = []
+    for field in dataclasses.fields(config):
+        if field.default_factory is not dataclasses.MISSING:
+            continue
+        default = "required" if field.default is dataclasses.MISSING else f"`{json.dumps(field.default)}`"
+        rows.append(f"| `{prefix}{field.name}` | {default} | {texts[field.name]} |")
+    return "\n".join(rows)
+
+
+@pytest.mark.parametrize(
+    ("config", "prefix"),
+    [
+        (RunConfig, ""),
+        (StageConfig, ""),
+        (ModelConfig, "model."),
+        (CorpusConfig, "corpus."),
+        (OptimizerConfig, "optimizer."),
+    ],
+)
+def test_the_documentation_lists_every_option(config: type, prefix: str) -> None:
+    rows = table(config, prefix)
+    text = (Path(__file__).parents[1] / "docs" / "configuration.md").read_text()
+    assert rows in text, f"docs/configuration.md is stale; the table of {config.__name__} is now\n\n{rows}"
