@@ -13,15 +13,13 @@ from ds_stacking.engine.zero_state import LiveState
 from ds_stacking.growth.blocks import find_blocks
 from ds_stacking.growth.exchange import make_exchange
 from ds_stacking.growth.executor import execute
-from ds_stacking.growth.plan import ParameterInfo, make_plan
+from ds_stacking.growth.plan import ParameterInfo, copy_plan
 from ds_stacking.growth.state import FullState
 
 
 def consolidate(engine: DeepSpeedEngine, parameters: Mapping[str, ParameterInfo]) -> dict[str, Tensor] | None:
     """The masters as full fp32 tensors on the host of rank 0; None elsewhere. All ranks call it together."""
-    blocks = find_blocks(engine.module)
-    layers = tuple(range(blocks.count))
-    plan = make_plan(parameters, blocks, layers, operator="copy", optimizer_state="stack", stage=0)
+    plan = copy_plan(parameters, find_blocks(engine.module))
     holder = torch.distributed.get_rank() == 0
     full = FullState({name: info.numel for name, info in parameters.items()}, kinds=("master",), holder=holder)
     execute(plan, LiveState(engine), full, make_exchange(device()), kinds=("master",))

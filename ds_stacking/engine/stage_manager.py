@@ -9,7 +9,7 @@ from __future__ import annotations
 import gc
 import random
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 
@@ -24,7 +24,8 @@ from ds_stacking.growth.blocks import find_blocks
 from ds_stacking.growth.exchange import make_exchange
 from ds_stacking.growth.executor import MoveReport, execute
 from ds_stacking.growth.operators import layer_map
-from ds_stacking.growth.plan import GrowthPlan, ParameterInfo, make_plan
+from ds_stacking.growth.plan import GrowthPlan, ParameterInfo, copy_plan, make_plan
+from ds_stacking.growth.state import StateReader
 
 Evaluate = Callable[[DeepSpeedEngine], float]
 
@@ -77,13 +78,27 @@ class StageManager:
         self.parameters = self.factory.describe(self._engine.module)
         return self._engine
 
+    def restore(
+        self, spec: EngineSpec, parameters: Mapping[str, ParameterInfo], source: StateReader, *, stage: int
+    ) -> DeepSpeedEngine:
+        """Build the engine of `stage` and fill it from a store, such as a checkpoint; every tensor is verified."""
+        with isolated_generators(self.seed):
+            self._engine = self.factory.build(spec, parameters, initialize=False)
+        plan = copy_plan(parameters, find_blocks(self._engine.module))
+        execute(plan, source, LiveState(self._engine), make_exchange(device()))
+        self.parameters, self.stage = dict(parameters), stage
+        return self._engine
+
+    def current_parameters(self) -> dict[str, ParameterInfo]:
+        """The parameters with their present step counts."""
+        steps = LiveState(self.engine).steps()
+        return {name: replace(info, step=steps[name]) for name, info in self.parameters.items()}
+
     def plan(self, layers: int, operator: str, optimizer_state: str) -> GrowthPlan:
         """The plan of a growth from the current engine, its step counts included."""
-        steps = LiveState(self.engine).steps()
-        source = {name: replace(info, step=steps[name]) for name, info in self.parameters.items()}
         blocks = find_blocks(self.engine.module)
         return make_plan(
-            source,
+            self.current_parameters(),
             blocks,
             layer_map(operator, blocks.count, layers),
             operator=operator,

@@ -152,6 +152,12 @@ def make_plan(
     )
 
 
+def copy_plan(parameters: Mapping[str, ParameterInfo], blocks: BlockNames) -> GrowthPlan:
+    """The plan that moves a model as it is, optimizer state included, from one store to another."""
+    layers = tuple(range(blocks.count))
+    return make_plan(parameters, blocks, layers, operator="copy", optimizer_state="stack", stage=0)
+
+
 def parameter_groups(parameters: Mapping[str, ParameterInfo]) -> list[tuple[tuple[int, bool, int], Sequence[str]]]:
     """Names by parameter group, oldest first, decayed before undecayed: one group per (birth, decay, step count)."""
     groups: dict[tuple[int, bool, int], list[str]] = {}
