@@ -1,7 +1,7 @@
 """Options and recipes for every launcher, and how a launcher ends.
 
-Exit codes: 0 done, 1 failed at run time, 2 bad input. Bad input is one sentence, printed once however many ranks met
-it.
+Exit codes: 0 done, 1 failed at run time, 2 bad input, 75 stopped and saved, to be run again. Bad input is one
+sentence, printed once however many ranks met it.
 """
 
 from __future__ import annotations
@@ -22,10 +22,12 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from jsonargparse import ArgumentParser, Namespace, set_dumper, set_parsing_settings
 
-from ds_stacking.config import RunConfig, StageConfig, UserError
+from ds_stacking.config import RunAgain, RunConfig, StageConfig, UserError
 
 RECIPES = Path(__file__).resolve().parent.parent / "launchers" / "recipes"
 """Shipped recipes; `--recipe NAME` finds them by name."""
+RUN_AGAIN = 75
+"""Exit code of a run that was asked to stop and saved: sysexits.h's EX_TEMPFAIL, try again."""
 WAIT_FOR_RANK_0 = 5.0
 """Seconds that another rank waits before it prints bad input: rank 0 has most likely met and printed the same."""
 
@@ -238,6 +240,10 @@ def run_main(main: Callable[[], None]) -> int:
             time.sleep(WAIT_FOR_RANK_0)
         print(f"error: {error}", file=sys.stderr, flush=True)
         return 2
+    except RunAgain as stopped:
+        if rank == 0:
+            print(stopped, flush=True)
+        return RUN_AGAIN
     except Exception:
         traceback.print_exc()
         return 1

@@ -20,6 +20,10 @@ class UserError(ValueError):
     """Bad input. Its text is the one sentence that the user reads; launchers end with exit code 2."""
 
 
+class RunAgain(Exception):
+    """The run was asked to stop and has saved its state; the same command with `--resume auto` goes on."""
+
+
 def _require(condition: object, message: str) -> None:
     if not condition:
         raise UserError(message)
@@ -213,6 +217,8 @@ class RunConfig:
     """DeepSpeed configuration; batch sizes, clipping and precision in it stay "auto"."""
     output_dir: str | None = None
     """The run directory."""
+    resume: str | None = None
+    """auto: go on from the newest valid checkpoint of output_dir, or start where there is none; or a folder."""
     overwrite: bool = False
     """Delete what an earlier run left in output_dir."""
     data: str = "docs"
@@ -248,6 +254,12 @@ class RunConfig:
     """Held-out blocks of one evaluation, the same ones each time."""
     log_every: int = 10
     """Optimizer steps between lines in metrics.jsonl."""
+    checkpoint_every: int = 500
+    """Optimizer steps between checkpoints; each stage's end is saved too. 0: only there."""
+    checkpoint_keep: int = 2
+    """Newest valid checkpoints that are kept beside those of the stages' ends."""
+    checkpoint_async: bool = True
+    """Write checkpoints in the background; training waits for the copy out of the engine only."""
     tracking: Literal["wandb", "none"] = "wandb"
     """wandb (offline without a key or a network) or none; metrics.jsonl is always written."""
     model: ModelConfig = field(default_factory=ModelConfig)
@@ -261,9 +273,9 @@ class RunConfig:
         if isinstance(self.stages, str):
             self.stages = parse_stages(self.stages)
         _require(self.stages, "stages is empty; give at least one, such as 2:100.")
-        for name in ("tokens_per_step", "micro_batch_size", "eval_blocks", "log_every"):
+        for name in ("tokens_per_step", "micro_batch_size", "eval_blocks", "log_every", "checkpoint_keep"):
             _require(getattr(self, name) > 0, f"{name} is {getattr(self, name)}; it must be positive.")
-        for name in ("lr", "warmup_steps", "eval_every", "seed"):
+        for name in ("lr", "warmup_steps", "eval_every", "checkpoint_every", "seed"):
             _require(getattr(self, name) >= 0, f"{name} is {getattr(self, name)}; it must not be negative.")
         _require(self.seed < 2**32, f"seed is {self.seed}; it must be less than 2**32.")
         _require(

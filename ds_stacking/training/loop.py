@@ -16,7 +16,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ds_stacking.config import RunConfig, StageConfig
+from ds_stacking.checkpoint.write import CheckpointWriter
+from ds_stacking.config import RunAgain, RunConfig, StageConfig
 from ds_stacking.data.batches import Batch, EvalBatches, MaskedBatches
 from ds_stacking.data.prefetch import prefetch
 from ds_stacking.data.prepare import PreparedData
@@ -26,8 +27,10 @@ from ds_stacking.engine.stage_manager import GrowthRecord, StageManager
 from ds_stacking.evaluation.masked_lm import HeldOutLoss, held_out_loss
 from ds_stacking.models.flops import training_flops
 from ds_stacking.training.batching import BatchPlan
+from ds_stacking.training.checkpointing import save, tell_reports
 from ds_stacking.training.export import export_stage
 from ds_stacking.training.ledger import Ledger
+from ds_stacking.training.preemption import StopRequest
 from ds_stacking.training.progress import StageConsole, growth_line
 from ds_stacking.training.schedule import Schedule
 from ds_stacking.training.tracking import Tracker
@@ -63,6 +66,8 @@ class Pretraining:
     tracker: Tracker
     run_dir: Path
     device: torch.device
+    writer: CheckpointWriter
+    stop: StopRequest
     position: Position = field(default_factory=Position)
     growths: list[GrowthRecord] = field(default_factory=list)
 
@@ -70,11 +75,11 @@ class Pretraining:
         self.schedule = Schedule(self.config)
         self.manager.evaluate = lambda _: self.evaluate().every
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
-        self._loss = torch.zeros((), dtype=torch.float64, device=self.device)
-        self._steps_in_loss = 0
+        self.loss_sum = torch.zeros((), dtype=torch.float64, device=self.device)
+        self.steps_in_loss = 0
         self._masked = torch.zeros((), dtype=torch.int64, device=self.device)
-        self._settled = 0
-        self._evaluated: tuple[tuple[int, int], HeldOutLoss] | None = None
+        self.settled = 0
+        self.evaluated: tuple[tuple[int, int], HeldOutLoss] | None = None
 
     @property
     def stages(self) -> list[StageConfig]:
@@ -87,33 +92,62 @@ class Pretraining:
         """The current stage's engine."""
         return self.manager.engine
 
-    def train(self) -> None:
-        """Run all stages to the end."""
-        for index, stage in enumerate(self.stages):
-            self.open_stage(index, stage)
-            with closing(self._stream(stage)) as steps:
-                for micro_batches in steps:
-                    self.train_step(micro_batches)
-                    self.report(stage)
+    def close(self, exit_code: int = 0) -> None:
+        """End what runs in the background."""
+        self.console.close()
+        self.writer.close()
+        self.tracker.close(exit_code)
+
+    def train(self, *, stage_finished: bool = False) -> None:
+        """Run all stages, from where the run stands, to the end.
+
+        After a resumption an engine is there already; `stage_finished` says that its stage is over.
+        """
+        first = self.position.stage + stage_finished
+        resumed = bool(self.manager.parameters) and not stage_finished
+        for index, stage in list(enumerate(self.stages))[first:]:
+            if not resumed:
+                self.open_stage(index, stage)
+            resumed = False
+            self.train_stage(index, stage)
             self.close_stage(index, stage)
 
-    def open_stage(self, index: int, stage: StageConfig) -> None:
-        """Build the first engine, or grow into the stage's."""
-        self.ledger.start_stage(stage.layers)
-        self.position.stage, self.position.stage_step = index, 0
-        plan = self.plans[index]
-        spec = EngineSpec(
+    def train_stage(self, index: int, stage: StageConfig) -> None:
+        """The optimizer steps of a stage that are left."""
+        done = self.position.stage_step
+        self.console.start_stage(
+            stage=index, stages=len(self.stages), layers=stage.layers, steps=stage.steps, done=done
+        )
+        if done:
+            self.evaluate_if_due(stage)  # the run may have been stopped in this very evaluation
+        with closing(self._stream(stage)) as steps:
+            for micro_batches in steps:
+                self.train_step(micro_batches)
+                self.report(stage)
+
+    def spec(self, index: int) -> EngineSpec:
+        """The engine of a stage."""
+        stage, plan = self.stages[index], self.plans[index]
+        return EngineSpec(
             layers=stage.layers,
             micro_batch_size=plan.micro_batch_size,
             accumulation=plan.accumulation,
             zero_stage=stage.zero_stage,
         )
+
+    def open_stage(self, index: int, stage: StageConfig) -> None:
+        """Build the first engine, or grow into the stage's."""
+        self.ledger.start_stage(stage.layers)
+        self.position.stage, self.position.stage_step = index, 0
         if index == 0:
-            self.manager.start(spec)
-            torch.manual_seed(self.config.seed * 1_000_003 + self.rank)  # dropout differs between ranks
+            self.manager.start(self.spec(0))
+            self.seed_dropout()
         else:
-            self.grow(index, stage, spec)
-        self.console.start_stage(stage=index, stages=len(self.stages), layers=stage.layers, steps=stage.steps)
+            self.grow(index, stage, self.spec(index))
+
+    def seed_dropout(self) -> None:
+        """Dropout differs between ranks, and between where a run begins and where other ranks took it over."""
+        torch.manual_seed(((self.config.seed * 1_000_003 + self.position.step) * 65_537 + self.rank) % 2**63)
 
     def grow(self, index: int, stage: StageConfig, spec: EngineSpec) -> None:
         """One growth, told to the console and the tracker."""
@@ -142,8 +176,8 @@ class Pretraining:
             # DeepSpeed averages gradients over ranks; the loss is a part of the global mean, so that is undone.
             engine.backward(loss * self.world_size, scale_wrt_gas=False)
             engine.step()
-            self._loss += loss.detach()
-        self._steps_in_loss += 1
+            self.loss_sum += loss.detach()
+        self.steps_in_loss += 1
         self.position.step += 1
         self.position.stage_step += 1
         self.position.samples += self.plans[stage].sequences
@@ -172,20 +206,43 @@ class Pretraining:
             group["lr"] = rate * (newest if position.stage and group["birth"] == position.stage else 1.0)
 
     def report(self, stage: StageConfig) -> None:
-        """Log, show and evaluate where it is time to."""
-        position, every = self.position, self.config.eval_every
-        if position.step % self.config.log_every == 0 or position.stage_step == stage.steps:
+        """Log, show, evaluate and save where it is time to, and stop where somebody asks."""
+        position, config = self.position, self.config
+        last = position.stage_step == stage.steps
+        if position.step % config.log_every == 0 or last:
             self.log_training(stage)
-        if every and position.step % every == 0 and position.stage_step < stage.steps:
+        self.evaluate_if_due(stage)
+        if config.checkpoint_every and position.step % config.checkpoint_every == 0 and not last:
+            save(self)
+        self.stop_if_asked()
+
+    def evaluate_if_due(self, stage: StageConfig) -> None:
+        """Evaluate every `eval_every` steps; a stage's end is evaluated when it closes."""
+        every = self.config.eval_every
+        if every and self.position.step % every == 0 and self.position.stage_step < stage.steps:
             self.evaluate()
+
+    def stop_if_asked(self) -> None:
+        """Save and raise RunAgain, on all ranks, where any of them was asked to stop."""
+        asked = torch.tensor(int(self.stop.asked()), device=self.device)
+        dist.all_reduce(asked)
+        if not int(asked):
+            return
+        save(self, required=True)
+        saved = self.writer.wait()
+        tell_reports(self)
+        raise RunAgain(
+            f"stopped by {self.stop.reason or 'another rank'} at step {self.position.step}, "
+            + ("saved; go on with --resume auto" if saved else "but the last checkpoint could not be saved")
+        )
 
     def log_training(self, stage: StageConfig) -> None:
         """Read the losses of the steps since the last line, over all ranks, and log them."""
-        total = self._loss.clone()
+        total = self.loss_sum.clone()
         dist.all_reduce(total)
-        loss = float(total) / self._steps_in_loss
-        self._loss.zero_()
-        self._steps_in_loss = 0
+        loss = float(total) / self.steps_in_loss
+        self.loss_sum.zero_()
+        self.steps_in_loss = 0
         norm = self.engine.get_global_grad_norm()
         position = self.position
         rate = self.schedule(position.step - 1, position.stage, position.stage_step - 1)
@@ -200,12 +257,12 @@ class Pretraining:
         """Held-out loss of the current engine; the same step at the same depth is not evaluated twice."""
         layers = len(self.engine.module.blocks)
         at = (self.position.step, layers)
-        if self._evaluated is None or self._evaluated[0] != at:
-            self._evaluated = (at, self._held_out_loss())
-            loss = self._evaluated[1]
+        if self.evaluated is None or self.evaluated[0] != at:
+            self.evaluated = (at, self._held_out_loss())
+            loss = self.evaluated[1]
             event = self._event("eval", stage=self.position.stage, layers=layers)
             self.tracker.log(event | {"eval_loss": loss.every, "eval_loss_masked": loss.masked})
-        return self._evaluated[1]
+        return self.evaluated[1]
 
     def evaluate_shuffled(self) -> HeldOutLoss:
         """The control: the same blocks with their tokens shuffled."""
@@ -233,6 +290,8 @@ class Pretraining:
                 model=self.config.model,
                 data=self.data,
             )
+        save(self, stage_end=True)
+        self.stop_if_asked()
 
     def _stream(self, stage: StageConfig) -> Generator[list[Batch]]:
         """This rank's micro-batches, step by step, made ahead in the background."""
@@ -245,9 +304,9 @@ class Pretraining:
         batches = [self.batches.batch(indices) for indices in samples]
         return [batch.pin_memory() for batch in batches] if self.device.type == "cuda" else batches
 
-    def _settle(self) -> None:
+    def settle(self) -> None:
         """Charge the FLOPs of the steps since the last call; how many tokens they masked is known to the device."""
-        steps, self._settled = self.position.step - self._settled, self.position.step
+        steps, self.settled = self.position.step - self.settled, self.position.step
         if steps:
             self.ledger.stage.flops += training_flops(
                 self.config.model,
@@ -259,7 +318,7 @@ class Pretraining:
             self._masked.zero_()
 
     def _event(self, kind: str, *, stage: int, layers: int) -> dict[str, Any]:
-        self._settle()
+        self.settle()
         return {
             "kind": kind,
             "step": self.position.step,

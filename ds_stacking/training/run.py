@@ -15,21 +15,30 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from ds_stacking.checkpoint.select import Found
 from ds_stacking.config import ModelConfig, RunConfig, StageConfig, UserError
 from ds_stacking.data.batches import EvalBatches, MaskedBatches
 from ds_stacking.data.prepare import PreparedData, prepare
 from ds_stacking.engine.ds_config import load_ds_config, resolve_ds_config
 from ds_stacking.engine.factory import EngineFactory, device, init_distributed, native_bf16
 from ds_stacking.engine.stage_manager import StageManager
-from ds_stacking.growth.operators import layer_map
+from ds_stacking.growth.operators import layer_map, parse_operator
 from ds_stacking.models.bert import Bert
 from ds_stacking.reports.curves import draw_curves
 from ds_stacking.training.batching import BatchPlan, plan_batch
+from ds_stacking.training.checkpointing import cut_metrics, find_checkpoint, identity, make_writer, restore
 from ds_stacking.training.export import finish_export
 from ds_stacking.training.ledger import Ledger
 from ds_stacking.training.loop import Pretraining
+from ds_stacking.training.preemption import StopRequest
 from ds_stacking.training.progress import make_console
-from ds_stacking.training.run_directory import SUMMARY, check_run_directory, claim_run_directory, write_json
+from ds_stacking.training.run_directory import (
+    SUMMARY,
+    check_run_directory,
+    claim_run_directory,
+    is_finished,
+    write_json,
+)
 from ds_stacking.training.tracking import make_tracker
 
 
@@ -40,24 +49,41 @@ def pretrain(config: RunConfig) -> None:
     _keep_freed_memory()
     if rank == 0:
         check_run_directory(config)
+    console = make_console(rank)
+    if config.resume and is_finished(config):
+        console.line(f"{config.run_dir} holds a finished run; there is nothing left to do.")
+        return
     ds_config = load_ds_config(config.deepspeed_config)
     bf16, why = _precision(config)
     plans = check_stages(config, ds_config, bf16=bf16, world_size=world_size)
-    console = make_console(rank)
     data = prepare(config.data, config.tokenizer, config.corpus, log=console.line)
     config = replace(config, model=_model_config(config.model, data))
     init_distributed()
-    run = _build(config, data, plans, ds_config, bf16=bf16)
-    run.console.resolved(_resolved(run, why))
+    expected = identity(config, data.fingerprint)
+    found = find_checkpoint(config, expected)
+    run = _build(config, data, plans, ds_config, expected, found, bf16=bf16)
+    console.resolved(_resolved(run, why))
     try:
-        run.train()
+        stage_finished = _resume(run, found)
+        run.train(stage_finished=stage_finished)
         _finish(run)
     except BaseException:
-        run.tracker.close(exit_code=1)
+        run.close(exit_code=1)
         raise
-    finally:
-        run.console.close()
-    run.tracker.close()
+    run.close()
+
+
+def _resume(run: Pretraining, found: Found | None) -> bool:
+    """Bring the run to its checkpoint, if there is one; whether it stands at the end of a stage."""
+    if found is None:
+        if run.config.resume:
+            run.console.line("no checkpoint yet; starting at step 0")
+        return False
+    for note in found.notes:
+        run.console.line(note)
+    stage_finished = restore(run, found)
+    run.console.line(f"resumed at step {found.step}, from {found.path}")
+    return stage_finished
 
 
 def _limit_threads() -> None:
@@ -92,6 +118,7 @@ def check_stages(config: RunConfig, ds_config: Mapping[str, Any], *, bf16: bool,
     """The batch arithmetic of every stage. Raises UserError for a growth or a batch that cannot be."""
     stages = config.stages
     assert isinstance(stages, list)
+    parse_operator(config.operator)  # a misspelt one is an error even where nothing grows
     for before, after in zip(stages, stages[1:], strict=False):
         layer_map(after.operator or config.operator, before.layers, after.layers)
     plans = [plan_batch(config, stage, world_size) for stage in stages]
@@ -121,7 +148,14 @@ def _model_config(model: ModelConfig, data: PreparedData) -> ModelConfig:
 
 
 def _build(
-    config: RunConfig, data: PreparedData, plans: list[BatchPlan], ds_config: Mapping[str, Any], *, bf16: bool
+    config: RunConfig,
+    data: PreparedData,
+    plans: list[BatchPlan],
+    ds_config: Mapping[str, Any],
+    expected: dict[str, Any],
+    found: Found | None,
+    *,
+    bf16: bool,
 ) -> Pretraining:
     rank = dist.get_rank()
     shared: dict[str, Any] = {
@@ -141,7 +175,9 @@ def _build(
     held_out = EvalBatches(data.eval, blocks=config.eval_blocks, **shared)
     run_dir = Path(config.run_dir)
     if rank == 0:
-        claim_run_directory(config, _record(config, data))
+        claim_run_directory(config, _record(config, data), keep=found is not None)
+        if found is not None:
+            cut_metrics(run_dir, found)
     return Pretraining(
         config=config,
         data=data,
@@ -154,6 +190,8 @@ def _build(
         tracker=make_tracker(run_dir, tracking=config.tracking, name=config.name, config=config.to_dict(), rank=rank),
         run_dir=run_dir,
         device=device(),
+        writer=make_writer(config, expected),
+        stop=StopRequest(run_dir),
     )
 
 

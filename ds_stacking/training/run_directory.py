@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 from collections.abc import Mapping
@@ -12,15 +13,19 @@ from typing import Any
 from ds_stacking.config import RunConfig, UserError
 
 CONFIG, SUMMARY, METRICS = "config.json", "summary.json", "metrics.jsonl"
-OURS = (CONFIG, SUMMARY, METRICS, "wandb_id.txt", "checkpoints", "export", "report", "wandb")
+OURS = (CONFIG, SUMMARY, METRICS, "stop", "wandb_id.txt", "checkpoints", "export", "report", "wandb")
 """What a run writes; --overwrite deletes this and nothing else."""
 
 
 def check_run_directory(config: RunConfig) -> None:
     """Raise UserError where the run directory holds another run or cannot be one. Writes nothing."""
     path = Path(config.run_dir)
-    if not config.overwrite and any(os.path.lexists(path / name) for name in OURS):
-        raise UserError(f"output_dir {path} holds another run; give --overwrite, or another --output_dir.")
+    if config.resume and config.overwrite:
+        raise UserError("--resume goes on with a run and --overwrite deletes it; give one of them.")
+    if not (config.overwrite or config.resume) and any(os.path.lexists(path / name) for name in OURS):
+        raise UserError(
+            f"output_dir {path} holds another run; give --resume auto, --overwrite, or another --output_dir."
+        )
     # The functions of os.path, unlike Path.exists, answer False where a parent may not be searched.
     existing = next(folder for folder in (path, *path.absolute().parents) if os.path.lexists(folder))
     if not os.path.isdir(existing):
@@ -31,10 +36,21 @@ def check_run_directory(config: RunConfig) -> None:
         )
 
 
-def claim_run_directory(config: RunConfig, resolved: Mapping[str, Any]) -> Path:
-    """Make the run directory, readable by its owner only, and write the resolved configuration into it."""
+def is_finished(config: RunConfig) -> bool:
+    """Whether the run directory holds a run that reached its end."""
+    try:
+        return json.loads((Path(config.run_dir) / SUMMARY).read_bytes())["finished"] is True
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+
+
+def claim_run_directory(config: RunConfig, resolved: Mapping[str, Any], *, keep: bool = False) -> Path:
+    """Make the run directory, readable by its owner only, and write the resolved configuration into it.
+
+    What an earlier run left is deleted, unless this one goes on with it (`keep`).
+    """
     path = Path(config.run_dir)
-    for name in OURS:
+    for name in () if keep else OURS:
         old = path / name
         if old.is_dir() and not old.is_symlink():
             shutil.rmtree(old)
@@ -50,8 +66,17 @@ def write_json(path: Path, content: Mapping[str, Any]) -> None:
     """Write a JSON file by a temporary name, fsync and one rename."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     with temporary.open("w") as file:
-        json.dump(content, file, indent=2)
+        json.dump(finite(content), file, indent=2, allow_nan=False)
         file.write("\n")
         file.flush()
         os.fsync(file.fileno())
     temporary.replace(path)
+
+
+def finite(value: Any) -> Any:
+    """`value` with None for every number that is not finite: JSON knows no NaN."""
+    if isinstance(value, Mapping):
+        return {key: finite(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(inner) for inner in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

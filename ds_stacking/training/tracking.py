@@ -10,7 +10,6 @@ import contextlib
 import http.client
 import json
 import logging
-import math
 import queue
 import threading
 import urllib.error
@@ -23,6 +22,7 @@ from typing import Any, Protocol
 import psutil
 
 from ds_stacking.config import RunConfig, StageConfig, UserError
+from ds_stacking.training.run_directory import finite
 
 logger = logging.getLogger(__name__)
 
@@ -90,7 +90,7 @@ class MetricsFile:
         self._drop_broken_tail()
 
     def log(self, record: Record) -> None:
-        self.file.write(json.dumps(_finite(record), allow_nan=False).encode() + b"\n")
+        self.file.write(json.dumps(finite(record), allow_nan=False).encode() + b"\n")
         self.file.flush()
 
     def close(self, exit_code: int = 0) -> None:
@@ -101,14 +101,6 @@ class MetricsFile:
         self.file.seek(0)
         content = self.file.read()
         self.file.truncate(content.rfind(b"\n") + 1)
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {key: _finite(inner) for key, inner in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(inner) for inner in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 class WandbTracker:

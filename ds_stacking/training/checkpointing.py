@@ -1,0 +1,147 @@
+"""What a run saves beside its engine's state, and how it goes on from there."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import asdict
+from hashlib import sha256
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+
+from ds_stacking.checkpoint.generators import restore_generators
+from ds_stacking.checkpoint.select import Found, find, newest_valid
+from ds_stacking.checkpoint.share import from_first_rank
+from ds_stacking.checkpoint.store import CheckpointReader
+from ds_stacking.checkpoint.write import CheckpointWriter
+from ds_stacking.config import RunConfig, UserError
+from ds_stacking.engine.factory import device
+from ds_stacking.engine.stage_manager import GrowthRecord
+from ds_stacking.engine.zero_state import LiveState
+from ds_stacking.evaluation.masked_lm import HeldOutLoss
+from ds_stacking.growth.exchange import make_exchange
+from ds_stacking.training.ledger import Ledger
+from ds_stacking.training.run_directory import METRICS
+
+if TYPE_CHECKING:
+    from ds_stacking.training.loop import Pretraining
+
+FREE = (
+    *("name", "description", "deepspeed_config", "output_dir", "overwrite", "resume", "data", "precision"),
+    *("micro_batch_size", "tracking", "log_every", "checkpoint_every", "checkpoint_keep", "checkpoint_async"),
+)
+"""Fields that may change at a resumption: they do not decide what is learned (`data` does by its fingerprint)."""
+
+
+def identity(config: RunConfig, fingerprint: str) -> dict[str, Any]:
+    """What a run must share with a checkpoint to go on from it."""
+    decisive = {name: value for name, value in config.to_dict().items() if name not in FREE}
+    decisive["corpus"] = {k: v for k, v in decisive["corpus"].items() if k != "cache_dir"}
+    for stage in decisive["stages"]:
+        stage.pop("micro_batch_size"), stage.pop("zero_stage")
+    text = json.dumps(decisive, sort_keys=True)
+    return {"recipe": sha256(text.encode()).hexdigest(), "model": decisive["model"], "data": fingerprint}
+
+
+def find_checkpoint(config: RunConfig, expected: dict[str, Any]) -> Found | None:
+    """The checkpoint that `--resume` asks for, chosen by rank 0 for all; None where the run starts at step 0.
+
+    Raises UserError where there is something to resume from but nothing valid.
+    """
+    if config.resume is None:
+        return None
+
+    def decide() -> dict[str, Any] | None:
+        if config.resume == "auto":
+            found = newest_valid(Path(config.run_dir) / "checkpoints", expected)
+        else:
+            found = find(Path(config.resume or ""), expected)
+            if found is None:
+                raise UserError(f"There is no checkpoint in {config.resume}; use --resume auto to start at step 0.")
+        return None if found is None else {"path": str(found.path), "step": found.step, "notes": list(found.notes)}
+
+    answer = from_first_rank(decide, make_exchange(device()))
+    if answer is None:
+        return None
+    return Found(path=Path(answer["path"]), step=answer["step"], notes=tuple(answer["notes"]))
+
+
+def make_writer(config: RunConfig, expected: dict[str, Any]) -> CheckpointWriter:
+    """The writer of a run."""
+    return CheckpointWriter(
+        Path(config.run_dir) / "checkpoints",
+        make_exchange(device()),
+        identity=expected,
+        keep=config.checkpoint_keep,
+        asynchronous=config.checkpoint_async,
+    )
+
+
+def save(run: Pretraining, *, stage_end: bool = False, required: bool = False) -> None:
+    """Save the run between two steps; a stage's end is kept for good. All ranks call it together."""
+    with run.ledger.clock("checkpoint"):
+        run.settle()
+        parts = [torch.zeros_like(run.loss_sum) for _ in range(run.world_size)]
+        dist.all_gather(parts, run.loss_sum)
+        metrics = run.run_dir / METRICS
+        extra = {
+            "position": asdict(run.position),
+            "stage_end": stage_end,
+            "ledger": run.ledger.to_dict(),
+            "growths": [asdict(record) for record in run.growths],
+            "evaluated": run.evaluated and [*run.evaluated[0], asdict(run.evaluated[1])],
+            "loss_sum": [float(part) for part in parts],
+            "steps_in_loss": run.steps_in_loss,
+            "metrics_bytes": metrics.stat().st_size if run.rank == 0 else 0,
+        }
+        run.writer.save(
+            run.position.step,
+            LiveState(run.engine),
+            run.manager.current_parameters(),
+            extra=extra,
+            keep=stage_end,
+            required=required,
+        )
+    tell_reports(run)
+
+
+def tell_reports(run: Pretraining) -> None:
+    """Say which saves failed; one that succeeded is silent."""
+    for report in run.writer.reports():
+        if report.error or report.warning:
+            run.console.line(report.line)
+
+
+def restore(run: Pretraining, found: Found) -> bool:
+    """Bring `run` to the checkpoint; returns whether it stands at the end of a stage, the next one not begun."""
+    reader = CheckpointReader(found.path)
+    extra = reader.extra
+    run.position = type(run.position)(**extra["position"])
+    run.manager.restore(run.spec(run.position.stage), reader.parameters, reader, stage=run.position.stage)
+    run.ledger = Ledger.from_dict(extra["ledger"])
+    run.growths = [GrowthRecord(**record) for record in extra["growths"]]
+    if extra["evaluated"]:
+        step, layers, loss = extra["evaluated"]
+        run.evaluated = ((step, layers), HeldOutLoss(**loss))
+    same_ranks = len(extra["loss_sum"]) == run.world_size
+    mine = extra["loss_sum"][run.rank] if same_ranks else sum(extra["loss_sum"]) * (run.rank == 0)
+    run.loss_sum.fill_(mine)
+    run.steps_in_loss = extra["steps_in_loss"]
+    run.settled = run.position.step
+    generators = reader.generators(run.rank, run.world_size)
+    if generators is None:
+        run.seed_dropout()
+    else:
+        restore_generators(generators)
+    return extra["stage_end"]
+
+
+def cut_metrics(run_dir: Path, found: Found) -> None:
+    """Rank 0: cut metrics.jsonl back to where the checkpoint saw it, so that no step stands twice."""
+    path = run_dir / METRICS
+    size = CheckpointReader(found.path).extra["metrics_bytes"]
+    if found.path.parent.parent.resolve() == run_dir.resolve() and path.exists() and path.stat().st_size > size:
+        os.truncate(path, size)

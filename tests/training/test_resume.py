@@ -1,0 +1,169 @@
+"""A run that is cut and resumed ends as the uninterrupted one, to the bit."""
+
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from ds_stacking.checkpoint.store import CheckpointReader
+from ds_stacking.command_line import parse_run
+from ds_stacking.config import RunAgain, UserError
+from ds_stacking.growth.state import KINDS, TensorSlice
+from tests.corpus import small_options, write_corpus
+from tests.ranks import run_ranks
+
+pytestmark = pytest.mark.distributed
+
+CUTS = (3, 8, 13, 16, 24)
+"""In the middle of a stage, at the ends of stages (the growth is still to come), and at the very end."""
+
+
+def run(folder: str, output: str, zero_stage: int, cuts: tuple[int, ...], options: tuple[str, ...] = ()) -> list[str]:
+    """Train `folder`/`output`, stopped at every step of `cuts` and resumed each time; what the console said."""
+    from ds_stacking.training.loop import Pretraining
+    from ds_stacking.training.progress import NullConsole
+    from ds_stacking.training.run import pretrain
+
+    said: list[str] = []
+    NullConsole.line = lambda self, text: said.append(text)
+    original = Pretraining.stop_if_asked
+    arguments = [
+        *small_options(Path(folder)),
+        f"--output_dir={folder}/{output}",
+        f"--deepspeed_config=ds_configs/zero{zero_stage}.json",
+        "--log_every=2",
+        "--tracking=none",
+        "--resume=auto",
+        *options,
+    ]
+    for cut in (*cuts, None):
+
+        def stop_if_asked(self: Pretraining, cut: int | None = cut) -> None:
+            if self.position.step == cut and self.rank == self.world_size - 1:
+                self.stop.reason = "the test"
+            original(self)
+
+        Pretraining.stop_if_asked = stop_if_asked
+        torch.manual_seed(99)  # a new process would not have the generators of the old one
+        random.seed(99)
+        try:
+            pretrain(parse_run(arguments))
+            assert cut is None
+        except RunAgain:
+            assert cut is not None
+    return said
+
+
+def final(folder: Path) -> CheckpointReader:
+    return CheckpointReader(max((folder / "checkpoints").iterdir(), key=lambda path: int(path.name.split("-")[1])))
+
+
+def metrics(folder: Path) -> list[dict[str, Any]]:
+    """The records without what the clock decides."""
+    records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    timed = ("seconds", "tokens_per_second", "flops_per_second", "seconds_growth", "seconds_by_phase")
+    return [{key: value for key, value in record.items() if key not in timed} for record in records]
+
+
+def assert_equal_to_the_bit(one: Path, other: Path) -> None:
+    first, second = final(one), final(other)
+    assert first.parameters == second.parameters and first.extra["position"] == second.extra["position"]
+    for name, info in first.parameters.items():
+        for kind in KINDS:
+            piece = TensorSlice(name, 0, info.numel)
+            assert torch.equal(first.read(piece, kind), second.read(piece, kind)), (name, kind)
+    assert metrics(one) == metrics(other)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("resume")
+    write_corpus(folder / "corpus")
+    return folder
+
+
+@pytest.mark.parametrize("zero_stage", range(4))
+def test_a_cut_run_ends_as_the_whole_one(folder: Path, zero_stage: int) -> None:
+    whole, cut = f"whole-{zero_stage}", f"cut-{zero_stage}"
+    run_ranks(2, run, str(folder), whole, zero_stage, ())
+    run_ranks(2, run, str(folder), cut, zero_stage, CUTS)
+    assert_equal_to_the_bit(folder / whole, folder / cut)
+    assert json.loads((folder / cut / "summary.json").read_text())["finished"] is True
+
+
+def test_generators_that_are_not_restored_are_noticed(folder: Path) -> None:
+    run_ranks(2, run_without_generators, str(folder))
+    with pytest.raises(AssertionError):
+        assert_equal_to_the_bit(folder / "whole-2", folder / "faulty")
+
+
+def run_without_generators(folder: str) -> None:
+    from ds_stacking.training import checkpointing
+
+    checkpointing.restore_generators = lambda states: None
+    run(folder, "faulty", 2, (3,))
+
+
+def test_another_world_size_and_zero_stage_go_on(folder: Path) -> None:
+    """2 ranks under ZeRO-2, then 1 under ZeRO-3, then 2 under ZeRO-1; without dropout the losses are the same."""
+    plain = ("--model.dropout=0", "--model.attention_dropout=0")
+    run_ranks(2, run, str(folder), "steady", 2, (), plain)
+    run_ranks(2, stop_once, str(folder), 2, 5, plain)
+    run_ranks(1, stop_once, str(folder), 3, 12, plain)
+    run_ranks(2, run, str(folder), "moving", 1, (), plain)
+    expected, found = (
+        [record["loss"] for record in metrics(folder / name) if record["kind"] == "train"]
+        for name in ("steady", "moving")
+    )
+    assert found == pytest.approx(expected, rel=1e-4)
+
+
+def stop_once(folder: str, zero_stage: int, cut: int, options: tuple[str, ...]) -> None:
+    from ds_stacking.training.loop import Pretraining
+
+    original = Pretraining.train_step
+
+    def train_step(self: Pretraining, micro_batches: list) -> None:
+        original(self, micro_batches)
+        if self.position.step == cut:
+            self.stop.reason = "the test"
+
+    Pretraining.train_step = train_step
+    with pytest.raises(RunAgain):
+        run(folder, "moving", zero_stage, (), options)
+
+
+def test_a_finished_run_is_left_alone_and_another_recipe_is_refused(folder: Path) -> None:
+    if not (folder / "whole-2").exists():
+        run_ranks(2, run, str(folder), "whole-2", 2, ())
+    before = (folder / "whole-2" / "summary.json").read_bytes()
+    assert any("finished" in line for line in run_ranks(1, run_again, str(folder), "whole-2"))
+    assert (folder / "whole-2" / "summary.json").read_bytes() == before
+    (folder / "whole-2" / "summary.json").unlink()
+    message = run_ranks(1, refused, str(folder))[0]
+    assert "another run" in message or "recipe" in message, message
+
+
+def run_again(folder: str, output: str) -> list[str]:
+    from ds_stacking.training import run as module
+
+    said: list[str] = []
+
+    class Recorder:
+        def line(self, text: str) -> None:
+            said.append(text)
+
+    module.make_console = lambda rank: Recorder()
+    module.pretrain(parse_run([*small_options(Path(folder)), f"--output_dir={folder}/{output}", "--resume=auto"]))
+    return said
+
+
+def refused(folder: str) -> str:
+    with pytest.raises(UserError) as error:
+        run(folder, "whole-2", 2, (), ("--lr=0.5",))
+    return str(error.value)
