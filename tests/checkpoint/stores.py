@@ -91,7 +91,7 @@ def save(folder: Path, step: int, state: Any = None, exchange: Exchange | None =
     """Save on this rank and wait; the published path on rank 0."""
     keep, always = options.pop("keep", 100), options.pop("always", False)
     extra = options.pop("extra", {"samples": step})
-    writer = CheckpointWriter(folder, exchange or OneRank(), identity=IDENTITY, keep=keep, **options)
+    writer = CheckpointWriter(folder, exchange or OneRank(), identity=IDENTITY, keep=keep, patience=20, **options)
     writer.save(step, state or random_state(step), PARAMETERS, extra=extra, keep=always)
     assert writer.wait(), writer.reports()
     return writer.reports()[0].path
