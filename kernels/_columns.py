@@ -8,7 +8,7 @@ import triton.language as tl
 from ds_stacking.kernels._launch import Kernel, launch
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["programs"])
 def _sum_partials(PARTIALS, OUT, programs, columns, BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr):
     cols = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     acc = tl.zeros([BLOCK_P, BLOCK_N], tl.float32)

@@ -132,9 +132,9 @@ def _target(index: int) -> str:
 
 
 def multiprocessors(device: torch.device) -> int:
-    """Streaming multiprocessors of `device`; 2 in the interpreter so that persistent loops take several turns."""
+    """Streaming multiprocessors of `device`; 1 in the interpreter, where programs run one after another."""
     if _executor.everywhere:
-        return 2
+        return 1
     if not torch.cuda.is_available():
         return 132
     return _multiprocessors(device.index if device.index is not None else torch.cuda.current_device())
@@ -149,3 +149,8 @@ def check(condition: object, message: str) -> None:
     """Raise ValueError(message) unless `condition` holds."""
     if not condition:
         raise ValueError(message)
+
+
+def readable(x: torch.Tensor) -> bool:
+    """Whether looking at the values of `x` costs no synchronisation and is possible: not while being compiled."""
+    return type(x) is torch.Tensor and x.device.type == "cpu" and not torch.compiler.is_compiling()

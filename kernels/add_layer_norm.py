@@ -26,7 +26,7 @@ from torch.library import triton_op
 # T rows (tokens), N columns (hidden size)
 
 
-@triton.jit(do_not_specialize=["rows"])
+@triton.jit(do_not_specialize=["rows", "programs"])
 def _forward(
     X, RESIDUAL, BIAS, WEIGHT, SHIFT, SEED, Y, Z, MEAN, RSTD, rows, programs, eps, scale,
     N: tl.constexpr, BLOCK_N: tl.constexpr, ROWS: tl.constexpr, STAGES: tl.constexpr, HAS_BIAS: tl.constexpr,
@@ -66,7 +66,7 @@ def _forward(
         tl.store(RSTD + row, rstd, mask=row < rows)
 
 
-@triton.jit(do_not_specialize=["rows"])
+@triton.jit(do_not_specialize=["rows", "programs"])
 def _backward(
     DY, DSUM, Z, WEIGHT, MEAN, RSTD, SEED, DZ, DX, PARTIALS, rows, programs, scale,
     N: tl.constexpr, BLOCK_N: tl.constexpr, ROWS: tl.constexpr, STAGES: tl.constexpr, HAS_SUM: tl.constexpr,
@@ -151,7 +151,7 @@ def _add_layer_norm(
     rows, width = x.shape
     y, z = torch.empty_like(x), torch.empty_like(x) if store_sum else x.new_empty(0)
     mean, rstd = (torch.empty(rows, dtype=torch.float32, device=x.device) for _ in range(2))
-    programs = min(rows, 8 * multiprocessors(x.device))
+    programs = min(triton.cdiv(rows, 8), 8 * multiprocessors(x.device))
     launch(
         FORWARD, (programs,), x, x if residual is None else residual, weight if bias is None else bias, weight, shift,
         mean if seed is None else seed, y, z, mean, rstd, rows, programs, eps, 1 / (1 - p),
@@ -179,7 +179,7 @@ def _add_layer_norm_backward(
     rows, width = dy.shape
     kinds = 3 if has_bias else 2
     dz, dx = torch.empty_like(z), torch.empty_like(z) if p > 0 else z.new_empty(0)
-    programs = min(rows, 4 * multiprocessors(dy.device))
+    programs = min(triton.cdiv(rows, 8), 4 * multiprocessors(dy.device))
     partials = torch.empty(programs, kinds, width, dtype=torch.float32, device=dy.device)
     launch(
         BACKWARD, (programs,), dy, dy if dsum is None else dsum, z, weight, mean, rstd,

@@ -20,7 +20,16 @@ import torch
 import triton
 from ds_stacking.kernels import attention_kernels
 from ds_stacking.kernels._dropout import keep_mask, new_seed, threshold
-from ds_stacking.kernels._launch import Configs, Kernel, check, launch, multiprocessors, runs_kernels, target_of
+from ds_stacking.kernels._launch import (
+    Configs,
+    Kernel,
+    check,
+    launch,
+    multiprocessors,
+    readable,
+    runs_kernels,
+    target_of,
+)
 from torch.library import triton_op
 
 LOG2_E = 1.4426950408889634
@@ -80,7 +89,7 @@ BACKWARD_KEYS = Kernel(
     key=("longest",),
     configs=_configs(
         {
-            ("sm_80", 64): [(32, 64, 4, 2)],
+            ("sm_80", 64): [(32, 64, 8, 2)],
             ("sm_80", 128): [(32, 64, 8, 2)],
             ("sm_90", 64): [(64, 128, 8, 2), (64, 64, 4, 2), (32, 64, 4, 3)],
             ("sm_90", 128): [(64, 64, 8, 2), (32, 128, 8, 2)],
@@ -193,19 +202,21 @@ class _Padded:
     def __init__(self, tokens: int, starts: torch.Tensor, longest: int, padded: bool) -> None:
         first = torch.arange(starts.numel(), device=starts.device) * longest if padded else starts[:-1].long()
         lengths = starts if padded else starts.diff()
-        position = torch.arange(longest, device=starts.device)
-        self.real = position < lengths[:, None]  # [B, S]
-        self.rows = (first[:, None] + position).clamp(max=max(tokens - 1, 0))  # [B, S]
-        self.position = position
+        self.position = torch.arange(longest, device=starts.device)
+        self.real = self.position < lengths[:, None]  # [B, S]
+        # padding is read from and written to one row more than there are tokens
+        self.rows = torch.where(self.real, first[:, None] + self.position, tokens)  # [B, S]
 
     def pad(self, x: torch.Tensor) -> torch.Tensor:
         """[T, H, D] -> [B, H, S, D], zeros beyond each sequence, at least fp32."""
-        x = torch.where(self.real[..., None, None], x[self.rows], 0)
+        x = torch.cat([x, x.new_zeros(1, *x.shape[1:])])[self.rows]
         return x.transpose(1, 2).to(torch.promote_types(x.dtype, torch.float32))
 
-    def unpad(self, x: torch.Tensor, out: torch.Tensor) -> None:
-        """Write [B, H, S, D] into the zeroed `out` [T, H, D]."""
-        out[self.rows[self.real]] = x.transpose(1, 2)[self.real].to(out.dtype)
+    def unpad(self, x: torch.Tensor, tokens: int, dtype: torch.dtype) -> torch.Tensor:
+        """[B, H, S, D] -> [T, H, D], zeros on tokens of no sequence."""
+        out = x.new_zeros(tokens + 1, x.shape[1], x.shape[3], dtype=dtype)
+        out[self.rows] = torch.where(self.real[..., None, None], x.transpose(1, 2), 0).to(dtype)
+        return out[:tokens]
 
     def hidden(self, causal: bool) -> torch.Tensor:
         """True where a query may not see a key, [B, 1, S or 1, S]."""
@@ -219,22 +230,19 @@ class _Padded:
 
 
 def _forward_reference(qkv, starts, seed, longest, padded, causal, scale, p):
-    batch = _Padded(qkv.shape[0], starts, longest, padded)
+    batch, tokens = _Padded(len(qkv), starts, longest, padded), len(qkv)
     q, k, v = (batch.pad(part) for part in qkv.unbind(1))  # [B, H, S, D]
     scores = (q @ k.mT * scale).masked_fill_(batch.hidden(causal), -torch.inf)
     lse = scores.logsumexp(-1, keepdim=True)
     probabilities = (scores - lse).exp_().nan_to_num_(0.0)  # rows of empty sequences see no key
     if p > 0:
         probabilities = torch.where(batch.keep(seed, q.shape[1], p), probabilities / (1 - p), 0.0)
-    out = torch.zeros_like(qkv[:, 0])
-    batch.unpad(probabilities @ v, out)
-    packed = torch.zeros(*qkv.shape[::2][:1], qkv.shape[2], 1, dtype=lse.dtype, device=qkv.device)
-    batch.unpad(lse * LOG2_E, packed)
-    return out, packed[..., 0].mT.contiguous()
+    out = batch.unpad(probabilities @ v, tokens, qkv.dtype)
+    return out.contiguous(), batch.unpad(lse * LOG2_E, tokens, lse.dtype)[..., 0].mT.contiguous()
 
 
 def _backward_reference(dout, qkv, starts, seed, lse, longest, padded, causal, scale, p):
-    batch = _Padded(qkv.shape[0], starts, longest, padded)
+    batch, tokens = _Padded(len(qkv), starts, longest, padded), len(qkv)
     q, k, v = (batch.pad(part) for part in qkv.unbind(1))  # [B, H, S, D]
     do, lse = batch.pad(dout), batch.pad(lse.mT[..., None])
     probabilities = (q @ k.mT * scale - lse / LOG2_E).exp_().masked_fill_(batch.hidden(causal), 0.0)
@@ -243,10 +251,7 @@ def _backward_reference(dout, qkv, starts, seed, lse, longest, padded, causal, s
         keep = batch.keep(seed, q.shape[1], p)
         dp, kept = (torch.where(keep, x / (1 - p), 0.0) for x in (dp, probabilities))
     ds = probabilities * (dp - (probabilities * dp).sum(-1, keepdim=True)) * scale
-    dqkv = torch.zeros_like(qkv)
-    for index, gradient in enumerate((ds @ k, ds.mT @ q, kept.mT @ do)):
-        batch.unpad(gradient, dqkv[:, index])
-    return dqkv
+    return torch.stack([batch.unpad(x, tokens, qkv.dtype) for x in (ds @ k, ds.mT @ q, kept.mT @ do)], dim=1)
 
 
 def _save(ctx, inputs, output):
@@ -294,7 +299,7 @@ def attention(
     """
     check(qkv.dim() == 4 and qkv.shape[1] == 3, f"qkv has shape {tuple(qkv.shape)}; it must be [T, 3, H, D].")
     _check(qkv, cu_seqlens, "cu_seqlens", max_seqlen, dropout)
-    if cu_seqlens.device.type == "cpu":
+    if readable(cu_seqlens):
         last = int(cu_seqlens[-1])
         check(last == qkv.shape[0], f"cu_seqlens ends at {last}, but qkv holds {qkv.shape[0]} tokens.")
     return _apply(qkv, cu_seqlens, max_seqlen, False, causal, dropout, seed, softmax_scale)

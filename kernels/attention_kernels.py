@@ -279,7 +279,7 @@ def backward_keys(
     _store(out + 2 * H * D, tl.where(valid, dv * keep_scale, 0.0), keys, limit, cols, 3 * H * D, D)
 
 
-@triton.jit(do_not_specialize=["longest", "heads"])
+@triton.jit(do_not_specialize=["longest", "heads", "programs"])
 def backward_short(
     QKV, STARTS, SEED, LSE, DOUT, DQKV, longest, tokens, heads, programs, scale, keep_scale, softmax_scale,
     H: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, PADDED: tl.constexpr, CAUSAL: tl.constexpr,

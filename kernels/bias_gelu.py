@@ -60,7 +60,7 @@ def _forward(
     tl.store(Y + at, _gelu(u, TANH), mask=mask)
 
 
-@triton.jit(do_not_specialize=["rows"])
+@triton.jit(do_not_specialize=["rows", "programs"])
 def _backward(
     DY, X, BIAS, DX, PARTIALS, rows, programs, N: tl.constexpr, TANH: tl.constexpr, HAS_BIAS: tl.constexpr,
     ROWS: tl.constexpr, BLOCK_N: tl.constexpr,
@@ -136,7 +136,7 @@ def _gelu_backward(
         return dx, dx.sum(0)
     rows, width = dy.shape
     # enough programs to fill the device when every chunk of 512 columns has as many
-    programs = max(1, min(rows, 4 * multiprocessors(dy.device) // triton.cdiv(width, 512)))
+    programs = max(1, min(triton.cdiv(rows, 8), 4 * multiprocessors(dy.device) // triton.cdiv(width, 512)))
     dx = torch.empty_like(dy)
     partials = torch.empty(programs, 1, width, dtype=torch.float32, device=dy.device)
     launch(

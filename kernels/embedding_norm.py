@@ -65,7 +65,7 @@ def _forward(
     tl.store(RSTD + row, rstd, mask=row < rows)
 
 
-@triton.jit(do_not_specialize=["rows"])
+@triton.jit(do_not_specialize=["rows", "programs"])
 def _backward(
     DY, WORD, IDS, PLACES, KINDS, POSITION, SEGMENT, WEIGHT, SEED, MEAN, RSTD, DZ, PARTIALS, rows, programs, scale,
     N: tl.constexpr, BLOCK_N: tl.constexpr, ROWS: tl.constexpr, STAGES: tl.constexpr, HAS_SEGMENT: tl.constexpr,
@@ -157,7 +157,7 @@ def _embedding_norm_backward(
         return _backward_reference(dy, word, position, segment, weight, ids, places, kinds, seed, mean, rstd, p)
     rows, width = dy.shape
     dz = torch.empty_like(dy)
-    programs = min(rows, 4 * multiprocessors(dy.device))
+    programs = min(triton.cdiv(rows, 8), 4 * multiprocessors(dy.device))
     partials = torch.empty(programs, 2, width, dtype=torch.float32, device=dy.device)
     launch(
         BACKWARD, (programs,), dy, word, ids, places, ids if kinds is None else kinds, position,

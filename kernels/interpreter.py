@@ -26,6 +26,13 @@ from triton.runtime.interpreter import InterpretedFunction
 from triton.runtime.jit import JITFunction
 
 
+class _Helper(InterpretedFunction):
+    """A jitted function of ours called by a kernel: the launch has patched the language already, which is slow."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.rewrite()(*args, **kwargs)
+
+
 class _Interpret:
     """Executes launches in the interpreter."""
 
@@ -46,14 +53,15 @@ class _Interpret:
 @contextlib.contextmanager
 def interpreted(**blocks: Any) -> Iterator[None]:
     """Run every kernel launched inside the block in the interpreter; `blocks` replaces meta-parameters by name."""
-    modules = [module for name, module in sys.modules.items() if name.startswith(__package__ + ".")]
-    modules += [tl, tl.standard, tl.math, tl.random]
+    ours = [module for name, module in sys.modules.items() if name.startswith(__package__ + ".")]
+    kinds = [*((module, _Helper) for module in ours)]
+    kinds += [(module, InterpretedFunction) for module in (tl, tl.standard, tl.math, tl.random)]
     with contextlib.ExitStack() as stack:
-        for module in modules:
+        for module, kind in kinds:
             for name, value in list(vars(module).items()):
                 if isinstance(value, JITFunction):
                     stack.callback(setattr, module, name, value)
-                    setattr(module, name, InterpretedFunction(value.fn))
+                    setattr(module, name, kind(value.fn))
         stack.enter_context(_numpy_scalars())
         yield stack.enter_context(executing(_Interpret(blocks)))
 

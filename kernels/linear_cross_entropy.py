@@ -17,7 +17,7 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
-from ds_stacking.kernels._launch import Kernel, check, launch, runs_kernels
+from ds_stacking.kernels._launch import Kernel, check, launch, readable, runs_kernels
 from ds_stacking.kernels._product import product, product_configs, tile_grid, tile_of, tile_width
 from torch.library import triton_op
 
@@ -155,21 +155,21 @@ def _linear_cross_entropy_backward(
     dh = torch.zeros(rows, inner, dtype=torch.promote_types(h.dtype, torch.float32), device=h.device)
     dweight, dbias = torch.empty_like(weight), torch.empty_like(bias)
     for begin in range(0, vocabulary, stride):
-        end = min(begin + stride, vocabulary)
-        dx = buffer[:, : end - begin]
+        columns = min(stride, vocabulary - begin)
+        dx, part = buffer.narrow(1, 0, columns), weight.narrow(0, begin, columns)
         if runs_kernels(h):
             launch(
-                GRADIENT, tile_grid(rows, end - begin, width), h, weight, bias, target, lse, dloss, dx, rows, begin,
-                end - begin, stride, vocabulary, ignore_index, label_smoothing, z_loss, K=inner, BLOCK_N=width,
+                GRADIENT, tile_grid(rows, columns, width), h, weight, bias, target, lse, dloss, dx, rows, begin, columns,
+                stride, vocabulary, ignore_index, label_smoothing, z_loss, K=inner, BLOCK_N=width,
             )  # fmt: skip
         else:
             dx = _gradient_reference(
-                h, weight[begin:end], bias[begin:end], target - begin, lse, dloss * (target != ignore_index),
+                h, part, bias.narrow(0, begin, columns), target - begin, lse, dloss * (target != ignore_index),
                 vocabulary, label_smoothing, z_loss,
             )  # fmt: skip
-        dh = _add_product(dh, dx, weight[begin:end])
-        torch.mm(dx.mT, h, out=dweight[begin:end])
-        dbias[begin:end] = dx.sum(0, dtype=dh.dtype)
+        dh = _add_product(dh, dx, part)
+        torch.mm(dx.mT, h, out=dweight.narrow(0, begin, columns))
+        torch.sum(dx, 0, out=dbias.narrow(0, begin, columns))
     return dh.to(h.dtype), dweight, dbias
 
 
@@ -195,8 +195,8 @@ def _forward_reference(h, weight, bias, target, ignore_index, label_smoothing, z
 def _gradient_reference(h, weight, bias, target, lse, scale, vocabulary, label_smoothing, z_loss):
     x = _wide(h) @ _wide(weight).mT + _wide(bias)
     dx = (x - lse[:, None]).exp_() * (1 + 2 * z_loss * lse[:, None]) - label_smoothing / vocabulary
-    inside = ((target >= 0) & (target < weight.shape[0])).nonzero()[:, 0]
-    dx[inside, target[inside]] -= 1 - label_smoothing
+    inside = ((target >= 0) & (target < weight.shape[0]))[:, None].to(dx.dtype)
+    dx.scatter_add_(1, target.clamp(0, weight.shape[0] - 1)[:, None], inside * (label_smoothing - 1))
     return (dx * scale[:, None]).to(h.dtype)
 
 
@@ -261,7 +261,7 @@ def _check(h, weight, bias, target, ignore_index, label_smoothing):
         f"target is {target.dtype} {tuple(target.shape)}; it must be torch.int64 [{h.shape[0]}].",
     )
     check(0 <= label_smoothing < 1, f"label_smoothing is {label_smoothing}; it must lie in [0, 1).")
-    if target.device.type == "cpu" and target.numel():
+    if readable(target) and target.numel():
         real = target[target != ignore_index]
         check(
             real.numel() == 0 or 0 <= int(real.min()) <= int(real.max()) < weight.shape[0],
