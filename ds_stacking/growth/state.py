@@ -78,3 +78,23 @@ class FullState:
     def commit(self, steps: Mapping[str, int]) -> None:
         """Keep the step counts."""
         self.steps = dict(steps)
+
+
+class ParkedState:
+    """A copy in host memory of what this rank holds of another store (a StateReader)."""
+
+    def __init__(self, reader: StateReader, *, kinds: Sequence[Kind] = KINDS) -> None:
+        self._slices = list(reader.slices())
+        self._values = {
+            kind: {piece.name: (piece.start, reader.read(piece, kind).to("cpu", copy=True)) for piece in self._slices}
+            for kind in kinds
+        }
+
+    def slices(self) -> list[TensorSlice]:
+        """What the other store held."""
+        return self._slices
+
+    def read(self, piece: TensorSlice, kind: Kind) -> Tensor:
+        """A view of the copy."""
+        start, values = self._values[kind][piece.name]
+        return values[piece.start - start : piece.stop - start]

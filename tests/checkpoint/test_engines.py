@@ -13,7 +13,7 @@ from ds_stacking.checkpoint.generators import restore_generators
 from ds_stacking.checkpoint.select import find_together
 from ds_stacking.checkpoint.store import CheckpointReader
 from ds_stacking.checkpoint.write import CheckpointWriter
-from ds_stacking.engine import stage_manager
+from ds_stacking.engine import release
 from ds_stacking.engine.consolidate import consolidate
 from ds_stacking.engine.factory import device
 from ds_stacking.engine.stage_manager import StageManager
@@ -61,9 +61,9 @@ def resume(folder: Path, zero_stage: int, *, generators: bool = True, **options)
 def finish(manager: StageManager) -> tuple[dict | None, dict[str, int]]:
     """The weights on rank 0 and the step counts; the engine is freed."""
     result = consolidate(manager.engine, manager.parameters), LiveState(manager.engine).steps()
-    stage_manager.release(manager.engine)
+    release.release(manager.engine)
     manager._engine = None
-    stage_manager.collect()
+    release.collect()
     return result
 
 

@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 
 from ds_stacking.config import UserError
-from ds_stacking.engine import stage_manager, zero_state
+from ds_stacking.engine import release, stage_manager, zero_state
 from ds_stacking.engine.consolidate import consolidate
 from ds_stacking.engine.stage_manager import StageManager
 from ds_stacking.engine.zero_state import LiveState
@@ -32,9 +32,9 @@ def start(zero_stage: int, layers: int = 2, accumulation: int = 1, **options) ->
 
 
 def finish(manager: StageManager) -> None:
-    stage_manager.release(manager.engine)
+    release.release(manager.engine)
     manager._engine = None
-    stage_manager.collect()
+    release.collect()
 
 
 def grown_losses(

@@ -1,0 +1,167 @@
+"""Hands a live engine's state over to a new engine, beside the old one or after parking its state on the host.
+
+Everything that can be checked is checked before the old engine is touched, and a failure leaves a usable engine.
+"""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from deepspeed.runtime.engine import DeepSpeedEngine
+from torch import nn
+
+from ds_stacking.config import UserError
+from ds_stacking.engine.factory import device
+from ds_stacking.engine.release import collect, release, warn_of_leaks, watch
+from ds_stacking.engine.zero_state import LiveState
+from ds_stacking.growth.checks import check_finite, check_source
+from ds_stacking.growth.exchange import make_exchange
+from ds_stacking.growth.executor import MoveReport, execute
+from ds_stacking.growth.plan import GrowthPlan
+from ds_stacking.growth.schedule import holdings
+from ds_stacking.growth.state import ParkedState, StateReader
+
+Build = Callable[[], DeepSpeedEngine]
+
+
+@dataclass(kw_only=True)
+class Handover:
+    """A new engine that holds the state of an old one, and what it took."""
+
+    engine: DeepSpeedEngine
+    report: MoveReport
+    seconds: dict[str, float] = field(default_factory=dict)
+    """Wall-clock by phase: check, park (low memory only), build, the executor's phases, release."""
+    leaked_bytes: int = 0
+    """Bytes of the old engine's state that are still in memory."""
+
+
+class Undone(Exception):
+    """A growth failed after the old engine was freed; `engine` is the old one, built anew with its parked state."""
+
+    def __init__(self, engine: DeepSpeedEngine) -> None:
+        super().__init__("the growth failed; the engine before it was restored")
+        self.engine = engine
+
+
+def hand_over(old: DeepSpeedEngine, plan: GrowthPlan, build: Build) -> Handover:
+    """Build a new engine beside `old`, move the state as `plan` says, verify it, free `old`. Collective.
+
+    Raises UserError before anything is touched for bad input, and whatever `build` raises; where the state of the
+    new engine differs from its source it raises RuntimeError. In each case `old` is as it was.
+    """
+    seconds: dict[str, float] = {}
+    source = LiveState(old)
+    with _clock(seconds, "check"):
+        _check(old, plan, source)
+    new = None
+    try:
+        with _clock(seconds, "build"):
+            new = build()
+        report = _move(plan, source, new)
+    except BaseException:
+        if new is not None:
+            release(new)
+        collect()
+        raise
+    _carry(old.module, new, plan, _counters(old))
+    with _clock(seconds, "release"):
+        watched = watch(old)
+        del source
+        release(old)
+        collect()
+    return Handover(engine=new, report=report, seconds=seconds | report.seconds, leaked_bytes=warn_of_leaks(watched))
+
+
+def hand_over_parked(
+    old: DeepSpeedEngine, plan: GrowthPlan, build: Build, *, before: GrowthPlan, rebuild: Build
+) -> Handover:
+    """The same in less device memory: the old state is copied to the host and `old` freed before `build` is called.
+
+    Raises UserError before anything is touched for bad input; where the rest fails, raises Undone from the error with
+    an engine made by `rebuild`, to which the plan `before` brought the parked state back.
+    """
+    seconds: dict[str, float] = {}
+    source = LiveState(old)
+    with _clock(seconds, "check"):
+        _check(old, plan, source)
+    with _clock(seconds, "park"):
+        parked, counters = ParkedState(source), _counters(old)
+        shell = old.module
+        watched = watch(old)
+        del source
+        release(old)
+        collect()
+    try:
+        with _clock(seconds, "build"):
+            new = build()
+        report = _move(plan, parked, new)
+        _carry(shell, new, plan, counters)
+    except Exception as error:
+        new = None
+        collect()
+        restored = rebuild()
+        _move(before, parked, restored)
+        _carry(shell, restored, before, counters)
+        raise Undone(restored) from error
+    return Handover(engine=new, report=report, seconds=seconds | report.seconds, leaked_bytes=warn_of_leaks(watched))
+
+
+def _check(engine: DeepSpeedEngine, plan: GrowthPlan, source: LiveState) -> None:
+    exchange = make_exchange(device())
+    frozen = [name for name, parameter in engine.module.named_parameters() if not parameter.requires_grad]
+    if frozen:
+        raise UserError(
+            f"Parameter {frozen[0]} is frozen, so the optimizer does not hold it and growth would lose it; "
+            f"set requires_grad on all parameters."
+        )
+    names = [entry.source for entry in plan.entries if entry.source is not None]
+    check_source(plan, holdings(source.slices(), dict.fromkeys(names), exchange))
+    check_finite(source, exchange)
+
+
+def _move(plan: GrowthPlan, source: StateReader, new: DeepSpeedEngine) -> MoveReport:
+    unplanned = {name for name, _ in new.module.named_parameters()} - plan.parameters.keys()
+    if unplanned:
+        raise UserError(
+            f"The grown model has the parameter {min(unplanned)}, which the plan does not know; build it as the old "
+            f"one was, only deeper."
+        )
+    return execute(plan, source, LiveState(new), make_exchange(device()))
+
+
+def _counters(engine: DeepSpeedEngine) -> dict[str, int]:
+    """DeepSpeed's own counts go on; micro_steps begins anew, since the number of micro-batches may differ."""
+    return {name: getattr(engine, name) for name in ("global_steps", "global_samples", "skipped_steps")}
+
+
+def _carry(old: nn.Module, new: DeepSpeedEngine, plan: GrowthPlan, counters: dict[str, int]) -> None:
+    """Counters, and whether the model was training or evaluating."""
+    for name, value in counters.items():
+        setattr(new, name, value)
+    new.train(old.training)
+
+
+@contextmanager
+def _clock(seconds: dict[str, float], phase: str) -> Iterator[None]:
+    start = time.perf_counter()
+    yield
+    seconds[phase] = time.perf_counter() - start
+
+
+@contextmanager
+def isolated_generators(seed: int) -> Iterator[None]:
+    """Seed torch inside, and leave every generator (Python, NumPy, torch, devices) as it was outside."""
+    python, numpy = random.getstate(), np.random.get_state()
+    devices = [device().index] if device().type == "cuda" else []
+    with torch.random.fork_rng(devices=devices):
+        torch.manual_seed(seed)
+        yield
+    random.setstate(python)
+    np.random.set_state(numpy)
