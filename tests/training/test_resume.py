@@ -130,7 +130,7 @@ def test_a_finished_run_is_left_alone_and_another_recipe_is_refused(folder: Path
     if not (folder / "whole-2").exists():
         run_ranks(2, run, str(folder), "whole-2", 2, ())
     before = (folder / "whole-2" / "summary.json").read_bytes()
-    assert any("finished" in line for line in run_ranks(1, run_again, str(folder), "whole-2"))
+    assert any("finished" in line for line in run_ranks(1, run_again, str(folder), "whole-2")[0])
     assert (folder / "whole-2" / "summary.json").read_bytes() == before
     (folder / "whole-2" / "summary.json").unlink()
     assert "recipe" in run_ranks(1, refused, str(folder))[0]
