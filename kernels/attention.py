@@ -89,7 +89,7 @@ BACKWARD_KEYS = Kernel(
     key=("longest",),
     configs=_configs(
         {
-            ("sm_80", 64): [(32, 64, 8, 2)],
+            ("sm_80", 64): [(32, 32, 4, 2)],
             ("sm_80", 128): [(32, 64, 8, 2)],
             ("sm_90", 64): [(64, 128, 8, 2), (64, 64, 4, 2), (32, 64, 4, 3)],
             ("sm_90", 128): [(64, 64, 8, 2), (32, 128, 8, 2)],
@@ -137,13 +137,20 @@ def _attention(
     tokens, _, heads, size = qkv.shape
     out = torch.empty(tokens, heads, size, dtype=qkv.dtype, device=qkv.device)
     lse = torch.empty(heads, tokens, dtype=torch.float32, device=qkv.device)
-    pairs = (starts.numel() - (0 if padded else 1)) * heads
+    pairs, longest = _grid(starts, heads, longest, padded)
     launch(
         FORWARD, lambda meta: (triton.cdiv(longest, meta["BLOCK_M"]) * pairs,), qkv, starts,
         starts if seed is None else seed, out, lse, longest, tokens, scale * LOG2_E, 1 / (1 - p),
         **_shape(heads, size, padded, causal, p),
     )  # fmt: skip
     return out, lse
+
+
+def _grid(starts: torch.Tensor, heads: int, longest: int, padded: bool) -> tuple[int, int]:
+    """Heads of all sequences, and the longest sequence, rounded up so that few lengths are tuned for."""
+    if padded:
+        return starts.numel() * heads, longest
+    return (starts.numel() - 1) * heads, triton.next_power_of_2(longest)
 
 
 def _shape(heads: int, size: int, padded: bool, causal: bool, p: float) -> dict[str, Any]:
@@ -172,7 +179,7 @@ def _attention_backward(
         return _backward_reference(dout, qkv, starts, seed, lse, longest, padded, causal, scale, p)
     tokens, _, heads, size = qkv.shape
     dqkv = torch.empty_like(qkv)
-    pairs = (starts.numel() - (0 if padded else 1)) * heads
+    pairs, longest = _grid(starts, heads, longest, padded)
     seed = starts if seed is None else seed
     scales = (scale * LOG2_E, 1 / (1 - p), scale)
     shape = _shape(heads, size, padded, causal, p)

@@ -159,8 +159,8 @@ def _linear_cross_entropy_backward(
         dx, part = buffer.narrow(1, 0, columns), weight.narrow(0, begin, columns)
         if runs_kernels(h):
             launch(
-                GRADIENT, tile_grid(rows, columns, width), h, weight, bias, target, lse, dloss, dx, rows, begin, columns,
-                stride, vocabulary, ignore_index, label_smoothing, z_loss, K=inner, BLOCK_N=width,
+                GRADIENT, tile_grid(rows, columns, width), h, weight, bias, target, lse, dloss, dx, rows, begin,
+                columns, stride, vocabulary, ignore_index, label_smoothing, z_loss, K=inner, BLOCK_N=width,
             )  # fmt: skip
         else:
             dx = _gradient_reference(

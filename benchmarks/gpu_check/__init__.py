@@ -1,0 +1,1 @@
+"""Correctness and speed of the kernels on a GPU, beside their peers: `python -m benchmarks.gpu_check`."""
