@@ -64,7 +64,7 @@ def newest_valid(folder: Path, identity: Mapping[str, Any] | None = None) -> Fou
     )
 
 
-def find(path: Path, identity: Mapping[str, Any] | None = None) -> Found | None:
+def find(path: Path, identity: Mapping[str, Any] | None = None) -> Found:
     """The checkpoint that a user means by `path`: itself, or the newest valid one of a run directory or its folder.
 
     Raises UserError where `path` names one checkpoint and that one is unusable, or where nothing is there.
@@ -77,7 +77,10 @@ def find(path: Path, identity: Mapping[str, Any] | None = None) -> Found | None:
         except Unusable as reason:
             raise UserError(f"Checkpoint {path} cannot be loaded: {reason}; choose another one.") from None
     inner = path / "checkpoints"
-    return newest_valid(inner if inner.is_dir() else path, identity)
+    found = newest_valid(inner if inner.is_dir() else path, identity)
+    if found is None:
+        raise UserError(f"There is no checkpoint in {path} to resume from; give another folder, or start a new run.")
+    return found
 
 
 def find_together(

@@ -38,10 +38,18 @@ def _check_name(path: Path, manifest: Manifest) -> None:
 
 
 def _check_identity(manifest: Manifest, identity: Mapping[str, Any]) -> None:
-    for key, here in json.loads(json.dumps(identity)).items():
-        there = manifest.identity.get(key)
-        if there != here:
-            raise Unusable(f"it is of another run: {key} is {there!r} there and {here!r} here")
+    there = _flat(manifest.identity)
+    for key, here in _flat(json.loads(json.dumps(identity))).items():
+        if there.get(key) != here:
+            raise Unusable(f"it is of another run: {key} is {there.get(key)!r} there and {here!r} here")
+
+
+def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """{"model": {"layers": 6}} -> {"model.layers": 6}: a message names the one value that differs."""
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+    return flat
 
 
 def _check_sizes(path: Path, manifest: Manifest) -> None:

@@ -19,7 +19,7 @@ from ds_stacking.growth.state import KINDS, FullState, TensorSlice
 
 NUMELS = {"embedding": 1009, "blocks.0.weight": 31, "blocks.0.bias": 1, "blocks.1.weight": 31, "blocks.1.bias": 1}
 PARAMETERS = {name: ParameterInfo(numel=n, decay=n > 1, birth=n % 2, step=5) for name, n in NUMELS.items()}
-IDENTITY = {"layers": 2, "recipe": "tiny"}
+IDENTITY = {"model": {"layers": 2, "width": 30}, "recipe": "tiny"}
 
 
 def random_state(seed: int, numels: Mapping[str, int] = NUMELS) -> FullState:

@@ -13,7 +13,8 @@ import pytest
 
 from ds_stacking.checkpoint import durable, job, retention, write
 from ds_stacking.checkpoint.job import SaveJob
-from ds_stacking.checkpoint.select import newest_valid
+from ds_stacking.checkpoint.select import newest_valid, published
+from ds_stacking.checkpoint.verify import verify
 from tests.checkpoint.stores import IDENTITY, equal, random_state, save, stored
 
 
@@ -54,6 +55,17 @@ def inside(file_name: str) -> Callable[[], None]:
     return arm
 
 
+def inside_the_pruning() -> None:
+    """Die when one file of a doomed checkpoint is gone."""
+
+    def half(path: Path, **_: Any) -> None:
+        for file in path.glob("*"):
+            file.unlink()
+            die()
+
+    durable.shutil.rmtree = half
+
+
 POINTS = {
     "before the save": (before(durable, "make_directory"), 1),
     "inside the tensors": (inside("rank-00000.safetensors"), 1),
@@ -66,7 +78,7 @@ POINTS = {
     "before the rename": (before(job, "_free_name"), 1),
     "after the rename": (after(SaveJob, "publish"), 2),
     "before the pruning": (before(write, "prune"), 2),
-    "inside the pruning": (before(durable.shutil, "rmtree"), 2),
+    "inside the pruning": (inside_the_pruning, 2),
     "after the pruning": (after(retention, "remove_checkpoint"), 2),
 }
 
@@ -88,6 +100,8 @@ def test_a_kill_loses_nothing_that_was_valid(tmp_path, point, asynchronous) -> N
     found = newest_valid(tmp_path, IDENTITY)
     assert found.step == POINTS[point][1] and found.notes == ()
     assert equal(stored(found.path), random_state(found.step))
+    for path, _ in published(tmp_path):
+        verify(path)
     save(tmp_path, 3)
     assert newest_valid(tmp_path, IDENTITY).step == 3
     assert not [path for path in tmp_path.iterdir() if path.name.startswith(".tmp-")], "rubbish stays behind"

@@ -82,6 +82,10 @@ DAMAGES = {
         lambda p: edit_manifest(p, files={"../../secret": {"size": 1, "sha256": ""}}),
         "'../../secret', which is no file of a checkpoint",
     ),
+    "unknown architecture": (
+        lambda p: edit_manifest(p, identity={"recipe": "tiny"}),
+        "it is of another run: model.layers is None there and 2 here",
+    ),
     "step of another": (lambda p: edit_manifest(p, step=7), "manifest.json is of step 7"),
     "foreign file": (lambda p: (p / "notes.txt").write_text("x"), "notes.txt does not belong to it"),
     "foreign directory": (lambda p: (p / "more").mkdir(), "more does not belong to it"),
@@ -98,8 +102,8 @@ DAMAGES = {
         "it is of another run: recipe is 'huge' there and 'tiny' here",
     ),
     "other architecture": (
-        lambda p: edit_manifest(p, identity={"recipe": "tiny"}),
-        "it is of another run: layers is None there and 2 here",
+        lambda p: edit_manifest(p, identity=IDENTITY | {"model": {"layers": 2, "width": 60}}),
+        "it is of another run: model.width is 60 there and 30 here",
     ),
 }
 
@@ -177,6 +181,9 @@ def test_find_takes_a_run_a_folder_or_a_checkpoint(folder) -> None:
     assert find(Path(copied)).path == Path(copied)
     with pytest.raises(UserError, match="There is no folder"):
         find(folder / "missing")
+    (folder.parent / "new").mkdir()
+    with pytest.raises(UserError, match="There is no checkpoint in"):
+        find(folder.parent / "new")
 
 
 def test_a_reader_refuses_without_a_manifest(folder) -> None:
