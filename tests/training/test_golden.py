@@ -51,8 +51,10 @@ def test_losses_are_the_recorded_ones(tmp_path: Path) -> None:
 
 
 if __name__ == "__main__":
+    import os
     import tempfile
 
+    os.environ["OMP_NUM_THREADS"] = "1"  # as in tests/conftest.py: the variable alone moves last bits
     with tempfile.TemporaryDirectory() as name:
         write_corpus(Path(name) / "corpus")
         recorded = run_ranks(1, run, name)[0]
