@@ -16,7 +16,11 @@ from datetime import timedelta
 from typing import Any
 
 _context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(["torch", "deepspeed", "ds_stacking.engine.stage_manager", "ds_stacking.models.bert"])
+_context.set_forkserver_preload(
+    # the second line is what DeepSpeed and torch import only when they are used, seconds on every rank
+    ["torch", "deepspeed", "ds_stacking.engine.stage_manager", "ds_stacking.models.bert", "ds_stacking.training.run"]
+    + ["torch._dynamo", "torch._inductor.compile_fx"]
+)
 
 executed: dict[int, int] = {}
 """Cases that really ran, by world size; the session's end compares it with the tests collected."""

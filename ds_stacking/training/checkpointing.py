@@ -13,11 +13,10 @@ import torch
 import torch.distributed as dist
 
 from ds_stacking.checkpoint.generators import restore_generators
-from ds_stacking.checkpoint.select import Found, find, newest_valid
-from ds_stacking.checkpoint.share import from_first_rank
+from ds_stacking.checkpoint.select import Found, find_together
 from ds_stacking.checkpoint.store import CheckpointReader
 from ds_stacking.checkpoint.write import CheckpointWriter
-from ds_stacking.config import RunConfig, UserError
+from ds_stacking.config import RunConfig
 from ds_stacking.engine.factory import device
 from ds_stacking.engine.stage_manager import GrowthRecord
 from ds_stacking.engine.zero_state import LiveState
@@ -53,20 +52,9 @@ def find_checkpoint(config: RunConfig, expected: dict[str, Any]) -> Found | None
     """
     if config.resume is None:
         return None
-
-    def decide() -> dict[str, Any] | None:
-        if config.resume == "auto":
-            found = newest_valid(Path(config.run_dir) / "checkpoints", expected)
-        else:
-            found = find(Path(config.resume or ""), expected)
-            if found is None:
-                raise UserError(f"There is no checkpoint in {config.resume}; use --resume auto to start at step 0.")
-        return None if found is None else {"path": str(found.path), "step": found.step, "notes": list(found.notes)}
-
-    answer = from_first_rank(decide, make_exchange(device()))
-    if answer is None:
-        return None
-    return Found(path=Path(answer["path"]), step=answer["step"], notes=tuple(answer["notes"]))
+    if config.resume == "auto":
+        return find_together(Path(config.run_dir) / "checkpoints", make_exchange(device()), identity=expected)
+    return find_together(Path(config.resume), make_exchange(device()), identity=expected, exact=True)
 
 
 def make_writer(config: RunConfig, expected: dict[str, Any]) -> CheckpointWriter:
