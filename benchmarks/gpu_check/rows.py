@@ -72,7 +72,7 @@ def _unpadded(at: Machine) -> Iterator[Row]:
 
 
 def _norm(at: Machine, width: int) -> Iterator[Row]:
-    tokens = at.size(32768, 48)
+    tokens, width = at.size(32768, 24), at.size(width, 32)
     x, residual = _random(at, tokens, width), _random(at, tokens, width)
     bias, weight, shift = (_random(at, width) for _ in range(3))
     chain = peers.norm_chain(0.1)

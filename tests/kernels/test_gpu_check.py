@@ -33,10 +33,27 @@ def test_dry_run(tmp_path):
     assert "vs liger: (must 1.5, goal 2.0) absent" in done.stdout and "WRONG" not in done.stdout
 
 
-def test_out_of_time_is_named(tmp_path):
-    command = [sys.executable, "-m", "benchmarks.gpu_check", "--dry", "--minutes", "0"]
-    done = subprocess.run(command, cwd=ROOT, env={**os.environ, "OUT": str(tmp_path)}, capture_output=True, text=True)
-    assert "out of time before: attention 128, attention 512" in done.stdout
+def test_out_of_time_is_named(check, monkeypatch, tmp_path):
+    correctness, measure = check
+    from benchmarks.gpu_check import __main__ as program
+
+    monkeypatch.setattr(correctness, "subjects", lambda at: [])
+    report = program.run(measure.machine(dry=True), 0.0, tmp_path)
+    assert report["left_out"] == list(program.SECTIONS)
+    assert "out of time before: attention 128, attention 512" in program.table(report)
+
+
+def test_a_failing_section_does_not_cost_the_others(check, monkeypatch, tmp_path):
+    correctness, measure = check
+    from benchmarks.gpu_check import __main__ as program
+
+    def broken(at):
+        raise RuntimeError("no such kernel")
+
+    monkeypatch.setattr(correctness, "subjects", lambda at: [])
+    monkeypatch.setattr(program, "SECTIONS", {"broken": broken, "empty": lambda at: iter(())})
+    report = program.run(measure.machine(dry=True), 1.0, tmp_path)
+    assert report["rows"] == ["broken: FAILED RuntimeError: no such kernel"]
 
 
 @pytest.mark.parametrize("fault", [1.001, float("nan")])

@@ -3,11 +3,13 @@
 After a change that is meant to move these figures: `python -m ds_stacking.kernels.offline` and commit the table.
 """
 
+import dataclasses
 import os
 
 import pytest
+import triton
 from ds_stacking.kernels.cases import CASES
-from ds_stacking.kernels.offline import SHARED_LIMIT, compile_all, format_rows, read_table, tasks
+from ds_stacking.kernels.offline import SHARED_LIMIT, compile_all, compile_one, format_rows, read_table, tasks
 
 MATRIX_KERNELS = {
     "forward",
@@ -38,6 +40,7 @@ def offenders(rows):
 def test_everything_was_compiled(todo, rows):
     assert len(rows) == len(todo) > 100
     assert {row.target for row in rows} == set(SHARED_LIMIT)
+    assert {row.kernel for row in rows} >= MATRIX_KERNELS
     assert {row.case.split("/")[0] for row in rows} == MEMORY_KERNELS | {
         "attention", "linear_cross_entropy", "linear_gelu",
     }  # fmt: skip
@@ -52,8 +55,8 @@ def test_matrix_kernels_use_hopper_instructions(rows):
     bad = [
         row
         for row in rows
-        if row.target == "sm_90" and row.kernel in MATRIX_KERNELS and "/" in row.case and row.wgmma == 0
-        and row.case.split("/")[0] in ("attention", "linear_cross_entropy", "linear_gelu") and "fp32" not in row.case
+        if row.target == "sm_90" and row.kernel in MATRIX_KERNELS and row.wgmma == 0
+        and "fp32" not in row.case
     ]  # fmt: skip
     assert not bad, offenders(bad)
 
@@ -71,14 +74,8 @@ def test_figures_are_those_of_the_table(rows):
     assert not changed, f"{offenders(changed)}\nwere\n{format_rows([table[row.key] for row in changed])}"
 
 
-def test_a_spilling_configuration_is_noticed(todo, rows):
-    """A tile far too large for its warps, as the gate would see it."""
-    import triton
-    from ds_stacking.kernels.offline import Task, compile_one
-
+def test_a_spilling_configuration_is_noticed(todo):
     task = next(t for t in todo if t.case == "attention/128" and t.launch.kernel.fn.__name__ == "backward_short")
-    row = compile_one(
-        Task(case="fault", launch=task.launch, target="sm_90", config=triton.Config({"STAGES": 1}, num_warps=4))
-    )
+    task = dataclasses.replace(task, case="fault", config=triton.Config({"STAGES": 1}, num_warps=4))  # far too few
     with pytest.raises(AssertionError, match="fault"):
-        test_nothing_spills_and_everything_fits([row])
+        test_nothing_spills_and_everything_fits([compile_one(task)])
