@@ -1,6 +1,7 @@
 # make pretrain   set up, then the quickstart on RANKS ranks
 # make test       set up, then all tests
 # make check      format, lint and types, as CI runs them
+# make gpu-check  on a GPU host, in its own Python: every kernel's correctness and speed beside its peers; OUT=folder
 #
 # PYTHON      the Python that makes the environment (3.11 or newer)
 # TORCH_PIP   extra pip options for torch, such as the index of a CUDA build:
@@ -20,7 +21,7 @@ export PATH := $(BIN):$(PATH)
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export DS_BUILD_OPS := 0
 
-.PHONY: install pretrain test check format bench clean
+.PHONY: install pretrain test check format bench gpu-check clean
 
 install: $(INSTALLED)
 
@@ -51,6 +52,10 @@ format: $(INSTALLED)
 bench: $(INSTALLED)
 	$(BIN)/python benchmarks/throughput.py
 	$(BIN)/python benchmarks/data.py
+
+# No set-up here: a GPU host has its own PyTorch, often no network (pip install --no-deps --no-build-isolation -e .).
+gpu-check:
+	$(PYTHON) -m benchmarks.gpu_check
 
 clean:
 	rm -rf $(VENV) build *.egg-info
