@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from torch import nn
@@ -59,6 +60,26 @@ def block_names(names: Iterable[str], prefix: str) -> BlockNames:
     if not indices:
         raise UserError(f"No parameter lies in the block container {prefix!r}.")
     return BlockNames(prefix=prefix, count=max(indices) + 1)
+
+
+def find_block_names(shapes: Mapping[str, Sequence[int]]) -> BlockNames:
+    """The same for a state known only by its tensors' names and shapes, such as a Hugging Face folder."""
+    found: dict[str, dict[int, dict[str, tuple[int, ...]]]] = {}
+    for name, shape in shapes.items():
+        parts = name.split(".")
+        for at in range(1, len(parts) - 1):
+            if parts[at].isdecimal():
+                blocks = found.setdefault(".".join(parts[:at]), {})
+                blocks.setdefault(int(parts[at]), {})[".".join(parts[at + 1 :])] = tuple(shape)
+    alike = {
+        prefix: len(blocks) * sum(math.prod(shape) for shape in blocks[0].values())
+        for prefix, blocks in found.items()
+        if sorted(blocks) == list(range(len(blocks))) and all(block == blocks[0] for block in blocks.values())
+    }
+    if not alike:
+        raise UserError("No tensors are named as those of blocks with equal parameters (blocks.0.x, blocks.1.x, ...).")
+    prefix = max(alike, key=lambda prefix: alike[prefix])
+    return BlockNames(prefix=prefix, count=len(found[prefix]))
 
 
 def _numel(parameter: nn.Parameter) -> int:

@@ -1,0 +1,214 @@
+"""Hugging Face folders as stores of training state: weights only, one or many safetensors files, larger than memory.
+
+Tensors are read and written through memory maps, in the type in which the folder holds them; growth computes in fp32.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import secrets
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from ds_stacking.checkpoint.durable import sync_directory
+from ds_stacking.config import UserError
+from ds_stacking.growth.plan import GrowthPlan, ParameterInfo
+from ds_stacking.growth.state import Kind, TensorSlice
+
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64}
+DTYPES |= {"I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool}
+DEPTH_KEYS = ("num_hidden_layers", "n_layer", "num_layers", "n_layers")
+"""How configurations name the number of blocks."""
+SHARD_BYTES = 5_000_000_000
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stored:
+    """A tensor as a folder holds it."""
+
+    dtype: str
+    """safetensors' name of the type."""
+    shape: tuple[int, ...]
+    file: str
+
+    @property
+    def nbytes(self) -> int:
+        """Its size."""
+        return math.prod(self.shape) * DTYPES[self.dtype].itemsize
+
+
+class HuggingFaceReader:
+    """The weights in a Hugging Face folder (StateReader); every rank sees all of them. Raises UserError."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        try:
+            self.config: dict[str, Any] = json.loads((folder / "config.json").read_bytes())
+            self._files = {name: safe_open(folder / name, framework="pt") for name in _weight_files(folder)}
+            self.tensors = dict(self._describe())
+        except (OSError, ValueError, KeyError, SafetensorError) as error:
+            raise UserError(f"{folder} cannot be read as a Hugging Face folder with safetensors: {error}.") from None
+
+    @property
+    def parameters(self) -> dict[str, ParameterInfo]:
+        """What a plan must know of the tensors."""
+        return {name: ParameterInfo(numel=math.prod(t.shape), decay=True) for name, t in self.tensors.items()}
+
+    def slices(self) -> list[TensorSlice]:
+        """Every tensor, whole."""
+        return [TensorSlice(name, 0, info.numel) for name, info in self.parameters.items()]
+
+    def read(self, piece: TensorSlice, kind: Kind) -> Tensor:
+        """The elements of `piece`: [N] float32. Only `master` is there."""
+        assert kind == "master", "a Hugging Face folder has no moments"
+        whole = self._files[self.tensors[piece.name].file].get_tensor(piece.name)
+        return whole.flatten()[piece.start : piece.stop].to(torch.float32)
+
+    def _describe(self) -> Iterator[tuple[str, Stored]]:
+        for file, opened in self._files.items():
+            for name in opened.keys():  # noqa: SIM118 (safe_open is no mapping)
+                part = opened.get_slice(name)
+                if part.get_dtype() not in DTYPES:
+                    raise ValueError(f"{name} has the type {part.get_dtype()}, which growth cannot convert")
+                yield name, Stored(dtype=part.get_dtype(), shape=tuple(part.get_shape()), file=file)
+
+
+class HuggingFaceWriter:
+    """A grown Hugging Face folder in the making (StateWriter).
+
+    Files are reserved with their headers and mapped into memory; the folder appears under its name at `publish`.
+
+        with HuggingFaceWriter(folder, plan, reader) as target:
+            execute(plan, reader, target, OneRank(), kinds=("master",))
+            target.publish()
+    """
+
+    def __init__(
+        self, folder: Path, plan: GrowthPlan, reader: HuggingFaceReader, *, shard_bytes: int = SHARD_BYTES
+    ) -> None:
+        self.folder, self.plan, self.reader = folder.absolute(), plan, reader
+        if self.folder.exists():
+            raise UserError(f"{folder} exists; name a folder that does not, nothing is overwritten.")
+        self.config = grown_config(reader.config, plan)
+        self._temporary = self.folder.with_name(f".{self.folder.name}-{secrets.token_hex(8)}")
+        self._views: dict[str, Tensor] = {}
+        self._temporary.mkdir(parents=True)
+        try:
+            self._file_of = self._reserve(shard_bytes)
+        except BaseException:
+            self.__exit__()
+            raise
+
+    def __enter__(self) -> HuggingFaceWriter:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Remove what was not published."""
+        shutil.rmtree(self._temporary, ignore_errors=True)
+
+    def slices(self) -> list[TensorSlice]:
+        """Every tensor, whole."""
+        return [TensorSlice(entry.target, 0, entry.info.numel) for entry in self.plan.entries]
+
+    def read(self, piece: TensorSlice, kind: Kind) -> Tensor:
+        """The elements of `piece`: [N] float32."""
+        return self._views[piece.name][piece.start : piece.stop].to(torch.float32)
+
+    def write(self, piece: TensorSlice, kind: Kind, values: Tensor) -> None:
+        """Put the elements into the file, rounded to its type."""
+        self._views[piece.name][piece.start : piece.stop] = values
+
+    def commit(self, steps: Mapping[str, int]) -> None:
+        """Weights have no step counts."""
+
+    def publish(self) -> Path:
+        """Add configuration, index and the other files of the source; then the folder has its name."""
+        for path in self.reader.folder.iterdir():
+            if path.is_file() and path.name != INDEX and path.suffix not in (".safetensors", ".bin", ".pt"):
+                shutil.copyfile(path, self._temporary / path.name)
+        (self._temporary / "config.json").write_text(json.dumps(self.config, indent=2) + "\n")
+        if set(self._file_of.values()) != {SINGLE}:
+            total = sum(view.numel() * view.element_size() for view in self._views.values())
+            index = {"metadata": {"total_size": total}, "weight_map": self._file_of}
+            (self._temporary / INDEX).write_text(json.dumps(index, indent=2) + "\n")
+        self._views.clear()
+        for path in self._temporary.iterdir():
+            with open(path, "rb") as file:
+                os.fsync(file.fileno())
+        os.rename(self._temporary, self.folder)
+        sync_directory(self.folder.parent)
+        return self.folder
+
+    def _reserve(self, shard_bytes: int) -> dict[str, str]:
+        """Make the files; returns the file of every tensor."""
+        tensors = {e.target: self.reader.tensors[e.source] for e in self.plan.entries if e.source is not None}
+        shards: list[list[str]] = [[]]
+        room = shard_bytes
+        for name, stored in tensors.items():
+            if stored.nbytes > room and shards[-1]:
+                shards.append([])
+                room = shard_bytes
+            shards[-1].append(name)
+            room -= stored.nbytes
+        one = len(shards) == 1
+        file_of: dict[str, str] = {}
+        for number, names in enumerate(shards, start=1):
+            file = SINGLE if one else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+            self._views |= _reserve_file(self._temporary / file, {name: tensors[name] for name in names})
+            file_of |= dict.fromkeys(names, file)
+        return file_of
+
+
+def grown_config(config: Mapping[str, Any], plan: GrowthPlan) -> dict[str, Any]:
+    """The configuration with the new depth; lists with one item per block, such as layer_types, grow as the blocks."""
+    keys = [key for key in DEPTH_KEYS if config.get(key) == plan.from_layers]
+    if not keys:
+        raise UserError(
+            f"config.json names no depth of {plan.from_layers} under {', '.join(DEPTH_KEYS)}, but that many blocks "
+            f"were found; its weights belong to another configuration."
+        )
+    grown = dict(config) | dict.fromkeys(keys, plan.to_layers)
+    for key, value in config.items():
+        if key.startswith("layer") and isinstance(value, list) and len(value) == plan.from_layers:
+            grown[key] = [value[layer] for layer in plan.layers if layer is not None]
+    return grown
+
+
+def _weight_files(folder: Path) -> Sequence[str]:
+    if (folder / INDEX).is_file():
+        return sorted(set(json.loads((folder / INDEX).read_bytes())["weight_map"].values()))
+    return [SINGLE]
+
+
+def _reserve_file(path: Path, tensors: Mapping[str, Stored]) -> dict[str, Tensor]:
+    """A safetensors file with its header; returns flat views of its tensors. A full disk is an error here."""
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    at = 0
+    by_alignment = sorted(tensors, key=lambda name: -DTYPES[tensors[name].dtype].itemsize)
+    for name in by_alignment:
+        stored = tensors[name]
+        header[name] = {"dtype": stored.dtype, "shape": stored.shape, "data_offsets": (at, at + stored.nbytes)}
+        at += stored.nbytes
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    begin = 8 + len(text)
+    with open(path, "xb") as file:
+        os.posix_fallocate(file.fileno(), 0, begin + at)
+        file.write(len(text).to_bytes(8, "little") + text)
+    mapped = torch.from_file(str(path), shared=True, size=begin + at, dtype=torch.uint8)
+    return {
+        name: mapped[begin + header[name]["data_offsets"][0] : begin + header[name]["data_offsets"][1]].view(
+            DTYPES[tensors[name].dtype]
+        )
+        for name in by_alignment
+    }
