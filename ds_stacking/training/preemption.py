@@ -12,8 +12,8 @@ import time
 from pathlib import Path
 from types import FrameType
 
-STOP_FILE = "stop"
-"""Name of the file in the run directory that asks a run to stop."""
+from ds_stacking.training.run_directory import STOP
+
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 SAME_EVENT = 2.0
 
@@ -22,7 +22,7 @@ class StopRequest:
     """Whether this process was asked to stop, and why."""
 
     def __init__(self, run_dir: Path) -> None:
-        self.stop_file = run_dir / STOP_FILE
+        self.stop_file = run_dir / STOP
         self.reason: str | None = None
         self._first = 0.0
         self._launchers = _launchers()

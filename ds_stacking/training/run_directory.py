@@ -12,8 +12,8 @@ from typing import Any
 
 from ds_stacking.config import RunConfig, UserError
 
-CONFIG, SUMMARY, METRICS = "config.json", "summary.json", "metrics.jsonl"
-OURS = (CONFIG, SUMMARY, METRICS, "stop", "wandb_id.txt", "checkpoints", "export", "report", "wandb")
+CONFIG, SUMMARY, METRICS, STOP = "config.json", "summary.json", "metrics.jsonl", "stop"
+OURS = (CONFIG, SUMMARY, METRICS, STOP, "wandb_id.txt", "checkpoints", "export", "report", "wandb")
 """What a run writes; --overwrite deletes this and nothing else."""
 
 
@@ -47,10 +47,10 @@ def is_finished(config: RunConfig) -> bool:
 def claim_run_directory(config: RunConfig, resolved: Mapping[str, Any], *, keep: bool = False) -> Path:
     """Make the run directory, readable by its owner only, and write the resolved configuration into it.
 
-    What an earlier run left is deleted, unless this one goes on with it (`keep`).
+    What an earlier run left is deleted, or where this one goes on with it (`keep`) only the request to stop.
     """
     path = Path(config.run_dir)
-    for name in () if keep else OURS:
+    for name in (STOP,) if keep else OURS:
         old = path / name
         if old.is_dir() and not old.is_symlink():
             shutil.rmtree(old)

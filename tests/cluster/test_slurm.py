@@ -1,0 +1,113 @@
+"""The shipped SLURM script on a real cluster: two nodes, growth, requeue, time limit, a dead node, cancellation."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.cluster.slurm import Cluster, missing_programs, wait_for
+from tests.corpus import small_options, write_corpus
+
+pytestmark = pytest.mark.cluster
+
+TWO_NODES = ["--nodes=2", "--ntasks-per-node=1"]
+START = 200
+"""Seconds in which a job must have begun and taken its first step, on a busy machine too."""
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    if missing := missing_programs():
+        pytest.skip(f"SLURM is not installed ({', '.join(missing)} missing); apt-get install slurm-wlm munge")
+    cluster = Cluster(tmp_path_factory.mktemp("slurm"))
+    try:
+        cluster.start()
+        yield cluster
+    finally:
+        cluster.stop()
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("job")
+    write_corpus(folder / "corpus")
+    return folder
+
+
+def options(folder: Path, *more: str) -> list[str]:
+    """The small run, its directory left to the script."""
+    return [*(o for o in small_options(folder) if not o.startswith("--output_dir")), "--eval_every=0", *more]
+
+
+def last_step(run: Path) -> int:
+    try:
+        return json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])["step"]
+    except (OSError, IndexError, ValueError):
+        return 0
+
+
+def resumptions(log: Path) -> list[int]:
+    return [int(step) for step in re.findall(r"^resumed at step (\d+)", log.read_text(), re.MULTILINE)]
+
+
+def test_a_requeued_array_task_trains_on_two_nodes_through_a_growth(cluster: Cluster, folder: Path) -> None:
+    log, run = folder / "array.log", folder / "array" / "seed-7"
+    arguments = options(folder, "--stages=1:40,2:260", "--checkpoint_every=0")
+    number = cluster.submit([*TWO_NODES, "--array=7", f"--output={log}"], arguments, RUN_DIR=str(run.parent))
+    job = f"{number}_7"
+    wait_for(lambda: last_step(run) > 60, "steps after the growth", START)
+    identity = (run / "wandb_id.txt").read_text()
+    cluster.run("scontrol", "requeue", job)
+    wait_for(lambda: cluster.job(job)["JobState"] in ("COMPLETED", "FAILED"), "the end of the job", START)
+    assert cluster.job(job)["JobState"] == "COMPLETED" and cluster.job(job)["Restarts"] == "1", log.read_text()
+    (resumed,) = resumptions(log)
+    assert 60 < resumed < 300
+    records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert [record["step"] for record in records if record["kind"] == "train"] == list(range(1, 301))
+    assert [record["step"] for record in records if record["kind"] == "growth"] == [40]
+    summary = json.loads((run / "summary.json").read_text())
+    assert summary["finished"] is True and summary["world_size"] == 2
+    assert json.loads((run / "config.json").read_text())["seed"] == 7
+    assert (run / "wandb_id.txt").read_text() == identity
+    wandb_runs = {path.name.rsplit("-", 1)[1] for path in (run / "wandb").glob("offline-run-*")}
+    assert wandb_runs == {identity.strip()}, "both starts belong to the same wandb run"
+
+
+def test_a_job_survives_its_time_limit_and_a_dead_node_and_can_be_cancelled(cluster: Cluster, folder: Path) -> None:
+    log, run = folder / "long.log", folder / "long"
+    arguments = options(folder, "--stages=2:100000", "--checkpoint_every=20", "--tracking=none")
+    job = cluster.submit([*TWO_NODES, f"--output={log}"], arguments, RUN_DIR=str(run))
+    wait_for(lambda: last_step(run) > 10, "the first steps", START)
+
+    cluster.run("scancel", "--batch", "--signal=USR1", job)  # as --signal=B:USR1@120 does before the time limit
+    wait_for(lambda: len(resumptions(log)) == 1, "the requeue after the time limit", START)
+    first = resumptions(log)[0]
+    assert (run / "checkpoints" / f"step-{first}").is_dir() and cluster.job(job)["Restarts"] == "1"
+    assert "ended with code 75 (time), restart 0" in log.read_text()
+
+    wait_for(lambda: last_step(run) > first + 50, "steps after the requeue", START)
+    cluster.kill_node("node1")
+    wait_for(lambda: cluster.job(job)["Restarts"] == "2", "the requeue after a node's death", START)
+    cluster.start_node("node1")
+    wait_for(lambda: len(resumptions(log)) == 2, "the resumption on the node that is back", START)
+    second = resumptions(log)[1]
+    assert second > first and second % 20 == 0
+
+    wait_for(lambda: last_step(run) > second + 10, "steps after the node's return", START)
+    cluster.run("scancel", job)
+    wait_for(lambda: cluster.job(job)["JobState"] == "CANCELLED", "the cancellation", START)
+    wait_for(lambda: not cluster.processes(f"SLURM_JOB_ID={job}"), "the end of all its processes", START)
+    saved = max(int(path.name.split("-")[1]) for path in (run / "checkpoints").iterdir())
+    assert saved > second + 10 and last_step(run) == saved
+    assert "ended with code 75 (cancelled)" in log.read_text()
+
+
+def test_the_script_refuses_a_run_directory_that_it_does_not_know(cluster: Cluster, folder: Path) -> None:
+    log = folder / "refused.log"
+    job = cluster.submit([f"--output={log}"], ["--output_dir=elsewhere"])
+    wait_for(lambda: cluster.job(job)["JobState"] == "FAILED", "the refusal")
+    assert cluster.job(job)["ExitCode"] == "2:0" and "give the run directory as RUN_DIR" in log.read_text()
