@@ -96,7 +96,6 @@ CASES = {
     "attention/128-causal-dropout": Case(run=lambda: _attention(128, causal=True, dropout=0.1), targets=HOPPER),
     "attention/512": Case(run=lambda: _attention(512), targets=HOPPER),
     "attention/512-causal-dropout": Case(run=lambda: _attention(512, causal=True, dropout=0.1)),
-    "attention/512-d128": Case(run=lambda: _attention(512, size=128), targets=HOPPER),
     "attention/512-d128-causal-dropout": Case(run=lambda: _attention(512, size=128, causal=True, dropout=0.1)),
     "attention/512-fp32": Case(run=lambda: _attention(512, dtype=torch.float32), targets=HOPPER),
     "add_layer_norm/768": Case(run=lambda: _norm(768, 0.0, False), targets=HOPPER),

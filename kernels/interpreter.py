@@ -27,7 +27,8 @@ from triton.runtime.jit import JITFunction
 
 
 class _Helper(InterpretedFunction):
-    """A jitted function of ours called by a kernel: the launch has patched the language already, which is slow."""
+    """A jitted function that a kernel calls. Triton's own class patches the language at every call, which is slow,
+    and never takes that back, after which nothing compiles any more; here each launch does both once."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self.rewrite()(*args, **kwargs)
@@ -47,21 +48,24 @@ class _Interpret:
         meta |= {name: value for name, value in self.blocks.items() if name in meta}
         if "UPCAST_DOT" in meta:
             meta["UPCAST_DOT"] = True
-        InterpretedFunction(kernel.fn.fn)[grid](*args, **meta)
+        library = interpreter._patch_lang(tl.standard.sum.fn)  # for what Triton's own jitted functions call
+        try:
+            InterpretedFunction(kernel.fn.fn)[grid](*args, **meta)
+        finally:
+            library.restore()
 
 
 @contextlib.contextmanager
 def interpreted(**blocks: Any) -> Iterator[None]:
     """Run every kernel launched inside the block in the interpreter; `blocks` replaces meta-parameters by name."""
-    ours = [module for name, module in sys.modules.items() if name.startswith(__package__ + ".")]
-    kinds = [*((module, _Helper) for module in ours)]
-    kinds += [(module, InterpretedFunction) for module in (tl, tl.standard, tl.math, tl.random)]
+    modules = [module for name, module in sys.modules.items() if name.startswith(__package__ + ".")]
+    modules += [tl, tl.standard, tl.math, tl.random]
     with contextlib.ExitStack() as stack:
-        for module, kind in kinds:
+        for module in modules:
             for name, value in list(vars(module).items()):
                 if isinstance(value, JITFunction):
                     stack.callback(setattr, module, name, value)
-                    setattr(module, name, kind(value.fn))
+                    setattr(module, name, _Helper(value.fn))
         stack.enter_context(_numpy_scalars())
         yield stack.enter_context(executing(_Interpret(blocks)))
 
