@@ -31,6 +31,7 @@ def release(engine: DeepSpeedEngine) -> None:
     for tensor in (*engine.module.parameters(), *engine.module.buffers()):
         tensor.grad = None
         tensor.data = tensor.data.new_empty(0)
+        vars(tensor).clear()  # DeepSpeed's shards and methods, which refer back to the optimizer
     optimizer = engine.optimizer
     base = getattr(optimizer, "optimizer", optimizer)
     base.state.clear()
@@ -56,6 +57,8 @@ def watch(engine: DeepSpeedEngine) -> list[weakref.ref[Tensor]]:
 
 def warn_of_leaks(watched: Sequence[weakref.ref[Tensor]]) -> int:
     """Warn where a released engine's tensors still hold memory; returns the bytes."""
+    if any(reference() is not None for reference in watched):
+        collect()  # seconds in a large program, so only where something is left
     alive = [tensor for reference in watched if (tensor := reference()) is not None]
     held = sum(tensor.untyped_storage().nbytes() for tensor in alive)
     if held:
