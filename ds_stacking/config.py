@@ -53,8 +53,8 @@ class ModelConfig:
     """Dropout of attention probabilities; BERT's is 0.1."""
     layer_norm_eps: float = 1e-12
     """Epsilon of every LayerNorm."""
-    initializer_range: float = 0.02
-    """Standard deviation of the normal initialisation."""
+    initializer_range: float = 0.05
+    """Standard deviation of the normal initialisation. BERT's 0.02 suits its width of 768; a narrow model wants more."""
     next_sentence: bool = False
     """Train BERT's next-sentence head beside masked language modelling; the data then come as segment pairs."""
     gradient_checkpointing: bool = False
@@ -225,7 +225,7 @@ class RunConfig:
     """Text: `docs` (documentation of the installed Python packages), a folder, file or glob, or a hub dataset."""
     tokenizer: str = "train"
     """`train` (WordPiece on the corpus), a folder with a tokenizer, or a hub name."""
-    stages: list[StageConfig] | str = "2:450,4:450,8:500"
+    stages: list[StageConfig] | str = "2:450,4:450,8:400"
     """Stages as LAYERS:STEPS,... or, in a recipe, as a list of objects."""
     operator: str = "stack"
     """How blocks are copied at a growth: stack (ABAB), interleave (AABB), middle, last, fresh or a list (0,1,1,0), if
