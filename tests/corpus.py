@@ -36,6 +36,7 @@ def small_options(folder: Path) -> list[str]:
         "--corpus.sequence_length=32",
         "--corpus.eval_percent=10",
         "--model.hidden_size=32",
+        "--model.initializer_range=0.02",
         "--model.dropout=0.1",
         "--model.attention_dropout=0.1",
         "--model.max_positions=32",
