@@ -28,6 +28,7 @@ from ds_stacking.config import ModelConfig, OptimizerConfig
 from ds_stacking.engine.factory import EngineFactory, EngineSpec, device, init_distributed
 from ds_stacking.models.bert import Bert
 from ds_stacking.models.convert import to_huggingface
+from ds_stacking.training.run import keep_freed_memory
 
 MASKING_RATE = 0.15
 
@@ -121,6 +122,7 @@ def main() -> None:
     parser.add_argument("--bf16", action="store_true")
     options = parser.parse_args()
     torch.set_num_threads(1)
+    keep_freed_memory()  # for both sides, as pretrain.py does
     with contextlib.redirect_stdout(io.StringIO()):  # DeepSpeed speaks there; one JSON line is promised
         init_distributed()
         config = ModelConfig(

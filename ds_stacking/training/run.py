@@ -46,7 +46,7 @@ def pretrain(config: RunConfig) -> None:
     """Run `config` to the end. Every rank calls it; bad input raises UserError before anything is written."""
     rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     _limit_threads()
-    _keep_freed_memory()
+    keep_freed_memory()
     if rank == 0:
         check_run_directory(config)
     console = make_console(rank)
@@ -93,7 +93,7 @@ def _limit_threads() -> None:
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_ranks))
 
 
-def _keep_freed_memory() -> None:
+def keep_freed_memory() -> None:
     """Let glibc keep what a step frees for the next step, which takes the same sizes again.
 
     By default large buffers go back to the kernel, which clears every page anew; on a CPU that costs a step a tenth
