@@ -75,8 +75,8 @@ def hand_over(old: DeepSpeedEngine, plan: GrowthPlan, build: Build) -> Handover:
         watched = watch(old)
         del source
         release(old)
-        collect()
-    return Handover(engine=new, report=report, seconds=seconds | report.seconds, leaked_bytes=warn_of_leaks(watched))
+        leaked = warn_of_leaks(watched)
+    return Handover(engine=new, report=report, seconds=seconds | report.seconds, leaked_bytes=leaked)
 
 
 def hand_over_parked(
