@@ -55,7 +55,7 @@ bench: $(INSTALLED)
 
 # No set-up here: a GPU host has its own PyTorch, often no network (pip install --no-deps --no-build-isolation -e .).
 gpu-check:
-	$(PYTHON) -m benchmarks.gpu_check
+	OUT=$${OUT:-benchmarks/results} timeout 540 $(PYTHON) -m benchmarks.gpu_check
 
 clean:
 	rm -rf $(VENV) build *.egg-info

@@ -18,10 +18,11 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
+from torch.library import triton_op
+
 from ds_stacking.kernels._columns import sum_partials
 from ds_stacking.kernels._dropout import column_hash, keep_mask, new_seed, row_hash, seed_key, threshold
 from ds_stacking.kernels._launch import Kernel, check, launch, multiprocessors, runs_kernels
-from torch.library import triton_op
 
 # T rows (tokens), N columns (hidden size)
 

@@ -18,6 +18,8 @@ from typing import Any
 
 import torch
 import triton
+from torch.library import triton_op
+
 from ds_stacking.kernels import attention_kernels
 from ds_stacking.kernels._dropout import keep_mask, new_seed, threshold
 from ds_stacking.kernels._launch import (
@@ -30,7 +32,6 @@ from ds_stacking.kernels._launch import (
     runs_kernels,
     target_of,
 )
-from torch.library import triton_op
 
 LOG2_E = 1.4426950408889634
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
+
 from ds_stacking.kernels._dropout import column_hash, row_hash, seed_key
 
 

@@ -16,10 +16,11 @@ import torch
 import torch.nn.functional as F
 import triton
 import triton.language as tl
+from torch.library import triton_op
+
 from ds_stacking.kernels._columns import sum_partials
 from ds_stacking.kernels._launch import Kernel, check, launch, multiprocessors, runs_kernels
 from ds_stacking.kernels._product import product, product_configs, tile_grid, tile_of, tile_width
-from torch.library import triton_op
 
 Form = Literal["none", "tanh"]
 

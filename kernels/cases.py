@@ -10,6 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+
 from ds_stacking.kernels import (
     add_layer_norm,
     attention,

@@ -15,11 +15,12 @@ import torch
 import torch.nn.functional as F
 import triton
 import triton.language as tl
+from torch.library import triton_op
+
 from ds_stacking.kernels._columns import sum_partials
 from ds_stacking.kernels._dropout import column_hash, keep_mask, new_seed, row_hash, seed_key, threshold
 from ds_stacking.kernels._launch import Kernel, check, launch, multiprocessors, runs_kernels
 from ds_stacking.kernels.add_layer_norm import row_tiles
-from torch.library import triton_op
 
 # T tokens, N hidden size
 

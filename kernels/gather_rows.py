@@ -11,8 +11,9 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
-from ds_stacking.kernels._launch import Kernel, check, launch, runs_kernels
 from torch.library import triton_op
+
+from ds_stacking.kernels._launch import Kernel, check, launch, runs_kernels
 
 # T rows of the whole, M rows of the selection, N columns
 

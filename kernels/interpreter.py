@@ -20,10 +20,11 @@ from typing import Any
 
 import triton.experimental.gluon.language  # noqa: F401  must be imported before jitted functions are replaced
 import triton.language as tl
-from ds_stacking.kernels._launch import Grid, Kernel, executing
 from triton.runtime import interpreter
 from triton.runtime.interpreter import InterpretedFunction
 from triton.runtime.jit import JITFunction
+
+from ds_stacking.kernels._launch import Grid, Kernel, executing
 
 
 class _Helper(InterpretedFunction):

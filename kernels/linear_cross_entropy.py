@@ -17,9 +17,10 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
+from torch.library import triton_op
+
 from ds_stacking.kernels._launch import Kernel, check, launch, readable, runs_kernels
 from ds_stacking.kernels._product import product, product_configs, tile_grid, tile_of, tile_width
-from torch.library import triton_op
 
 SLICE = 8192
 """Most columns of the vocabulary whose gradient of the logits exists at one time."""

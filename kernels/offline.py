@@ -20,11 +20,12 @@ from typing import Any
 
 import torch
 import triton
-from ds_stacking.kernels._launch import Kernel, Launch
-from ds_stacking.kernels.cases import CASES, Case
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import mangle_type
+
+from ds_stacking.kernels._launch import Kernel, Launch
+from ds_stacking.kernels.cases import CASES, Case
 
 TABLE = Path(__file__).parent / "compiled" / f"{triton.__version__}.json"
 """Where the figures of the installed Triton are kept."""

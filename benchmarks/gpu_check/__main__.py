@@ -21,12 +21,12 @@ from typing import Any
 
 import torch
 import triton
-from ds_stacking.kernels import linear_cross_entropy
-from ds_stacking.kernels.interpreter import interpreted
 
 from benchmarks.gpu_check import correctness
 from benchmarks.gpu_check.measure import Machine, machine, rates
 from benchmarks.gpu_check.rows import SECTIONS
+from ds_stacking.kernels import linear_cross_entropy
+from ds_stacking.kernels.interpreter import interpreted
 
 BLOCKS = {"ROWS": 64, "BLOCK_N": 64, "BLOCK_M": 64, "BLOCK_K": 64, "BLOCK_P": 8, "BLOCK_T": 8, "STAGES": 1}
 

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
+
+from benchmarks.gpu_check.measure import Machine
 from ds_stacking.kernels import (
     add_layer_norm,
     attention_padded,
@@ -18,8 +20,6 @@ from ds_stacking.kernels import (
     linear_gelu,
     scatter_rows,
 )
-
-from benchmarks.gpu_check.measure import Machine
 
 Function = Callable[..., torch.Tensor]
 

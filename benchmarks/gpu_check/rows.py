@@ -6,6 +6,10 @@ from collections.abc import Callable, Iterator
 
 import torch
 import torch.nn.functional as F
+
+from benchmarks.gpu_check import peers
+from benchmarks.gpu_check.measure import Machine, Row, Run, Target
+from benchmarks.gpu_check.peers import collect, modes
 from ds_stacking.kernels import (
     add_layer_norm,
     attention,
@@ -17,10 +21,6 @@ from ds_stacking.kernels import (
     linear_cross_entropy,
     linear_gelu,
 )
-
-from benchmarks.gpu_check import peers
-from benchmarks.gpu_check.measure import Machine, Row, Run, Target
-from benchmarks.gpu_check.peers import collect, modes
 
 Candidates = dict[str, Callable[[], dict[str, Run]]]
 

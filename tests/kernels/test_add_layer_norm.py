@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+
 from ds_stacking.kernels._dropout import keep_mask
 from ds_stacking.kernels.add_layer_norm import add_layer_norm
 

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+
 from ds_stacking.kernels._dropout import keep_mask
 from ds_stacking.kernels.attention import attention, attention_padded
 

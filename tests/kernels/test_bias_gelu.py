@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+
 from ds_stacking.kernels.bias_gelu import bias_gelu, linear_gelu
 
 

@@ -1,6 +1,7 @@
 """The second step of column sums, with more programs and columns than one tile holds."""
 
 import torch
+
 from ds_stacking.kernels._columns import sum_partials
 
 

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+
 from ds_stacking.kernels._dropout import keep_mask
 from ds_stacking.kernels.add_layer_norm import add_layer_norm
 

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+
 from ds_stacking.kernels.gather_rows import gather_rows, inverse_index, scatter_rows
 
 

@@ -1,6 +1,7 @@
 """The interpreter leaves Triton as it found it."""
 
 import torch
+
 from ds_stacking.kernels import bias_gelu
 from ds_stacking.kernels.cases import CASES
 from ds_stacking.kernels.offline import compile_one, tasks

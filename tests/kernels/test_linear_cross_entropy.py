@@ -5,6 +5,7 @@ import importlib
 import pytest
 import torch
 import torch.nn.functional as F
+
 from ds_stacking.kernels.linear_cross_entropy import linear_cross_entropy
 
 module = importlib.import_module("ds_stacking.kernels.linear_cross_entropy")

@@ -2,6 +2,7 @@
 
 import torch
 import torch.nn.functional as F
+
 from ds_stacking.kernels import (
     add_layer_norm,
     attention,

@@ -8,6 +8,7 @@ import os
 
 import pytest
 import triton
+
 from ds_stacking.kernels.cases import CASES
 from ds_stacking.kernels.offline import SHARED_LIMIT, compile_all, compile_one, format_rows, read_table, tasks
 
