@@ -18,7 +18,7 @@ class GrowthRecord:
     optimizer_state: str
     stage: int
     """The stage that begins."""
-    layers: tuple[int | None, ...]
+    layer_map: tuple[int | None, ...]
     """Source block of each block; None is a fresh one."""
     seconds: float
     """Wall-clock of the growth without the evaluations."""
@@ -49,7 +49,7 @@ def growth_record(
         operator=plan.operator,
         optimizer_state=plan.optimizer_state,
         stage=stage,
-        layers=plan.layers,
+        layer_map=plan.layers,
         seconds=sum(handover.seconds.values()),
         seconds_by_phase=handover.seconds,
         bytes_moved=report.bytes_copied + report.bytes_received,

@@ -159,7 +159,7 @@ class Pretraining:
             )
         self.growths.append(record)
         event = self._event("growth", stage=index, layers=stage.layers)
-        event |= {name: value for name, value in asdict(record).items() if name not in ("stage", "seconds")}
+        event |= {name: value for name, value in asdict(record).items() if name not in event}
         event["seconds_growth"] = record.seconds
         self.tracker.log(event)
         self.console.line(growth_line(event))

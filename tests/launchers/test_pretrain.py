@@ -76,7 +76,9 @@ def test_the_run_directory_is_complete(finished: tuple[Path, str]) -> None:
 def test_metrics_have_every_step_once(finished: tuple[Path, str]) -> None:
     lines = records(finished[0])
     assert [line["step"] for line in lines if line["kind"] == "train"] == list(range(1, 25))
-    assert [line["step"] for line in lines if line["kind"] == "growth"] == [8, 16]
+    growths = [line for line in lines if line["kind"] == "growth"]
+    assert [(line["step"], line["stage"], line["layers"]) for line in growths] == [(8, 1, 2), (16, 2, 4)]
+    assert all(line["seconds_growth"] < line["seconds"] for line in growths)
     trained = [line["loss"] for line in lines if line["kind"] == "train"]
     assert trained[-1] < trained[0] - 0.3
     assert all(line["grad_norm"] > 0 for line in lines if line["kind"] == "train")
