@@ -54,7 +54,7 @@ class ModelConfig:
     layer_norm_eps: float = 1e-12
     """Epsilon of every LayerNorm."""
     initializer_range: float = 0.05
-    """Standard deviation of the normal initialisation. BERT's 0.02 suits its width of 768; a narrow model wants more."""
+    """Standard deviation of the normal initialisation; BERT's 0.02 suits a width of 768, a narrow model wants more."""
     next_sentence: bool = False
     """Train BERT's next-sentence head beside masked language modelling; the data then come as segment pairs."""
     gradient_checkpointing: bool = False
@@ -232,6 +232,8 @@ class RunConfig:
     wanted on some blocks only (stack[1:-1]) and with modifiers of the copies (+zero_output, +scale:C, +noise:C)."""
     optimizer_state: str = "stack"
     """What a growth does to Adam's state: stack, new_reset, reset, second_only or scale:C."""
+    growth_memory: Literal["normal", "low"] = "normal"
+    """low: at a growth the old state waits on the host; its device memory is free before the new engine is built."""
     precision: Literal["auto", "bf16", "fp32"] = "auto"
     """auto: bf16 where the hardware multiplies it natively, else fp32."""
     tokens_per_step: int = 2048

@@ -181,7 +181,7 @@ def _build(
     return Pretraining(
         config=config,
         data=data,
-        manager=StageManager(factory, seed=config.seed),
+        manager=StageManager(factory, seed=config.seed, growth_memory=config.growth_memory),
         batches=batches,
         held_out=held_out,
         plans=plans,
