@@ -51,7 +51,8 @@ def test_pieces_give_the_bits_of_the_whole() -> None:
     "name",
     [
         "attention.out.weight", "feed_forward.down.bias", "attn.c_proj.weight", "mlp.c_proj.bias",
-        "self_attn.o_proj.weight", "mlp.down_proj.weight", "attention.output.dense.weight", "output.dense.bias", "fc2.weight", "ffn.lin2.weight",
+        "self_attn.o_proj.weight", "mlp.down_proj.weight",
+        "attention.output.dense.weight", "output.dense.bias", "fc2.weight", "ffn.lin2.weight",
     ],
 )  # fmt: skip
 def test_output_projections_are_known_by_name(name) -> None:
