@@ -35,7 +35,7 @@ $(INSTALLED): setup.py pyproject.toml constraints.txt
 	touch $@
 
 pretrain: $(INSTALLED)
-	LOCAL_SIZE=$(RANKS) deepspeed --num_gpus $(RANKS) launchers/pretrain.py --deepspeed_config ds_configs/zero2.json $(ARGS)
+	deepspeed --num_gpus $(RANKS) launchers/pretrain.py --deepspeed_config ds_configs/zero2.json $(ARGS)
 
 test: $(INSTALLED)
 	$(BIN)/python -m pytest
