@@ -7,12 +7,15 @@ import socket
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import deepspeed
+import deepspeed.ops
 import torch
 from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime.engine import DeepSpeedEngine
+from filelock import FileLock
 from torch import nn
 
 from ds_stacking.config import OptimizerConfig
@@ -106,6 +109,7 @@ class EngineFactory:
         if offload:
             from deepspeed.ops.adam import DeepSpeedCPUAdam
 
+            load_cpu_adam()
             return DeepSpeedCPUAdam(groups, **settings)
         return torch.optim.AdamW(groups, fused=True, **settings)
 
@@ -119,8 +123,26 @@ def init_distributed() -> None:
             os.environ |= alone | {"MASTER_PORT": str(probe.getsockname()[1])}
     # torch 2.13 warns, once on every rank, of names that DeepSpeed 0.19 still calls
     warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)
+    # On a CPU DeepSpeed would compile an all-reduce for its inference; load_cpu_adam says what that risks.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     get_accelerator().set_device(int(os.environ["LOCAL_RANK"]))
     deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)
+
+
+def load_cpu_adam() -> None:
+    """Compile DeepSpeedCPUAdam, or load what was compiled before, one process of this user at a time.
+
+    torch guards compilations by a file that it deletes at the end. A process killed before that leaves it, and every
+    later one would wait for ever. This lock ends with its process, so under it that file is a leftover.
+    """
+    from deepspeed.ops.op_builder import CPUAdamBuilder
+    from torch.utils.cpp_extension import _get_build_directory
+
+    builder = CPUAdamBuilder()
+    folder = Path(_get_build_directory(builder.NAME, verbose=False))
+    with FileLock(folder.with_name(f".{builder.NAME}.lock")):
+        (folder / "lock").unlink(missing_ok=True)
+        builder.load(verbose=False)
 
 
 def device() -> torch.device:
