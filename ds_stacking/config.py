@@ -262,6 +262,12 @@ class RunConfig:
     """Newest valid checkpoints that are kept beside those of the stages' ends."""
     checkpoint_async: bool = True
     """Write checkpoints in the background; training waits for the copy out of the engine only."""
+    max_skipped_steps: int = 10
+    """Optimizer steps in a row that may be skipped (see docs/reliability.md) before the run ends. 0: any number."""
+    skip_above_sigma: float = 0.0
+    """Skip a step whose loss lies this many standard deviations above the mean of the last 128, such as 6. 0: none."""
+    hang_timeout: float = 1800.0
+    """Seconds without any progress after which a rank ends itself, and the run with it. 0: never."""
     tracking: Literal["wandb", "none"] = "wandb"
     """wandb (offline without a key or a network) or none; metrics.jsonl is always written."""
     model: ModelConfig = field(default_factory=ModelConfig)
@@ -277,7 +283,10 @@ class RunConfig:
         _require(self.stages, "stages is empty; give at least one, such as 2:100.")
         for name in ("tokens_per_step", "micro_batch_size", "eval_blocks", "log_every", "checkpoint_keep"):
             _require(getattr(self, name) > 0, f"{name} is {getattr(self, name)}; it must be positive.")
-        for name in ("lr", "warmup_steps", "eval_every", "checkpoint_every", "seed"):
+        for name in (
+            *("lr", "warmup_steps", "eval_every", "checkpoint_every", "seed"),
+            *("max_skipped_steps", "skip_above_sigma", "hang_timeout"),
+        ):
             _require(getattr(self, name) >= 0, f"{name} is {getattr(self, name)}; it must not be negative.")
         _require(self.seed < 2**32, f"seed is {self.seed}; it must be less than 2**32.")
         _require(

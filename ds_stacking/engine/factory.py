@@ -72,6 +72,9 @@ class EngineFactory:
         groups = self._groups(model, parameters)
         optimizer = self._make_optimizer(groups, offload=offloads_optimizer(config))
         engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config, dist_init_required=False)
+        if not self.optimizer.clip and hasattr(engine.optimizer, "check_grad_overflow"):
+            # in fp32 DeepSpeed looks for gradients that are not finite only where it clips them
+            engine.optimizer.check_grad_overflow = True
         return engine
 
     def describe(self, model: nn.Module) -> dict[str, ParameterInfo]:

@@ -24,21 +24,32 @@ class HeldOutLoss:
 
 
 def held_out_loss(
-    model: nn.Module, batches: EvalBatches, *, micro_batch_size: int, device: torch.device, shuffled: bool = False
+    model: nn.Module,
+    batches: EvalBatches,
+    *,
+    micro_batch_size: int,
+    device: torch.device,
+    shuffled: bool = False,
+    poll: Callable[[], None] = lambda: None,
 ) -> HeldOutLoss:
     """Evaluate on all ranks together; every rank gets the same result.
+
+    `poll` is called before every micro-batch, equally often on every rank; what it raises ends the evaluation.
 
     Each rank runs the same number of forward passes, as ZeRO-3, which gathers weights in them, demands; a rank that
     has no block left repeats one with weight 0. Dropout is off, so no generator moves.
     """
     training = model.training
-    model.eval()
     read = batches.shuffled if shuffled else batches.batch
     totals = torch.zeros(4, dtype=torch.float64, device=device)
-    with torch.no_grad():
-        for indices, weight in _rounds(len(batches), micro_batch_size):
-            totals += weight * _sums(model, read, indices, device)
-    model.train(training)
+    model.eval()
+    try:
+        with torch.no_grad():
+            for indices, weight in _rounds(len(batches), micro_batch_size):
+                poll()
+                totals += weight * _sums(model, read, indices, device)
+    finally:
+        model.train(training)
     if dist.is_initialized():
         dist.all_reduce(totals)
     loss, tokens, masked_loss, masked_tokens = totals.tolist()

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 FREE = (
     *("name", "description", "deepspeed_config", "output_dir", "overwrite", "resume", "data", "precision"),
     *("micro_batch_size", "tracking", "log_every", "checkpoint_every", "checkpoint_keep", "checkpoint_async"),
-    "growth_memory",
+    *("growth_memory", "max_skipped_steps", "hang_timeout"),
 )
 """Fields that may change at a resumption: they do not decide what is learned (`data` does by its fingerprint)."""
 
@@ -84,6 +84,7 @@ def save(run: Pretraining, *, stage_end: bool = False, required: bool = False) -
             "evaluated": run.evaluated and [*run.evaluated[0], asdict(run.evaluated[1])],
             "loss_sum": [float(part) for part in parts],
             "steps_in_loss": run.steps_in_loss,
+            "health": run.health.to_dict(),
             "metrics_bytes": metrics.stat().st_size if run.rank == 0 else 0,
         }
         run.writer.save(
@@ -119,6 +120,7 @@ def restore(run: Pretraining, found: Found) -> bool:
     mine = extra["loss_sum"][run.rank] if same_ranks else sum(extra["loss_sum"]) * (run.rank == 0)
     run.loss_sum.fill_(mine)
     run.steps_in_loss = extra["steps_in_loss"]
+    run.health.load(extra["health"])
     run.settled = run.position.step
     generators = reader.generators(run.rank, run.world_size)
     if generators is None:

@@ -5,6 +5,7 @@ Losses and norms stay on the device and are read when a line is logged, so a ste
 
 from __future__ import annotations
 
+import math
 from collections.abc import Generator
 from contextlib import closing
 from dataclasses import asdict, dataclass, field
@@ -24,16 +25,19 @@ from ds_stacking.data.prepare import PreparedData
 from ds_stacking.engine.consolidate import consolidate
 from ds_stacking.engine.factory import Engine, EngineSpec
 from ds_stacking.engine.stage_manager import GrowthRecord, StageManager
+from ds_stacking.engine.stepping import guarded_step
 from ds_stacking.evaluation.masked_lm import HeldOutLoss, held_out_loss
 from ds_stacking.models.flops import training_flops
 from ds_stacking.training.batching import BatchPlan
 from ds_stacking.training.checkpointing import save, tell_reports
 from ds_stacking.training.export import export_stage
+from ds_stacking.training.health import Health, Unhealthy, write_post_mortem
 from ds_stacking.training.ledger import Ledger
 from ds_stacking.training.preemption import StopRequest
 from ds_stacking.training.progress import StageConsole, growth_line
 from ds_stacking.training.schedule import Schedule
 from ds_stacking.training.tracking import Tracker
+from ds_stacking.training.watchdog import Watchdog
 
 
 @dataclass(kw_only=True)
@@ -73,12 +77,17 @@ class Pretraining:
 
     def __post_init__(self) -> None:
         self.schedule = Schedule(self.config)
+        self.health = Health(
+            limit=self.config.max_skipped_steps, sigma=self.config.skip_above_sigma, device=self.device
+        )
+        self.watchdog = Watchdog(self.config.hang_timeout)
         self.manager.evaluate = lambda _: self.evaluate().every
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
         self.loss_sum = torch.zeros((), dtype=torch.float64, device=self.device)
         self.steps_in_loss = 0
         self._masked = torch.zeros((), dtype=torch.int64, device=self.device)
         self.settled = 0
+        self.growing = False
         self.evaluated: tuple[tuple[int, int], HeldOutLoss] | None = None
 
     @property
@@ -94,6 +103,7 @@ class Pretraining:
 
     def close(self, exit_code: int = 0) -> None:
         """End what runs in the background."""
+        self.watchdog.close()
         self.console.close()
         self.writer.close()
         self.tracker.close(exit_code)
@@ -151,12 +161,14 @@ class Pretraining:
 
     def grow(self, index: int, stage: StageConfig, spec: EngineSpec) -> None:
         """One growth, told to the console and the tracker."""
+        self.growing = True
         with self.ledger.clock("growth"):
             record = self.manager.grow(
                 spec,
                 operator=stage.operator or self.config.operator,
                 optimizer_state=stage.optimizer_state or self.config.optimizer_state,
             )
+        self.growing = False
         self.growths.append(record)
         event = self._event("growth", stage=index, layers=stage.layers)
         event |= {name: value for name, value in asdict(record).items() if name not in event}
@@ -165,19 +177,28 @@ class Pretraining:
         self.console.line(growth_line(event))
 
     def train_step(self, micro_batches: list[Batch]) -> None:
-        """One optimizer step: the loss is the mean over the masked tokens of all ranks and micro-batches."""
+        """One optimizer step: the loss is the mean over the masked tokens of all ranks and micro-batches.
+
+        A step that would do harm is skipped, and its loss does not count.
+        """
         stage, engine = self.position.stage, self.engine
         self.set_learning_rate()
         masked = torch.tensor(sum(len(batch.labels) for batch in micro_batches), device=self.device)
         dist.all_reduce(masked)
         self._masked += masked
-        for batch in micro_batches:
+        step_loss = torch.zeros_like(self.loss_sum)
+        for number, batch in enumerate(micro_batches, 1):
             loss = self.loss(engine, batch.to(self.device, non_blocking=True), masked)
+            step_loss += loss.detach()
             # DeepSpeed averages gradients over ranks; the loss is a part of the global mean, so that is undone.
-            engine.backward(loss * self.world_size, scale_wrt_gas=False)
-            engine.step()
-            self.loss_sum += loss.detach()
-        self.steps_in_loss += 1
+            weight = self.health.factor(step_loss) if number == len(micro_batches) else 1.0
+            engine.backward(loss * self.world_size * weight, scale_wrt_gas=False)
+            taken = guarded_step(engine)
+        if taken:
+            self.loss_sum += step_loss
+            self.steps_in_loss += 1
+        self.health.count(taken)
+        self.watchdog.beat()
         self.position.step += 1
         self.position.stage_step += 1
         self.position.samples += self.plans[stage].sequences
@@ -208,6 +229,8 @@ class Pretraining:
     def report(self, stage: StageConfig) -> None:
         """Log, show, evaluate and save where it is time to, and stop where somebody asks."""
         position, config = self.position, self.config
+        if self.health.in_a_row:
+            self.check_health()
         last = position.stage_step == stage.steps
         if position.step % config.log_every == 0 or last:
             self.log_training(stage)
@@ -222,13 +245,24 @@ class Pretraining:
         if every and self.position.step % every == 0 and self.position.stage_step < stage.steps:
             self.evaluate()
 
-    def stop_if_asked(self) -> None:
-        """Save and raise RunAgain, on all ranks, where any of them was asked to stop."""
+    def poll(self) -> None:
+        """Between the micro-batches of an evaluation: a sign of life, and the same question."""
+        self.watchdog.beat()
+        self.stop_if_asked()
+
+    def asked(self) -> bool:
+        """Whether any rank was asked to stop; the same answer on all."""
         asked = torch.tensor(int(self.stop.asked()), device=self.device)
         dist.all_reduce(asked)
-        if not int(asked):
+        return bool(asked)
+
+    def stop_if_asked(self) -> None:
+        """Save and raise RunAgain, on all ranks, where any of them was asked to stop."""
+        if not self.asked():
             return
-        save(self, required=True)
+        # in a growth the checkpoint of the stage's end is this very step's, and the growth is made again
+        if not self.growing:
+            save(self, required=True)
         saved = self.writer.wait()
         tell_reports(self)
         raise RunAgain(
@@ -236,11 +270,25 @@ class Pretraining:
             + ("saved; go on with --resume auto" if saved else "but the last checkpoint could not be saved")
         )
 
+    def check_health(self) -> None:
+        """After a skipped step: say so, and end a run that skips step after step."""
+        health, step = self.health, self.position.step
+        self.console.line(
+            f"step {step} was skipped: {health.reason}; {health.in_a_row} in a row, {health.skipped} in all"
+        )
+        if not health.hopeless:
+            return
+        path = write_post_mortem(self)
+        raise Unhealthy(
+            f"{health.in_a_row} optimizer steps in a row were skipped, the last one step {step}: {health.reason}. "
+            f"{path} has the losses, batches and norms; lower lr or look at the data, then go on with --resume auto."
+        )
+
     def log_training(self, stage: StageConfig) -> None:
         """Read the losses of the steps since the last line, over all ranks, and log them."""
         total = self.loss_sum.clone()
         dist.all_reduce(total)
-        loss = float(total) / self.steps_in_loss
+        loss = float(total) / self.steps_in_loss if self.steps_in_loss else math.nan
         self.loss_sum.zero_()
         self.steps_in_loss = 0
         norm = self.engine.get_global_grad_norm()
@@ -249,6 +297,7 @@ class Pretraining:
         event = self._event("train", stage=position.stage, layers=stage.layers)
         rates = self.ledger.rates()
         event |= {"loss": loss, "lr": rate, "grad_norm": None if norm is None else float(norm), **rates}
+        event["skipped_steps"] = self.health.skipped
         self.ledger.stage.train_loss_end = loss
         self.tracker.log(event)
         self.console.update(position.stage_step, loss=loss, lr=rate, tokens_per_second=rates["tokens_per_second"])
@@ -272,7 +321,12 @@ class Pretraining:
         size = self.config.micro_batch_size
         with self.ledger.clock("evaluation"):
             return held_out_loss(
-                self.engine, self.held_out, micro_batch_size=size, device=self.device, shuffled=shuffled
+                self.engine,
+                self.held_out,
+                micro_batch_size=size,
+                device=self.device,
+                shuffled=shuffled,
+                poll=self.poll,
             )
 
     def close_stage(self, index: int, stage: StageConfig) -> None:
