@@ -4,8 +4,7 @@
 # make gpu-check  on a GPU host, in its own Python: every kernel's correctness and speed beside its peers; OUT=folder
 #
 # PYTHON      the Python that makes the environment (3.11 or newer)
-# TORCH_PIP   extra pip options for torch, such as the index of a CUDA build:
-#             make pretrain TORCH_PIP="--index-url https://download.pytorch.org/whl/cu130"
+# TORCH_PIP   extra pip options for torch, such as the index of a CUDA build:  make install TORCH_PIP="--index-url URL"
 # ARGS        further options of pretrain.py:  make pretrain ARGS="--stages 2:50,4:50"
 
 PYTHON ?= python3
