@@ -6,7 +6,7 @@ Losses and norms stay on the device and are read when a line is logged, so a ste
 from __future__ import annotations
 
 import math
-from collections.abc import Generator
+from collections.abc import Generator, Iterator
 from contextlib import closing
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -131,8 +131,9 @@ class Pretraining:
         if done:
             self.evaluate_if_due(stage)  # the run may have been stopped in this very evaluation
         with closing(self._stream(stage)) as steps:
-            for micro_batches in steps:
-                self.train_step(micro_batches)
+            while micro_batches := self._next(steps):
+                with self.ledger.clock("training"):
+                    self.train_step(micro_batches)
                 self.report(stage)
 
     def spec(self, index: int) -> EngineSpec:
@@ -353,6 +354,10 @@ class Pretraining:
         remaining = range(self.position.stage_step, stage.steps)
         steps = (plan.samples(start + i * plan.sequences, self.rank) for i in range(len(remaining)))
         return prefetch(self._make_step, steps)
+
+    def _next(self, steps: Iterator[list[Batch]]) -> list[Batch] | None:
+        with self.ledger.clock("data wait"):
+            return next(steps, None)
 
     def _make_step(self, samples: list[np.ndarray]) -> list[Batch]:
         batches = [self.batches.batch(indices) for indices in samples]

@@ -64,6 +64,7 @@ def test_the_run_directory_is_complete(finished: tuple[Path, str]) -> None:
     assert all(growth["tensors_verified"] > 0 for growth in summary["growths"])
     assert summary["stages"][0]["flops"] < summary["stages"][1]["flops"] < summary["stages"][2]["flops"]
     assert sum(summary["seconds_by_phase"].values()) == pytest.approx(summary["seconds"], rel=1e-6)
+    assert summary["seconds_by_phase"]["training"] > 0 and summary["seconds_by_phase"]["growth"] > 0
     for name in ("eval_loss", "eval_loss_shuffled", "unigram_entropy", "parameters", "seconds", "flops"):
         assert summary[name] > 0, name
     assert json.loads((run / "config.json").read_text())["model"]["hidden_size"] == 32
