@@ -1,5 +1,6 @@
 # make pretrain   set up, then the quickstart on RANKS ranks
 # make test       set up, then all tests
+# make soak       200 kills at random times, each survived; half an hour
 # make check      format, lint and types, as CI runs them
 # make gpu-check  on a GPU host, in its own Python: every kernel's correctness and speed beside its peers; OUT=folder
 #
@@ -20,7 +21,7 @@ export PATH := $(BIN):$(PATH)
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export DS_BUILD_OPS := 0
 
-.PHONY: install pretrain test check format bench gpu-check clean
+.PHONY: install pretrain test soak check format bench gpu-check clean
 
 install: $(INSTALLED)
 
@@ -38,6 +39,9 @@ pretrain: $(INSTALLED)
 
 test: $(INSTALLED)
 	$(BIN)/python -m pytest
+
+soak: $(INSTALLED)
+	PYTHONPATH=. $(BIN)/python tests/soak.py --kills 200
 
 check: $(INSTALLED)
 	$(BIN)/ruff format --check .

@@ -150,9 +150,13 @@ class CheckpointWriter:
         ended = self._join(timeout)
         return self.exchange.total(int(not (ended and self._succeeded))) == 0
 
-    def close(self) -> None:
-        """Wait for this rank's part of the save under way; for the end of a run, however it came."""
-        self._join(None)
+    def close(self, timeout: float | None = None) -> None:
+        """Wait for this rank's part of the save under way, `timeout` seconds at most (default: twice `patience`).
+
+        For the end of a run. After a failure the other ranks may be dead, and waiting for their parts would only keep
+        this one from ending.
+        """
+        self._join(timeout)
 
     def _ready(self, *, wait: bool) -> bool:
         """Whether no rank is writing any more."""

@@ -39,6 +39,9 @@ from ds_stacking.training.schedule import Schedule
 from ds_stacking.training.tracking import Tracker
 from ds_stacking.training.watchdog import Watchdog
 
+SECONDS_AFTER_A_FAILURE = 10.0
+"""How long a failed run waits for the save under way."""
+
 
 @dataclass(kw_only=True)
 class Position:
@@ -105,7 +108,7 @@ class Pretraining:
         """End what runs in the background."""
         self.watchdog.close()
         self.console.close()
-        self.writer.close()
+        self.writer.close(SECONDS_AFTER_A_FAILURE if exit_code else None)
         self.tracker.close(exit_code)
 
     def train(self, *, stage_finished: bool = False) -> None:
@@ -280,6 +283,7 @@ class Pretraining:
         if not health.hopeless:
             return
         path = write_post_mortem(self)
+        self.writer.wait()
         raise Unhealthy(
             f"{health.in_a_row} optimizer steps in a row were skipped, the last one step {step}: {health.reason}. "
             f"{path} has the losses, batches and norms; lower lr or look at the data, then go on with --resume auto."
