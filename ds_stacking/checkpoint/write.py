@@ -27,6 +27,9 @@ from ds_stacking.growth.exchange import Exchange
 from ds_stacking.growth.plan import ParameterInfo
 from ds_stacking.growth.state import StateReader
 
+TOGETHER = 0.05
+"""Seconds between two looks at the other ranks while all wait for a save."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class SaveReport:
@@ -147,7 +150,7 @@ class CheckpointWriter:
 
         Returns, on every rank, whether the last save succeeded. All ranks call it together.
         """
-        ended = self._join(timeout)
+        ended = self._join_together(timeout)
         return self.exchange.total(int(not (ended and self._succeeded))) == 0
 
     def close(self, timeout: float | None = None) -> None:
@@ -161,9 +164,21 @@ class CheckpointWriter:
     def _ready(self, *, wait: bool) -> bool:
         """Whether no rank is writing any more."""
         if wait:
-            self._join(None)
+            self._join_together(None)
         writing = self._thread is not None and self._thread.is_alive()
         return self.exchange.total(int(writing)) == 0
+
+    def _join_together(self, timeout: float | None) -> bool:
+        """Wait until no rank writes; whether this one's part ended in time.
+
+        Ranks tell each other again and again that they wait: where one died, this fails at once, while the files of
+        the dead would be waited for in vain.
+        """
+        end = time.monotonic() + (2 * self.patience if timeout is None else timeout)
+        while True:
+            ended = self._join(TOGETHER)
+            if self.exchange.total(int(not ended and time.monotonic() < end)) == 0:
+                return ended
 
     def _join(self, timeout: float | None) -> bool:
         if self._thread is not None:

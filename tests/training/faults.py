@@ -107,11 +107,17 @@ def full_disk(rank: int) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
+def hang(rank: int) -> None:
+    if rank == 1:
+        time.sleep(1000)
+
+
 FAULTS: dict[str, Fault] = {
     "SIGKILL of rank 1": kill_rank_1,
     "SIGKILL of all": kill_all,
     "SIGTERM to rank 1": terminate_rank_1,
     "full disk": full_disk,
+    "hang": hang,
 }
 
 
@@ -132,7 +138,7 @@ class Ranks:
             process.start()
 
     def wait(self, seconds: float = 120, after_a_death: float = 20) -> list[str]:
-        """How each rank ended: "finished", "run again", "failed" or "killed". A hanging one is an error."""
+        """How each rank ended: "finished", "run again", "failed" or "killed"; a hanging one is an error."""
         end = time.monotonic() + seconds
         ended: dict[int, str] = {}
         try:
@@ -141,7 +147,7 @@ class Ranks:
                     rank, value, error = self.results.get()
                     ended[rank] = value if error is None else "failed"
                 for rank, process in enumerate(self.processes):
-                    if rank not in ended and process.exitcode == -signal.SIGKILL:
+                    if rank not in ended and process.exitcode in (-signal.SIGKILL, -signal.SIGABRT):
                         ended[rank] = "killed"
                         end = min(end, time.monotonic() + after_a_death)
                 assert time.monotonic() < end, f"a rank did not end; the others: {ended}"

@@ -24,6 +24,7 @@ CASES: list[tuple[str, str, set[str]]] = [
     *((f"in {what}", "SIGKILL of all", DEATH) for what in ("step", "growth", "save")),
     *((f"in {what}", "SIGTERM to rank 1", STOP) for what in ("step", "evaluation", "growth", "save")),
     ("in save", "full disk", NOTHING),
+    ("in step", "hang", DEATH),
 ]
 """Where, what, and how ranks may end."""
 
@@ -39,7 +40,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize(("point", "fault", "end"), CASES, ids=[f"{fault}-{point}" for point, fault, _ in CASES])
 def test_the_run_ends_as_if_nothing_had_happened(folder: Path, point: str, fault: str, end: set[str]) -> None:
     output = f"{fault}-{point}".replace(" ", "_")
-    ended = Ranks(str(folder), output, (), point, fault).wait()
+    ended = Ranks(str(folder), output, ("--hang_timeout=8",), point, fault).wait()
     assert set(ended) <= end and ("killed" in ended) == (end == DEATH)
     assert (folder / f"{output}.1").read_text() == point, "the fault did not happen"
     if end != NOTHING:
