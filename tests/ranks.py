@@ -26,7 +26,7 @@ executed: dict[int, int] = {}
 """Cases that really ran, by world size; the session's end compares it with the tests collected."""
 
 
-def run_ranks(world_size: int, case: Callable[..., Any], *args: Any, timeout: float = 240) -> list[Any]:
+def run_ranks(world_size: int, case: Callable[..., Any], *args: Any, timeout: float = 900) -> list[Any]:
     """Call `case(*args)` on `world_size` ranks of a gloo group; returns the results by rank.
 
     Raises AssertionError with the rank's traceback where one failed, or where they did not end in `timeout` seconds.
