@@ -16,8 +16,9 @@ from ds_stacking.engine.stage_manager import StageManager
 from ds_stacking.growth.operators import layer_map, originals
 from ds_stacking.models.bert import Bert
 
-SEQUENCES, LENGTH, VOCABULARY, RATE, SEED = 12, 16, 101, 1e-2, 7
-OPTIMIZER = OptimizerConfig(betas=(0.9, 0.98), eps=1e-8, weight_decay=0.05, clip=0.5)
+SEQUENCES, LENGTH, VOCABULARY, RATE, SEED = 12, 16, 101, 5e-3, 7
+# eps well above rounding: Adam would blow the rounding of zero gradients up to full updates, after a reset above all
+OPTIMIZER = OptimizerConfig(betas=(0.9, 0.98), eps=1e-6, weight_decay=0.05, clip=0.5)
 
 
 def model_config(dropout: float = 0.0, **changes: Any) -> ModelConfig:
