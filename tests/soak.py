@@ -20,7 +20,7 @@ from tests.corpus import write_corpus
 from tests.training.faults import Ranks
 from tests.training.test_resume import assert_equal_to_the_bit
 
-OPTIONS = ("--stages=1:40,2:40,4:40", "--eval_every=10", "--checkpoint_every=5")
+OPTIONS = ("--stages=1:40,2:40,4:40", "--eval_every=10", "--checkpoint_every=5", "--hang_timeout=12")
 FAULTS = {
     "SIGKILL of rank 0": ([0], signal.SIGKILL),
     "SIGKILL of rank 1": ([1], signal.SIGKILL),
@@ -67,7 +67,7 @@ def kill_until_finished(
             for rank in targets:
                 os.kill(ranks.processes[rank].pid, number)
             struck[fault] += 1
-        ended = ranks.wait()
+        ended = ranks.wait(after_a_death=40)
         if set(ended) == {"finished"}:
             return lost
         found = newest_valid(run / "checkpoints")
