@@ -1,7 +1,8 @@
 """Asked to stop: signals, a stop file, or a launcher that is gone. Every rank then saves the same step and ends.
 
-Handlers only set a flag; the loop reduces it over ranks between steps. A second signal ends the process at once; one
-that follows within two seconds counts as the same, since a launcher and a terminal both pass a Ctrl-C on.
+Handlers only set a flag; the loop reduces it over ranks between steps. A second signal ends the process at once, unless
+it follows so soon that it is the same event: a launcher and a terminal both pass a Ctrl-C on, and SLURM signals the
+processes of a job more than once, seconds apart.
 """
 
 from __future__ import annotations
@@ -15,7 +16,8 @@ from types import FrameType
 from ds_stacking.training.run_directory import STOP
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
-SAME_EVENT = 2.0
+SAME_EVENT = {signal.SIGINT: 2.0, signal.SIGTERM: 15.0, signal.SIGUSR1: 15.0}
+"""Seconds after the first signal in which another one means the same."""
 
 
 class StopRequest:
@@ -40,7 +42,7 @@ class StopRequest:
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         now = time.monotonic()
-        if self.reason is not None and now - self._first > SAME_EVENT:
+        if self.reason is not None and now - self._first > SAME_EVENT[signal.Signals(number)]:
             os._exit(128 + number)
         if self.reason is None:
             self.reason, self._first = signal.Signals(number).name, now
