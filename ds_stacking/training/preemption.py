@@ -1,8 +1,8 @@
 """Asked to stop: signals, a stop file, or a launcher that is gone. Every rank then saves the same step and ends.
 
-Handlers only set a flag; the loop reduces it over ranks between steps. A second signal ends the process at once, unless
-it follows so soon that it is the same event: a launcher and a terminal both pass a Ctrl-C on, and SLURM signals the
-processes of a job more than once, seconds apart.
+Handlers only set a flag; the loop reduces it over ranks between steps. A second signal ends the process at once,
+unless it follows so soon that it is the same event: a launcher and a terminal both pass a Ctrl-C on, and SLURM signals
+the processes of a job more than once, seconds apart.
 """
 
 from __future__ import annotations
