@@ -1,6 +1,6 @@
 # make pretrain   set up, then the quickstart on RANKS ranks
 # make test       set up, then all tests
-# make soak       200 kills at random times, each survived; half an hour
+# make soak       200 kills at random times, each survived; a quarter of an hour
 # make check      format, lint and types, as CI runs them
 # make gpu-check  on a GPU host, in its own Python: every kernel's correctness and speed beside its peers; OUT=folder
 #
