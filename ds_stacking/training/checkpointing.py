@@ -23,6 +23,7 @@ from ds_stacking.engine.zero_state import LiveState
 from ds_stacking.evaluation.masked_lm import HeldOutLoss
 from ds_stacking.growth.exchange import make_exchange
 from ds_stacking.training.ledger import Ledger
+from ds_stacking.training.reporting import settle
 from ds_stacking.training.run_directory import METRICS
 
 if TYPE_CHECKING:
@@ -72,7 +73,7 @@ def make_writer(config: RunConfig, expected: dict[str, Any]) -> CheckpointWriter
 def save(run: Pretraining, *, stage_end: bool = False, required: bool = False) -> None:
     """Save the run between two steps; a stage's end is kept for good. All ranks call it together."""
     with run.ledger.clock("checkpoint"):
-        run.settle()
+        settle(run)
         parts = [torch.zeros_like(run.loss_sum) for _ in range(run.world_size)]
         dist.all_gather(parts, run.loss_sum)
         metrics = run.run_dir / METRICS

@@ -5,12 +5,10 @@ Losses and norms stay on the device and are read when a line is logged, so a ste
 
 from __future__ import annotations
 
-import math
 from collections.abc import Generator, Iterator
 from contextlib import closing
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -27,14 +25,14 @@ from ds_stacking.engine.factory import Engine, EngineSpec
 from ds_stacking.engine.stage_manager import GrowthRecord, StageManager
 from ds_stacking.engine.stepping import guarded_step
 from ds_stacking.evaluation.masked_lm import HeldOutLoss, held_out_loss
-from ds_stacking.models.flops import training_flops
 from ds_stacking.training.batching import BatchPlan
 from ds_stacking.training.checkpointing import save, tell_reports
 from ds_stacking.training.export import export_stage
-from ds_stacking.training.health import Health, Unhealthy, write_post_mortem
+from ds_stacking.training.health import Health
 from ds_stacking.training.ledger import Ledger
 from ds_stacking.training.preemption import StopRequest
-from ds_stacking.training.progress import StageConsole, growth_line
+from ds_stacking.training.progress import StageConsole
+from ds_stacking.training.reporting import check_health, log_evaluation, log_growth, log_training
 from ds_stacking.training.schedule import Schedule
 from ds_stacking.training.tracking import Tracker
 from ds_stacking.training.watchdog import Watchdog
@@ -88,7 +86,7 @@ class Pretraining:
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
         self.loss_sum = torch.zeros((), dtype=torch.float64, device=self.device)
         self.steps_in_loss = 0
-        self._masked = torch.zeros((), dtype=torch.int64, device=self.device)
+        self.masked = torch.zeros((), dtype=torch.int64, device=self.device)
         self.settled = 0
         self.growing = False
         self.evaluated: tuple[tuple[int, int], HeldOutLoss] | None = None
@@ -174,11 +172,7 @@ class Pretraining:
             )
         self.growing = False
         self.growths.append(record)
-        event = self._event("growth", stage=index, layers=stage.layers)
-        event |= {name: value for name, value in asdict(record).items() if name not in event}
-        event["seconds_growth"] = record.seconds
-        self.tracker.log(event)
-        self.console.line(growth_line(event))
+        log_growth(self, record)
 
     def train_step(self, micro_batches: list[Batch]) -> None:
         """One optimizer step: the loss is the mean over the masked tokens of all ranks and micro-batches.
@@ -189,7 +183,7 @@ class Pretraining:
         self.set_learning_rate()
         masked = torch.tensor(sum(len(batch.labels) for batch in micro_batches), device=self.device)
         dist.all_reduce(masked)
-        self._masked += masked
+        self.masked += masked
         step_loss = torch.zeros_like(self.loss_sum)
         for number, batch in enumerate(micro_batches, 1):
             loss = self.loss(engine, batch.to(self.device, non_blocking=True), masked)
@@ -234,10 +228,10 @@ class Pretraining:
         """Log, show, evaluate and save where it is time to, and stop where somebody asks."""
         position, config = self.position, self.config
         if self.health.in_a_row:
-            self.check_health()
+            check_health(self)
         last = position.stage_step == stage.steps
         if position.step % config.log_every == 0 or last:
-            self.log_training(stage)
+            log_training(self)
         self.evaluate_if_due(stage)
         if config.checkpoint_every and position.step % config.checkpoint_every == 0 and not last:
             save(self)
@@ -274,48 +268,13 @@ class Pretraining:
             + ("saved; go on with --resume auto" if saved else "but the last checkpoint could not be saved")
         )
 
-    def check_health(self) -> None:
-        """After a skipped step: say so, and end a run that skips step after step."""
-        health, step = self.health, self.position.step
-        self.console.line(
-            f"step {step} was skipped: {health.reason}; {health.in_a_row} in a row, {health.skipped} in all"
-        )
-        if not health.hopeless:
-            return
-        path = write_post_mortem(self)
-        self.writer.wait()
-        raise Unhealthy(
-            f"{health.in_a_row} optimizer steps in a row were skipped, the last one step {step}: {health.reason}. "
-            f"{path} has the losses, batches and norms; lower lr or look at the data, then go on with --resume auto."
-        )
-
-    def log_training(self, stage: StageConfig) -> None:
-        """Read the losses of the steps since the last line, over all ranks, and log them."""
-        total = self.loss_sum.clone()
-        dist.all_reduce(total)
-        loss = float(total) / self.steps_in_loss if self.steps_in_loss else math.nan
-        self.loss_sum.zero_()
-        self.steps_in_loss = 0
-        norm = self.engine.get_global_grad_norm()
-        position = self.position
-        rate = self.schedule(position.step - 1, position.stage, position.stage_step - 1)
-        event = self._event("train", stage=position.stage, layers=stage.layers)
-        rates = self.ledger.rates()
-        event |= {"loss": loss, "lr": rate, "grad_norm": None if norm is None else float(norm), **rates}
-        event["skipped_steps"] = self.health.skipped
-        self.ledger.stage.train_loss_end = loss
-        self.tracker.log(event)
-        self.console.update(position.stage_step, loss=loss, lr=rate, tokens_per_second=rates["tokens_per_second"])
-
     def evaluate(self) -> HeldOutLoss:
         """Held-out loss of the current engine; the same step at the same depth is not evaluated twice."""
         layers = len(self.engine.module.blocks)
         at = (self.position.step, layers)
         if self.evaluated is None or self.evaluated[0] != at:
             self.evaluated = (at, self._held_out_loss())
-            loss = self.evaluated[1]
-            event = self._event("eval", stage=self.position.stage, layers=layers)
-            self.tracker.log(event | {"eval_loss": loss.every, "eval_loss_masked": loss.masked})
+            log_evaluation(self, self.evaluated[1])
         return self.evaluated[1]
 
     def evaluate_shuffled(self) -> HeldOutLoss:
@@ -366,26 +325,3 @@ class Pretraining:
     def _make_step(self, samples: list[np.ndarray]) -> list[Batch]:
         batches = [self.batches.batch(indices) for indices in samples]
         return [batch.pin_memory() for batch in batches] if self.device.type == "cuda" else batches
-
-    def settle(self) -> None:
-        """Charge the FLOPs of the steps since the last call; how many tokens they masked is known to the device."""
-        steps, self.settled = self.position.step - self.settled, self.position.step
-        if steps:
-            self.ledger.stage.flops += training_flops(
-                self.config.model,
-                self.ledger.stage.layers,
-                sequences=steps * self.plans[self.position.stage].sequences,
-                length=self.config.corpus.sequence_length,
-                masked=float(self._masked),
-            )
-            self._masked.zero_()
-
-    def _event(self, kind: str, *, stage: int, layers: int) -> dict[str, Any]:
-        self.settle()
-        return {
-            "kind": kind,
-            "step": self.position.step,
-            "stage": stage,
-            "layers": layers,
-            **self.ledger.totals(),
-        }

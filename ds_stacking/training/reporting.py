@@ -1,0 +1,91 @@
+"""What a run tells of itself while it trains: event records for the tracker, lines for the console."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+import torch.distributed as dist
+
+from ds_stacking.engine.record import GrowthRecord
+from ds_stacking.evaluation.masked_lm import HeldOutLoss
+from ds_stacking.models.flops import training_flops
+from ds_stacking.training.health import Unhealthy, write_post_mortem
+from ds_stacking.training.progress import growth_line
+
+if TYPE_CHECKING:
+    from ds_stacking.training.loop import Pretraining
+
+
+def event(run: Pretraining, kind: str) -> dict[str, Any]:
+    """The fields that every record has: where the run stands, and the ledger's totals."""
+    settle(run)
+    return {
+        "kind": kind,
+        "step": run.position.step,
+        "stage": run.position.stage,
+        "layers": len(run.engine.module.blocks),
+        **run.ledger.totals(),
+    }
+
+
+def settle(run: Pretraining) -> None:
+    """Charge the FLOPs of the steps since the last call; how many tokens they masked is known to the device."""
+    steps, run.settled = run.position.step - run.settled, run.position.step
+    if steps:
+        run.ledger.stage.flops += training_flops(
+            run.config.model,
+            run.ledger.stage.layers,
+            sequences=steps * run.plans[run.position.stage].sequences,
+            length=run.config.corpus.sequence_length,
+            masked=float(run.masked),
+        )
+        run.masked.zero_()
+
+
+def log_training(run: Pretraining) -> None:
+    """Read the losses of the steps since the last line, over all ranks, and log them. Collective."""
+    total = run.loss_sum.clone()
+    dist.all_reduce(total)
+    loss = float(total) / run.steps_in_loss if run.steps_in_loss else math.nan
+    run.loss_sum.zero_()
+    run.steps_in_loss = 0
+    norm = run.engine.get_global_grad_norm()
+    position = run.position
+    rate = run.schedule(position.step - 1, position.stage, position.stage_step - 1)
+    record = event(run, "train")
+    rates = run.ledger.rates()
+    record |= {"loss": loss, "lr": rate, "grad_norm": None if norm is None else float(norm), **rates}
+    record["skipped_steps"] = run.health.skipped
+    run.ledger.stage.train_loss_end = loss
+    run.tracker.log(record)
+    run.console.update(position.stage_step, loss=loss, lr=rate, tokens_per_second=rates["tokens_per_second"])
+
+
+def log_evaluation(run: Pretraining, loss: HeldOutLoss) -> None:
+    """Log a held-out loss of the current engine."""
+    run.tracker.log(event(run, "eval") | {"eval_loss": loss.every, "eval_loss_masked": loss.masked})
+
+
+def log_growth(run: Pretraining, growth: GrowthRecord) -> None:
+    """Log a growth, and say it."""
+    record = event(run, "growth")
+    record |= {name: value for name, value in asdict(growth).items() if name not in record}
+    record["seconds_growth"] = growth.seconds
+    run.tracker.log(record)
+    run.console.line(growth_line(record))
+
+
+def check_health(run: Pretraining) -> None:
+    """After a skipped step: say so, and end a run that skips step after step. Collective."""
+    health, step = run.health, run.position.step
+    run.console.line(f"step {step} was skipped: {health.reason}; {health.in_a_row} in a row, {health.skipped} in all")
+    if not health.hopeless:
+        return
+    path = write_post_mortem(run)
+    run.writer.wait()
+    raise Unhealthy(
+        f"{health.in_a_row} optimizer steps in a row were skipped, the last one step {step}: {health.reason}. "
+        f"{path} has the losses, batches and norms; lower lr or look at the data, then go on with --resume auto."
+    )
