@@ -1,7 +1,7 @@
 """The ledger: what a run has spent, in tokens, model FLOPs and seconds, per stage and per phase.
 
 Every second of wall clock since the ledger was made belongs to exactly one phase, so the phases always sum to the
-total. Totals travel in checkpoints: a resumed run goes on counting where its checkpoint stood, and time and tokens
+total; processor time of this process is kept alike, for machines whose cores others use too. Totals travel in checkpoints: a resumed run goes on counting where its checkpoint stood, and time and tokens
 spent after that checkpoint, then lost, are not part of the run that produced the model.
 """
 
@@ -18,6 +18,8 @@ PHASES = ("training", "data wait", "evaluation", "growth", "checkpoint", "other"
 """Where wall clock goes; "other" is what runs outside every `clock`."""
 PAUSES = ("evaluation", "growth", "checkpoint")
 """Phases in which no training is attempted: throughput leaves them out."""
+COST = ("training", "data wait", "growth")
+"""Phases that make the model; the others prepare, measure or save it."""
 
 
 @dataclass(kw_only=True)
@@ -53,11 +55,15 @@ class Ledger:
     """Stages begun so far, the current one last."""
     phases: dict[str, float] = field(default_factory=lambda: dict.fromkeys(PHASES, 0.0))
     """Seconds by phase over the whole run."""
+    cpu_phases: dict[str, float] = field(default_factory=lambda: dict.fromkeys(PHASES, 0.0))
+    """Processor seconds of this process, all its threads, by phase."""
     now: Callable[[], float] = field(default=time.perf_counter, repr=False)
     """A monotonic clock in seconds."""
+    cpu_now: Callable[[], float] = field(default=time.process_time, repr=False)
+    """The processor time of this process in seconds."""
 
     def __post_init__(self) -> None:
-        self._mark = self.now()
+        self._mark, self._cpu_mark = self.now(), self.cpu_now()
         self._open: list[str] = []
         self._last = self._progress()
 
@@ -85,7 +91,13 @@ class Ledger:
 
     def totals(self) -> dict[str, float]:
         """The cumulative fields that every event record carries."""
-        return {"tokens": self.tokens, "flops": self.flops, "seconds": self.seconds}
+        return {
+            "tokens": self.tokens,
+            "flops": self.flops,
+            "seconds": self.seconds,
+            "training_seconds": sum(self.phases[phase] for phase in COST),
+            "cpu_seconds": sum(self.cpu_phases[phase] for phase in COST),
+        }
 
     def start_stage(self, layers: int) -> None:
         """Begin a stage; time from here on is charged to it."""
@@ -126,19 +138,22 @@ class Ledger:
 
     def to_dict(self) -> dict[str, Any]:
         """Everything that a checkpoint must keep, as plain JSON values."""
-        return {"stages": self.stage_rows(), "phases": dict(self.phases)}
+        return {"stages": self.stage_rows(), "phases": dict(self.phases), "cpu_phases": dict(self.cpu_phases)}
 
     @classmethod
     def from_dict(cls, saved: dict[str, Any], *, now: Callable[[], float] = time.perf_counter) -> Ledger:
         """The ledger that `to_dict` saved; its clock goes on from now."""
         stages = [StageTotals(**row) for row in saved["stages"]]
-        return cls(stages=stages, phases=dict.fromkeys(PHASES, 0.0) | saved["phases"], now=now)
+        return cls(stages=stages, phases=dict(saved["phases"]), cpu_phases=dict(saved["cpu_phases"]), now=now)
 
     def _charge(self) -> None:
         """Give the time since the last call to the innermost open phase and to the current stage."""
-        now = self.now()
+        now, cpu_now = self.now(), self.cpu_now()
         elapsed, self._mark = now - self._mark, now
-        self.phases[self._open[-1] if self._open else "other"] += elapsed
+        phase = self._open[-1] if self._open else "other"
+        self.phases[phase] += elapsed
+        self.cpu_phases[phase] += cpu_now - self._cpu_mark
+        self._cpu_mark = cpu_now
         if self.stages:
             self.stages[-1].seconds += elapsed
 

@@ -28,7 +28,7 @@ logger = logging.getLogger(__name__)
 
 Record = Mapping[str, Any]
 
-AXES = ("step", "tokens", "flops", "seconds")
+AXES = ("step", "tokens", "flops", "seconds", "training_seconds", "cpu_seconds")
 """What a loss may be drawn against."""
 SHARED = (*AXES, "stage", "layers")
 """Fields that keep their name in wandb; the others are prefixed by the record's kind."""

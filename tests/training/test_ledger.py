@@ -36,7 +36,10 @@ def run_two_stages(clock: FakeClock) -> Ledger:
 def test_totals_and_phases_add_up():
     clock = FakeClock(100.0)
     ledger = run_two_stages(clock)
-    assert ledger.totals() == {"tokens": 1000, "flops": 5 * 2e6 + 5 * 4e6, "seconds": clock.time - 100}
+    totals = ledger.totals()
+    assert {name: totals[name] for name in ("tokens", "flops", "seconds", "training_seconds")} == {
+        "tokens": 1000, "flops": 5 * 2e6 + 5 * 4e6, "seconds": clock.time - 100, "training_seconds": 30,
+    }  # fmt: skip
     assert ledger.phases["training"] == 20
     assert ledger.phases["data wait"] == 10
     assert ledger.phases["evaluation"] == 8
@@ -84,6 +87,21 @@ def test_resume_goes_on_where_the_checkpoint_stood():
     assert resumed.seconds == whole.seconds + 5
     assert resumed.rates() == {"tokens_per_second": 20.0, "flops_per_second": 8e5}
     assert resumed.stage.steps == 6
+
+
+def test_processor_time_is_charged_to_the_phases_that_make_the_model():
+    wall, cpu = FakeClock(), FakeClock(7.0)
+    ledger = Ledger(now=wall, cpu_now=cpu)
+    ledger.start_stage(2)
+    for phase in ("training", "data wait", "growth", "evaluation", "checkpoint"):
+        with ledger.clock(phase):
+            wall.time += 10
+            cpu.time += 3
+    cpu.time += 100
+    totals = ledger.totals()
+    assert (totals["training_seconds"], totals["cpu_seconds"]) == (30, 9)
+    resumed = Ledger.from_dict(json.loads(json.dumps(ledger.to_dict())))
+    assert resumed.totals()["cpu_seconds"] == 9
 
 
 def test_a_ledger_keeps_time_by_itself():

@@ -69,7 +69,10 @@ def final(folder: Path) -> CheckpointReader:
 def metrics(folder: Path) -> list[dict[str, Any]]:
     """The records without what the clock decides."""
     records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    timed = ("seconds", "tokens_per_second", "flops_per_second", "seconds_growth", "seconds_by_phase")
+    timed = (
+        *("seconds", "training_seconds", "cpu_seconds", "tokens_per_second", "flops_per_second"),
+        *("seconds_growth", "seconds_by_phase"),
+    )
     return [{key: value for key, value in record.items() if key not in timed} for record in records]
 
 
