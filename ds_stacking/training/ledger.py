@@ -1,8 +1,9 @@
 """The ledger: what a run has spent, in tokens, model FLOPs and seconds, per stage and per phase.
 
 Every second of wall clock since the ledger was made belongs to exactly one phase, so the phases always sum to the
-total; processor time of this process is kept alike, for machines whose cores others use too. Totals travel in checkpoints: a resumed run goes on counting where its checkpoint stood, and time and tokens
-spent after that checkpoint, then lost, are not part of the run that produced the model.
+total; processor time is kept alike, for machines whose cores others use too. Totals travel in checkpoints: a resumed
+run goes on counting where its checkpoint stood, and time and tokens spent after that checkpoint, then lost, are not
+part of the run that produced the model.
 """
 
 from __future__ import annotations
