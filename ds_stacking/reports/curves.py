@@ -96,9 +96,14 @@ def build_figure(records: Records) -> Figure:
     return figure
 
 
+def axis_unit(quantity: str, end: float) -> tuple[float, str]:
+    """Size and name of the unit for an axis of one of UNITS that reaches `end`."""
+    return next(((scale, unit) for scale, unit in UNITS[quantity] if end >= 2 * scale), UNITS[quantity][-1])
+
+
 def _draw_panel(axes: Axes, records: Records, quantity: str) -> None:
     end = max(record[quantity] for record in records)
-    scale, unit = next(((scale, unit) for scale, unit in UNITS[quantity] if end >= 2 * scale), UNITS[quantity][-1])
+    scale, unit = axis_unit(quantity, end)
     for curve in CURVES:
         points = [
             (record[quantity] / scale, record[curve.fields[record["kind"]]])

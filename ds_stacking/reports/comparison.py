@@ -1,0 +1,186 @@
+"""Statistics of a comparison of arms: what each saves at equal loss, and gains at equal cost, against scratch.
+
+Only ends of runs whose learning rate has fallen to 0 are compared (No Train No Gain: Kaddour et al. 2023, 2307.06440).
+Scratch has one end for each of its budgets; between two of them its loss is taken to be linear in the logarithm of the
+cost, and outside them nothing is claimed. Differences are taken seed by seed, since equal seeds mean equal data.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from scipy import stats
+
+from ds_stacking.config import UserError
+
+LEVEL = 0.95
+"""Level of the intervals."""
+SECONDS = {"wall": "training_seconds", "cpu": "cpu_seconds"}
+"""The field of a summary that holds the seconds of a comparison's clock."""
+Frontier = Sequence[tuple[float, float]]
+"""Cost and loss of scratch's ends, by rising cost."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class End:
+    """Where one run ended."""
+
+    arm: str
+    """Name of the arm."""
+    label: str
+    """`flops` or `time`, what it matches; for scratch its budget, such as x0.7."""
+    seed: int
+    """Its seed."""
+    loss: float
+    """Held-out loss on [MASK] positions, in nats."""
+    steps: int
+    """Optimizer steps."""
+    tokens: float
+    """Tokens trained on."""
+    flops: float
+    """Model FLOPs."""
+    seconds: float
+    """Seconds of training by the comparison's clock: without start, evaluations and checkpoints."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Effect:
+    """A quantity over seeds."""
+
+    values: list[float | None]
+    """One for each seed; None where scratch's ends do not enclose it."""
+    mean: float | None
+    """Mean; None where any seed has no value, since leaving seeds out would flatter."""
+    low: float | None
+    """Lower end of the paired t-interval; None with fewer than two seeds."""
+    high: float | None
+    """Its upper end."""
+
+
+@dataclass(kw_only=True)
+class Results:
+    """What a comparison's directory holds."""
+
+    folder: Path
+    """The directory."""
+    plan: dict[str, Any]
+    """`comparison.json`."""
+    ends: list[End] = field(default_factory=list)
+    """Ends of all finished runs."""
+    failed: dict[str, str] = field(default_factory=dict)
+    """Runs that failed, with the reason."""
+    missing: list[str] = field(default_factory=list)
+    """Planned runs that have not finished."""
+
+    def of(self, arm: str, label: str) -> dict[int, End]:
+        """Ends of an arm's runs by seed; what matches the time may be the run that matches the FLOPs."""
+        found = {end.seed: end for end in self.ends if (end.arm, end.label) == (arm, label)}
+        return self.of(arm, "flops") | found if label == "time" else found
+
+    def frontier(self, seed: int, cost: str) -> list[tuple[float, float]]:
+        """Scratch's ends of a seed: `cost` (flops, tokens or seconds) and loss."""
+        return sorted((getattr(e, cost), e.loss) for e in self.ends if e.arm == "scratch" and e.seed == seed)
+
+    def saving(self, arm: str, cost: str) -> Effect:
+        """Share of `cost` that the arm saves where scratch reaches the same loss."""
+        return effect(
+            [
+                None
+                if (same := cost_at(self.frontier(seed, cost), end.loss)) is None
+                else 1 - getattr(end, cost) / same
+                for seed, end in sorted(self.of(arm, label_of(cost)).items())
+            ]
+        )
+
+    def gain(self, arm: str, cost: str) -> Effect:
+        """Nats by which the arm's loss lies below scratch's at the same `cost`."""
+        return effect(
+            [
+                None if (same := loss_at(self.frontier(seed, cost), getattr(end, cost))) is None else same - end.loss
+                for seed, end in sorted(self.of(arm, label_of(cost)).items())
+            ]
+        )
+
+
+def label_of(cost: str) -> str:
+    """Which of an arm's runs tells about a cost: that of equal time about seconds, that of equal FLOPs otherwise."""
+    return "time" if cost == "seconds" else "flops"
+
+
+def read_comparison(folder: str | Path) -> Results:
+    """Read a comparison's directory. Raises UserError where it is none."""
+    folder = Path(folder)
+    try:
+        plan = json.loads((folder / "comparison.json").read_text())
+    except (OSError, ValueError):
+        raise UserError(f"{folder} holds no comparison; give the output_dir of compare.py.") from None
+    results = Results(folder=folder, plan=plan)
+    for path in plan["runs"]:
+        summary = _summary(folder / path)
+        failure = (folder / path).with_suffix(".failed")
+        if summary is not None:
+            results.ends.append(_end(path, summary, SECONDS[plan["clock"]]))
+        elif failure.exists():
+            results.failed[path] = failure.read_text().strip()
+        else:
+            results.missing.append(path)
+    return results
+
+
+def _summary(run_dir: Path) -> Mapping[str, Any] | None:
+    try:
+        summary = json.loads((run_dir / "summary.json").read_text())
+    except (OSError, ValueError):
+        return None
+    return summary if summary.get("finished") and summary.get("eval_loss_masked") is not None else None
+
+
+def _end(path: str, summary: Mapping[str, Any], seconds: str) -> End:
+    arm, label, seed = path.split("/")
+    return End(
+        arm=arm,
+        label=label,
+        seed=int(seed.removeprefix("seed-")),
+        loss=summary["eval_loss_masked"],
+        steps=summary["steps"],
+        tokens=summary["tokens"],
+        flops=summary["flops"],
+        seconds=summary[seconds],
+    )
+
+
+def loss_at(frontier: Frontier, cost: float) -> float | None:
+    """Scratch's loss at a cost, or None outside its budgets."""
+    for (low, first), (high, last) in pairwise(frontier):
+        if low <= cost <= high:
+            return first + (last - first) * math.log(cost / low) / math.log(high / low) if high > low else first
+    return None
+
+
+def cost_at(frontier: Frontier, loss: float) -> float | None:
+    """What scratch spends to reach a loss, or None outside its ends, and where more cost did not lower its loss."""
+    if any(last >= first for (_, first), (_, last) in pairwise(frontier)):
+        return None
+    for (low, first), (high, last) in pairwise(frontier):
+        if last <= loss <= first:
+            return low * (high / low) ** ((first - loss) / (first - last))
+    return None
+
+
+def effect(values: list[float | None]) -> Effect:
+    """Mean and t-interval of values that stand for one seed each."""
+    known = [value for value in values if value is not None]
+    if not known or len(known) < len(values):
+        return Effect(values=values, mean=None, low=None, high=None)
+    mean = float(np.mean(known))
+    if len(known) < 2 or np.ptp(known) == 0:
+        return Effect(values=values, mean=mean, low=None, high=None)
+    interval = stats.ttest_1samp(known, 0.0).confidence_interval(LEVEL)
+    return Effect(values=values, mean=mean, low=float(interval.low), high=float(interval.high))

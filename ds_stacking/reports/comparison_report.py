@@ -1,0 +1,237 @@
+"""The report of a comparison: one HTML page, one table, one JSON file, one picture, from the runs that there are."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ds_stacking.reports.comparison import SECONDS, Effect, End, Results, read_comparison
+from ds_stacking.reports.comparison_figure import CLOCKS, draw_comparison
+from ds_stacking.reports.curves import axis_unit, read_metrics
+from ds_stacking.reports.page import charts, heading, legend, page, paragraph, table
+from ds_stacking.reports.svg import Chart, Line
+from ds_stacking.reports.table import count, duration, flops
+
+COSTS = ("flops", "tokens", "seconds")
+HEADERS = (
+    *("arm", "seeds", "loss", "FLOPs", "time"),
+    *("gain at equal FLOPs", "FLOPs saved", "loss, equal time", "gain at equal time", "time saved"),
+)
+GRID = 60
+"""Points of a mean curve."""
+
+
+def write_comparison(folder: str | Path) -> str:
+    """Write report.html, report.json, table.md and comparison.png into `folder`/report; returns the table as text.
+
+    Whatever has finished is reported, and what failed or is missing is named. Raises UserError where there is no
+    comparison in `folder`.
+    """
+    results = read_comparison(folder)
+    target = results.folder / "report"
+    target.mkdir(exist_ok=True)
+    text = markdown(results)
+    _write(target / "table.md", text + "\n")
+    _write(target / "report.json", json.dumps(content(results), indent=1) + "\n")
+    if results.ends:
+        draw_comparison(results, target / "comparison.png")
+    _write(target / "report.html", html(results))
+    return f"{text}\n\nreport  {target / 'report.html'}"
+
+
+def content(results: Results) -> dict[str, Any]:
+    """Everything that the report says, as plain JSON values."""
+    grown = [arm for arm in results.plan["arms"] if arm != "scratch"]
+    effects = {
+        arm: {
+            "saving": {cost: asdict(results.saving(arm, cost)) for cost in COSTS},
+            "gain": {cost: asdict(results.gain(arm, cost)) for cost in COSTS},
+        }
+        for arm in grown
+    }
+    ends = [asdict(end) for end in results.ends]
+    return {
+        "finished": not (results.failed or results.missing),
+        "clock": results.plan["clock"],
+        "effects": effects,
+        "ends": ends,
+        "failed": results.failed,
+        "missing": results.missing,
+        "plan": results.plan,
+    }
+
+
+def rows(results: Results) -> list[tuple[str, ...]]:
+    """The table under HEADERS: scratch's budgets, then one row for each other arm."""
+    labels = sorted({end.label for end in results.ends if end.arm == "scratch"}, key=lambda label: float(label[1:]))
+    cells = [(f"scratch {label}", *_ends(results.of("scratch", label).values()), *"-----") for label in labels]
+    for arm in results.plan["arms"]:
+        if arm == "scratch":
+            continue
+        timed = [end.loss for end in results.of(arm, "time").values()]
+        cells.append(
+            (
+                arm,
+                *_ends(results.of(arm, "flops").values()),
+                nats(results.gain(arm, "flops")),
+                percent(results.saving(arm, "flops")),
+                f"{np.mean(timed):.3f}" if timed else "-",
+                nats(results.gain(arm, "seconds")),
+                percent(results.saving(arm, "seconds")),
+            )
+        )
+    return cells
+
+
+def markdown(results: Results) -> str:
+    """The table as Markdown, with what failed or is missing under it."""
+    lines = [HEADERS, ["---"] * len(HEADERS), *rows(results)]
+    text = "\n".join("| " + " | ".join(line) + " |" for line in lines)
+    return "\n".join([text, *(f"\n{line}" for line in _notes(results))])
+
+
+def html(results: Results) -> str:
+    """The report as one page."""
+    recipe = results.plan["recipe"]
+    stages = ", ".join(f"{stage['layers']}:{stage['steps']}" for stage in recipe["stages"])
+    seeds = len({end.seed for end in results.ends})
+    colours = list(enumerate(results.plan["arms"]))
+    return page(
+        "Does stacking pay?",
+        [
+            "<h1>Does stacking pay?</h1>",
+            paragraph(
+                f"{seeds} seeds, width {recipe['model']['hidden_size']}, stages {stages}, data {recipe['data']}; "
+                f"seconds are {CLOCKS[results.plan['clock']]} of training and growth, start, evaluations and "
+                f"checkpoints left out."
+            ),
+            *map(paragraph, _notes(results)),
+            heading("Results"),
+            table(HEADERS, rows(results)),
+            paragraph(
+                "Loss is the held-out loss on [MASK] positions in nats, mean over seeds. Gain is how far an arm lies "
+                "below scratch at the same cost, saving what it spends less than scratch at the same loss; in "
+                "brackets 95 % t-intervals of the differences, seed by seed. Scratch between two budgets is "
+                "interpolated; “outside” says that its budgets do not enclose the value in every seed, so nothing is "
+                "claimed.",
+                dim=True,
+            ),
+            heading("Loss against cost"),
+            legend((colour, f"{arm}: {results.plan['arms'][arm]}") for colour, arm in colours),
+            charts(_charts(results)),
+            paragraph(
+                "Thin lines: mean over seeds while training, with the learning rate still high; bands from the lowest "
+                "to the highest seed. Dots: the ends, where it has fallen to 0; only these compare. Dashed: scratch "
+                "between its budgets.",
+                dim=True,
+            ),
+            heading("All runs"),
+            table(("run", "loss", "steps", "tokens", "FLOPs", "time"), map(_run_row, results.ends)),
+        ],
+    )
+
+
+def nats(effect: Effect) -> str:
+    """A difference of losses with its interval."""
+    return _with_interval(effect, 1.0, "{:+.3f}")
+
+
+def percent(effect: Effect) -> str:
+    """A share in percent with its interval."""
+    return _with_interval(effect, 100.0, "{:+.1f}") + (" %" if effect.mean is not None else "")
+
+
+def _with_interval(effect: Effect, scale: float, form: str) -> str:
+    if effect.mean is None:
+        return "outside" if effect.values else "-"
+    text = form.format(scale * effect.mean)
+    if effect.low is None or effect.high is None:
+        return text
+    return f"{text} [{form.format(scale * effect.low)}, {form.format(scale * effect.high)}]"
+
+
+def _ends(ends: Iterable[End]) -> tuple[str, ...]:
+    ends = list(ends)
+    if not ends:
+        return ("0", "-", "-", "-")
+    losses = [end.loss for end in ends]
+    spread = f" ± {np.std(losses, ddof=1):.3f}" if len(losses) > 1 else ""
+    return (
+        str(len(ends)),
+        f"{np.mean(losses):.3f}{spread}",
+        flops(float(np.mean([end.flops for end in ends]))),
+        duration(float(np.mean([end.seconds for end in ends]))),
+    )
+
+
+def _notes(results: Results) -> list[str]:
+    failed = [f"{path} failed: {reason}." for path, reason in results.failed.items()]
+    return [*failed, *([f"Not finished: {', '.join(results.missing)}."] if results.missing else [])]
+
+
+def _run_row(end: End) -> tuple[str, ...]:
+    path = f"{end.arm}/{end.label}/seed-{end.seed}"
+    return (path, f"{end.loss:.4f}", str(end.steps), count(end.tokens), flops(end.flops), duration(end.seconds))
+
+
+def _charts(results: Results) -> list[tuple[str, str]]:
+    names = {"flops": "FLOPs", "tokens": "tokens", "seconds": "seconds"}
+    return [(f"Loss against {names[cost]}", _chart(results, cost)) for cost in COSTS]
+
+
+def _chart(results: Results, cost: str) -> str:
+    end = max((getattr(end, cost) for end in results.ends), default=1.0)
+    scale, unit = axis_unit(cost, end)
+    unit = unit.replace("wall clock", CLOCKS[results.plan["clock"]])
+    lines: list[Line] = []
+    for colour, arm in enumerate(results.plan["arms"]):
+        labels = dict.fromkeys(end.label for end in results.ends if end.arm == arm)
+        for label in [label for label in labels if label != "time" or cost == "seconds"]:
+            lines.append(_curve(results, arm, label, cost, colour))
+        lines += _ends_of(results, arm, cost, colour)
+    return Chart(lines=lines, title=f"loss against {cost}", x_label=unit, x_scale=scale).svg()
+
+
+def _curve(results: Results, arm: str, label: str, cost: str, colour: int) -> Line:
+    """The mean curve of one arm and budget, with a band over seeds."""
+    field = SECONDS[results.plan["clock"]] if cost == "seconds" else cost
+    curves = []
+    for end in results.of(arm, label).values():
+        records = read_metrics(results.folder / arm / end.label / f"seed-{end.seed}")
+        points = [(r[field], r["eval_loss_masked"]) for r in records if r["kind"] == "eval"]
+        curves.append(sorted(points))
+    grid = np.linspace(max(c[0][0] for c in curves), min(c[-1][0] for c in curves), GRID)
+    losses = np.array([np.interp(grid, [x for x, _ in curve], [y for _, y in curve]) for curve in curves])
+    points = list(zip(grid.tolist(), losses.mean(0).tolist(), strict=True))
+    band = list(zip(grid.tolist(), losses.min(0).tolist(), losses.max(0).tolist(), strict=True))
+    return Line(points=points, band=band if len(curves) > 1 else (), colour=colour, style="thin")
+
+
+def _ends_of(results: Results, arm: str, cost: str, colour: int) -> list[Line]:
+    """Dots at an arm's mean ends; scratch's are joined."""
+    if arm == "scratch":
+        labels: Sequence[str] = sorted(
+            {end.label for end in results.ends if end.arm == arm}, key=lambda s: float(s[1:])
+        )
+    else:
+        labels = ["time" if cost == "seconds" else "flops"]
+    groups = [list(results.of(arm, label).values()) for label in labels]
+    points = [
+        (float(np.mean([getattr(end, cost) for end in ends])), float(np.mean([end.loss for end in ends])))
+        for ends in groups
+        if ends
+    ]
+    return [Line(points=points, colour=colour, label=arm, dots=True, style="dashed")] if points else []
+
+
+def _write(path: Path, text: str) -> None:
+    """Write by a temporary name: tasks of a job array write the same report."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary.write_text(text)
+    temporary.replace(path)
