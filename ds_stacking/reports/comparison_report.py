@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from ds_stacking.reports.comparison import SECONDS, Effect, End, Results, read_comparison
+from ds_stacking.reports.comparison import SECONDS, Effect, End, Results, label_of, read_comparison
 from ds_stacking.reports.comparison_figure import CLOCKS, draw_comparison
 from ds_stacking.reports.curves import axis_unit, read_metrics
 from ds_stacking.reports.page import charts, heading, legend, page, paragraph, table
@@ -69,8 +69,10 @@ def content(results: Results) -> dict[str, Any]:
 
 def rows(results: Results) -> list[tuple[str, ...]]:
     """The table under HEADERS: scratch's budgets, then one row for each other arm."""
-    labels = sorted({end.label for end in results.ends if end.arm == "scratch"}, key=lambda label: float(label[1:]))
-    cells = [(f"scratch {label}", *_ends(results.of("scratch", label).values()), *"-----") for label in labels]
+    cells = [
+        (f"scratch {label}", *_ends(results.of("scratch", label).values()), *"-----")
+        for label in _labels(results, "scratch", "flops")
+    ]
     for arm in results.plan["arms"]:
         if arm == "scratch":
             continue
@@ -107,7 +109,7 @@ def html(results: Results) -> str:
         [
             "<h1>Does stacking pay?</h1>",
             paragraph(
-                f"{seeds} seeds, width {recipe['model']['hidden_size']}, stages {stages}, data {recipe['data']}; "
+                f"{seeds} seed{'s' * (seeds != 1)}, width {recipe['model']['hidden_size']}, stages {stages}, data {recipe['data']}; "
                 f"seconds are {CLOCKS[results.plan['clock']]} of training and growth, start, evaluations and "
                 f"checkpoints left out."
             ),
@@ -191,9 +193,8 @@ def _chart(results: Results, cost: str) -> str:
     unit = unit.replace("wall clock", CLOCKS[results.plan["clock"]])
     lines: list[Line] = []
     for colour, arm in enumerate(results.plan["arms"]):
-        labels = dict.fromkeys(end.label for end in results.ends if end.arm == arm)
-        for label in [label for label in labels if label != "time" or cost == "seconds"]:
-            lines.append(_curve(results, arm, label, cost, colour))
+        labels = [label for label in _labels(results, arm, cost) if results.of(arm, label)]
+        lines += [_curve(results, arm, label, cost, colour) for label in labels]
         lines += _ends_of(results, arm, cost, colour)
     return Chart(lines=lines, title=f"loss against {cost}", x_label=unit, x_scale=scale).svg()
 
@@ -211,6 +212,13 @@ def _curve(results: Results, arm: str, label: str, cost: str, colour: int) -> Li
     points = list(zip(grid.tolist(), losses.mean(0).tolist(), strict=True))
     band = list(zip(grid.tolist(), losses.min(0).tolist(), losses.max(0).tolist(), strict=True))
     return Line(points=points, band=band if len(curves) > 1 else (), colour=colour, style="thin")
+
+
+def _labels(results: Results, arm: str, cost: str) -> list[str]:
+    """Labels of the runs that tell about a cost: all budgets of scratch, rising, or one of another arm."""
+    if arm != "scratch":
+        return [label_of(cost)]
+    return sorted({end.label for end in results.ends if end.arm == arm}, key=lambda label: float(label[1:]))
 
 
 def _ends_of(results: Results, arm: str, cost: str, colour: int) -> list[Line]:

@@ -171,14 +171,14 @@ def pilot_stages(config: RunConfig, steps: int) -> list[StageConfig]:
 def plan_arms(
     config: RunConfig, arms: Sequence[str], budgets: Sequence[float], seeds: int, costs: Mapping[int, Cost]
 ) -> list[ArmRun]:
-    """All runs of a comparison, those of one arm and seed together. `costs` are by depth."""
+    """All runs of a comparison, seed by seed, so that a part of it compares already. `costs` are by depth."""
     stages = recipe_stages(config)
     flops = sum(stage.steps * costs[stage.layers].flops for stage in stages)
     final = costs[stages[-1].layers]
     seconds = flops / final.flops * final.seconds
     runs = []
-    for name in arms:
-        for seed in range(config.seed, config.seed + seeds):
+    for seed in range(config.seed, config.seed + seeds):
+        for name in arms:
             shares = ARMS[name].shares(config, seed)
             per_step = {
                 kind: sum(share * getattr(costs[d], kind) for d, share in shares) for kind in Cost.__annotations__
