@@ -109,7 +109,8 @@ def html(results: Results) -> str:
         [
             "<h1>Does stacking pay?</h1>",
             paragraph(
-                f"{seeds} seed{'s' * (seeds != 1)}, width {recipe['model']['hidden_size']}, stages {stages}, data {recipe['data']}; "
+                f"{seeds} seed{'s' * (seeds != 1)}, width {recipe['model']['hidden_size']}, stages {stages}, "
+                f"data {recipe['data']}; "
                 f"seconds are {CLOCKS[results.plan['clock']]} of training and growth, start, evaluations and "
                 f"checkpoints left out."
             ),
@@ -223,13 +224,7 @@ def _labels(results: Results, arm: str, cost: str) -> list[str]:
 
 def _ends_of(results: Results, arm: str, cost: str, colour: int) -> list[Line]:
     """Dots at an arm's mean ends; scratch's are joined."""
-    if arm == "scratch":
-        labels: Sequence[str] = sorted(
-            {end.label for end in results.ends if end.arm == arm}, key=lambda s: float(s[1:])
-        )
-    else:
-        labels = ["time" if cost == "seconds" else "flops"]
-    groups = [list(results.of(arm, label).values()) for label in labels]
+    groups = [list(results.of(arm, label).values()) for label in _labels(results, arm, cost)]
     points = [
         (float(np.mean([getattr(end, cost) for end in ends])), float(np.mean([end.loss for end in ends])))
         for ends in groups
