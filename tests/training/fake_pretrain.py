@@ -1,0 +1,54 @@
+"""Stands in for pretrain.py in tests of the comparison: reads its options, writes a run directory, trains nothing.
+
+FAKE_FAIL names a run that fails, FAKE_WAIT one that goes on until it is asked to stop.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from pathlib import Path
+
+from ds_stacking.command_line import parse_run
+
+SECONDS = {1: 2.5, 2: 3.5, 4: 5.0}
+"""Seconds of a step by depth; its FLOPs are 100 for each block."""
+
+
+def main() -> int:
+    config = parse_run(sys.argv[1:])
+    run = Path(config.run_dir)
+    assert config.resume == "auto"
+    run.mkdir(parents=True, exist_ok=True)
+    (run / "config.json").write_text(json.dumps(config.to_dict()))
+    name = "/".join(run.parts[-3:])
+    if os.environ.get("FAKE_FAIL") in (name, run.name):
+        print("error: the disk is full.", file=sys.stderr)
+        return 2 if run.name == "pilot" else 1
+    while os.environ.get("FAKE_WAIT") == name:
+        if (run / "stop").exists():
+            return 75
+        time.sleep(0.02)
+    totals = {"step": 0, "tokens": 0, "flops": 0.0, "training_seconds": 0.0, "cpu_seconds": 0.0}
+    records = []
+    for stage in config.stages:
+        for _ in range(stage.steps):
+            totals["step"] += 1
+            totals["tokens"] += config.tokens_per_step
+            totals["flops"] += 100.0 * stage.layers
+            totals["training_seconds"] += SECONDS[stage.layers]
+            totals["cpu_seconds"] += 2 * SECONDS[stage.layers]
+            records.append({"kind": "train", "layers": stage.layers, "loss": 3.0, **totals})
+            records.append(
+                {"kind": "eval", "layers": stage.layers, "eval_loss_masked": 9.0 - totals["step"] / 100, **totals}
+            )
+    (run / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    end = {"finished": True, "steps": totals["step"], "eval_loss_masked": records[-1]["eval_loss_masked"]}
+    (run / "summary.json").write_text(json.dumps(totals | end))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,123 @@
+"""The comparison's runner: plan from a pilot, restart arm by arm, a failed run, a stop, one task of a job array."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ds_stacking.command_line import parse_run
+from ds_stacking.config import RunAgain, UserError
+from ds_stacking.training.comparison import Comparison, read_costs
+
+FAKE = Path(__file__).with_name("fake_pretrain.py")
+
+
+@pytest.fixture(autouse=True)
+def handlers() -> Iterator[None]:
+    kept = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)}
+    yield
+    for number, handler in kept.items():
+        signal.signal(number, handler)
+
+
+@pytest.fixture(autouse=True)
+def project_on_path(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PYTHONPATH", str(FAKE.parents[2]))
+
+
+def comparison(folder: Path, *more: str, **fields: Any) -> Comparison:
+    options = ["--stages=1:20,2:30,4:50", *more]
+    fields = {"arms": ["scratch", "stack"], "seeds": 2, "say": lambda line: None} | fields
+    config = parse_run([*options, f"--output_dir={folder / 'compare'}"])
+    return Comparison(config=config, options=options, launch=[sys.executable, str(FAKE)], **fields)
+
+
+def test_runs_have_equal_flops_and_equal_time(tmp_path: Path) -> None:
+    assert comparison(tmp_path, seeds=1).run() == []
+    summaries = {
+        str(path.parent.relative_to(tmp_path / "compare")): json.loads(path.read_text())
+        for path in (tmp_path / "compare").glob("*/*/*/summary.json")
+    }
+    assert sorted(summaries) == [
+        "scratch/x0.7/seed-1", "scratch/x1.4/seed-1", "scratch/x1/seed-1", "stack/flops/seed-1", "stack/time/seed-1",
+    ]  # fmt: skip
+    reference = summaries["scratch/x1/seed-1"]
+    assert summaries["stack/flops/seed-1"]["steps"] == 100, "the recipe itself"
+    assert summaries["stack/flops/seed-1"]["flops"] == pytest.approx(reference["flops"], rel=0.01)
+    assert summaries["stack/time/seed-1"]["training_seconds"] == pytest.approx(reference["training_seconds"], rel=0.02)
+    config = json.loads((tmp_path / "compare/stack/time/seed-1/config.json").read_text())
+    steps = [stage["steps"] for stage in config["stages"]]
+    assert [count / sum(steps) for count in steps] == pytest.approx([0.2, 0.3, 0.5], abs=0.01)
+    assert config["operator"] == config["optimizer_state"] == "stack" and config["seed"] == 1
+
+
+def test_a_failed_run_keeps_the_others_and_is_tried_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FAKE_FAIL", "stack/flops/seed-2")
+    folder = tmp_path / "compare"
+    assert comparison(tmp_path).run() == ["stack/flops/seed-2"]
+    assert len(list(folder.glob("*/*/*/summary.json"))) == 9
+    assert (folder / "stack/flops/seed-2.failed").read_text() == "ended with code 1: error: the disk is full.\n"
+    before = {path: path.stat().st_mtime_ns for path in folder.glob("*/*/*/summary.json")}
+    monkeypatch.delenv("FAKE_FAIL")
+    assert comparison(tmp_path).run() == []
+    assert not (folder / "stack/flops/seed-2.failed").exists()
+    assert before.items() <= {path: path.stat().st_mtime_ns for path in folder.glob("*/*/*/summary.json")}.items()
+
+
+def test_a_stop_reaches_the_run_and_the_same_command_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FAKE_WAIT", "scratch/x1/seed-1")
+    waiting = tmp_path / "compare/scratch/x1/seed-1/config.json"
+
+    def stop() -> None:
+        while not waiting.exists():
+            threading.Event().wait(0.02)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=stop, daemon=True).start()
+    with pytest.raises(RunAgain, match="SIGTERM"):
+        comparison(tmp_path, seeds=1).run()
+    assert not waiting.with_name("summary.json").exists() and not waiting.with_name("stop").exists()
+    monkeypatch.delenv("FAKE_WAIT")
+    assert comparison(tmp_path, seeds=1, arms=["scratch"]).run() == []
+
+
+def test_a_task_is_one_arm_and_seed_and_more_can_be_added(tmp_path: Path) -> None:
+    assert comparison(tmp_path).run(task=1) == []
+    runs = {path.parent.name for path in (tmp_path / "compare").glob("*/*/*/summary.json")}
+    arms = {path.parent.parent.parent.name for path in (tmp_path / "compare").glob("*/*/*/summary.json")}
+    assert (arms, runs) == ({"scratch"}, {"seed-2"})
+    with pytest.raises(UserError, match="task 4 is not among the 4 of 2 arms and 2 seeds"):
+        comparison(tmp_path).run(task=4)
+    comparison(tmp_path, arms=["scratch", "late"], seeds=3).plan()
+    plan = json.loads((tmp_path / "compare/comparison.json").read_text())
+    assert list(plan["arms"]) == ["scratch", "stack", "late"]
+    assert len(plan["runs"]) == 3 * 3 + 2 * 2 + 3 * 2
+    with pytest.raises(UserError, match="comparison of another recipe"):
+        comparison(tmp_path, "--lr=1e-4").plan()
+
+
+def test_bad_input_of_all_runs_is_said_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FAKE_FAIL", "pilot")
+    with pytest.raises(UserError, match="^the disk is full.$"):
+        comparison(tmp_path).run()
+    monkeypatch.delenv("FAKE_FAIL")
+    with pytest.raises(UserError, match="seeds is 0"):
+        comparison(tmp_path, seeds=0)
+
+
+def test_costs_are_those_of_the_later_steps(tmp_path: Path) -> None:
+    records, seconds = [], 0.0
+    for step in range(1, 13):
+        seconds += 60.0 if step < 4 else 2.0 if step != 8 else 30.0  # a slow start and one interruption
+        records.append({"kind": "train", "layers": 2, "step": step, "flops": 7.0 * step, "cpu_seconds": seconds})
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    (cost,) = read_costs(tmp_path, "cpu_seconds").values()
+    assert (cost.flops, cost.seconds) == (7.0, 2.0)
