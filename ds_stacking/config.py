@@ -100,6 +100,8 @@ class CorpusConfig:
     """Share of documents, in percent, held out for evaluation; chosen by a hash of the document."""
     sequence_length: int = 64
     """Tokens per block, special tokens included."""
+    separate_documents: bool = False
+    """Tokens attend to their own document only, and its positions begin at 0; else a block is one sequence."""
     masking_rate: float = 0.15
     """Share of a block's ordinary tokens that are predicted (BERT: 15 %, of which 80/10/10 masked/random/kept)."""
     cache_dir: str | None = None
@@ -300,6 +302,10 @@ class RunConfig:
             length <= positions,
             f"corpus.sequence_length {length} is longer than model.max_positions {positions}; "
             f"shorten the one or raise the other.",
+        )
+        _require(
+            not (self.corpus.separate_documents and self.model.next_sentence),
+            "corpus.separate_documents hides from a sentence what model.next_sentence asks for; turn off one of them.",
         )
         first = self.stages[0]
         _require(

@@ -3,13 +3,13 @@
 Sample number s is block `permutation_e(s mod n)` of epoch e = s div n, masked with random numbers of its own. So a
 batch depends neither on the number of ranks nor on how its samples are grouped, and a run is resumed by one integer.
 
-Shapes: B blocks of a batch, T tokens of a block, M masked positions of a batch.
+Shapes: B blocks of a batch, T tokens of a block, M masked positions of a batch, S documents in it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import numpy as np
@@ -42,6 +42,18 @@ class Batch:
     """[B, T] int64: segment 0 or 1; None for plain blocks."""
     next_sentence_labels: torch.Tensor | None = None
     """[B] int64: 0 where segment B follows A, else 1; None for plain blocks."""
+    cu_seqlens: torch.Tensor | None = None
+    """Bounds of documents among the B*T tokens, [S + 1] int32; None where a block is one sequence."""
+
+    @property
+    def pairs(self) -> tuple[int, int]:
+        """(Query, key) pairs that see each other, of all tokens and of the predicted ones; for batches on the host."""
+        if self.cu_seqlens is None:
+            length = self.input_ids.shape[1]
+            return self.input_ids.numel() * length, len(self.labels) * length
+        lengths = self.cu_seqlens.diff().long()
+        document = torch.searchsorted(self.cu_seqlens[1:].long(), self.masked_positions, right=True)
+        return int(lengths.square().sum()), int(lengths[document].sum())
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> Batch:
         """Return the batch on a device."""
@@ -70,11 +82,16 @@ class MaskedBatches:
         vocab_size: int,
         seed: int,
         next_sentence: bool = False,
+        separate_documents: bool = False,
     ) -> None:
         """Raise UserError if the file is shorter than one block or no token of a block would be masked."""
         require_masked_tokens(sequence_length, masking_rate)
         self._reader = BlockReader(
-            token_file, sequence_length=sequence_length, special=special, next_sentence=next_sentence
+            token_file,
+            sequence_length=sequence_length,
+            special=special,
+            next_sentence=next_sentence,
+            separate_documents=separate_documents,
         )
         self._masker = Masker(rate=masking_rate, special=special, vocab_size=vocab_size)
         self._seed = seed
@@ -111,11 +128,16 @@ class EvalBatches:
         special: SpecialIds,
         vocab_size: int,
         next_sentence: bool = False,
+        separate_documents: bool = False,
     ) -> None:
         """Use `blocks` blocks, or all where there are fewer. Raise UserError as MaskedBatches does."""
         require_masked_tokens(sequence_length, masking_rate)
         self._reader = BlockReader(
-            token_file, sequence_length=sequence_length, special=special, next_sentence=next_sentence
+            token_file,
+            sequence_length=sequence_length,
+            special=special,
+            next_sentence=next_sentence,
+            separate_documents=separate_documents,
         )
         self._masker = Masker(rate=masking_rate, special=special, vocab_size=vocab_size)
         self._count = min(blocks, len(self._reader))
@@ -132,15 +154,7 @@ class EvalBatches:
         """Return the same blocks with shuffled tokens, masked at the same positions."""
         blocks, keys = self._read(indices)
         shuffled = self._masker.shuffle(blocks.input_ids, keys)
-        return _masked(
-            Blocks(
-                input_ids=shuffled,
-                token_type_ids=blocks.token_type_ids,
-                next_sentence_labels=blocks.next_sentence_labels,
-            ),
-            self._masker,
-            keys,
-        )
+        return _masked(replace(blocks, input_ids=shuffled), self._masker, keys)
 
     def _read(self, indices: np.ndarray) -> tuple[Blocks, np.ndarray]:
         """The blocks and the keys of their masks, which belong to the block, however many others are evaluated."""
@@ -162,8 +176,10 @@ def require_masked_tokens(sequence_length: int, masking_rate: float) -> None:
 
 def _masked(blocks: Blocks, masker: Masker, keys: np.ndarray) -> Batch:
     masked = masker.mask(blocks.input_ids, keys)
-    pair = (blocks.token_type_ids, blocks.next_sentence_labels)
-    token_type_ids, next_sentence_labels = (None if array is None else torch.from_numpy(array) for array in pair)
+    optional = (blocks.token_type_ids, blocks.next_sentence_labels, blocks.cu_seqlens)
+    token_type_ids, next_sentence_labels, cu_seqlens = (
+        None if array is None else torch.from_numpy(array) for array in optional
+    )
     return Batch(
         input_ids=torch.from_numpy(masked.input_ids),
         masked_positions=torch.from_numpy(masked.positions),
@@ -171,4 +187,5 @@ def _masked(blocks: Blocks, masker: Masker, keys: np.ndarray) -> Batch:
         is_mask=torch.from_numpy(masked.is_mask),
         token_type_ids=token_type_ids,
         next_sentence_labels=next_sentence_labels,
+        cu_seqlens=cu_seqlens,
     )

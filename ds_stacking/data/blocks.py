@@ -1,6 +1,6 @@
 """Blocks: rows of T token ids cut from the flat stream, plain or as BERT's sentence pairs.
 
-Shapes: B blocks of a batch, T tokens of a block, C ordinary places of a block.
+Shapes: B blocks of a batch, T tokens of a block, C ordinary places of a block, S documents or pieces of such.
 """
 
 from __future__ import annotations
@@ -25,6 +25,9 @@ class Blocks:
     """[B, T] int64: 0 in segment A, 1 in segment B; None for plain blocks."""
     next_sentence_labels: np.ndarray | None = None
     """[B] int64: 0 where B follows A, else 1, as in Hugging Face's models; None for plain blocks."""
+    cu_seqlens: np.ndarray | None = None
+    """Where documents begin among the B*T tokens, each block's start included, then B*T: [S + 1] int32; None where
+    a block is one sequence."""
 
 
 class BlockReader:
@@ -37,12 +40,22 @@ class BlockReader:
     between a quarter and three quarters of them. In half of the blocks B is the rest of them, in the others the same
     part of another block drawn at random (Devlin et al. 2019, section 3.1, task 2). Segments are pieces of the stream:
     the end of a document, a [SEP], may fall inside one. An epoch shows every A part once, but not every B part.
+
+    With `separate_documents` plain blocks come with the bounds of the documents inside them.
     """
 
     def __init__(
-        self, token_file: TokenFile, *, sequence_length: int, special: SpecialIds, next_sentence: bool = False
+        self,
+        token_file: TokenFile,
+        *,
+        sequence_length: int,
+        special: SpecialIds,
+        next_sentence: bool = False,
+        separate_documents: bool = False,
     ) -> None:
         """Raise UserError if the file is shorter than one block, or than two for sentence pairs."""
+        assert not (next_sentence and separate_documents), "sentence pairs reach over documents"
+        self._offsets = token_file.offsets if separate_documents else None
         self.sequence_length, self.next_sentence = sequence_length, next_sentence
         self._cls, self._sep = special.cls, special.sep
         self._places = sequence_length - (3 if next_sentence else 2)
@@ -67,7 +80,19 @@ class BlockReader:
         input_ids[:, 0] = self._cls
         input_ids[:, 1:-1] = self._rows[indices]
         input_ids[:, -1] = self._sep
-        return Blocks(input_ids=input_ids)
+        return Blocks(input_ids=input_ids, cu_seqlens=self._document_bounds(indices))
+
+    def _document_bounds(self, indices: np.ndarray) -> np.ndarray | None:
+        """Bounds of blocks and of the documents inside them; the blocks' first tokens belong to the first documents."""
+        if self._offsets is None:
+            return None
+        begin = indices * self._places  # [B], in the stream
+        first = np.searchsorted(self._offsets, begin, side="right")
+        counts = np.searchsorted(self._offsets, begin + self._places, side="left") - first
+        block = np.repeat(np.arange(len(indices)), counts)
+        which = np.arange(len(block)) + np.repeat(first - (np.cumsum(counts) - counts), counts)
+        inside = self._offsets[which] - begin[block] + 1 + block * self.sequence_length
+        return np.union1d(np.arange(len(indices) + 1) * self.sequence_length, inside).astype(np.int32)
 
     def _read_pairs(self, indices: np.ndarray, keys: np.ndarray) -> Blocks:
         label_bits, other_bits, length_bits = (random_bits(keys, np.array([draw])) for draw in range(3))

@@ -77,6 +77,7 @@ def _sums(
         masked_positions=batch.masked_positions,
         labels=batch.labels,
         token_type_ids=batch.token_type_ids,
+        cu_seqlens=batch.cu_seqlens,
     )
     losses = output.token_losses.double()
     is_mask = batch.is_mask.double()

@@ -9,24 +9,32 @@ import torch
 from torch import Tensor, nn
 
 from ds_stacking.config import ModelConfig
-from ds_stacking.models.blocks import Linear, activation
+from ds_stacking.kernels import linear_cross_entropy
+from ds_stacking.models.blocks import LayerNorm, Linear, activation
 from ds_stacking.models.ops import linear
 
 
 class MaskedLMHead(nn.Module):
     """Dense layer, GELU, LayerNorm, then a decoder tied to the word embedding, with a bias of its own."""
 
-    def __init__(self, config: ModelConfig, std: float | None) -> None:
+    def __init__(self, config: ModelConfig, std: float | None, fused: bool) -> None:
         super().__init__()
         self.activation = config.activation
         self.dense = Linear(config.hidden_size, config.hidden_size, std)
-        self.norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.norm = LayerNorm(config, fused)
         self.bias = nn.Parameter(torch.empty(config.vocab_size))
         if std is not None:
             nn.init.zeros_(self.bias)
 
-    def forward(self, hidden: Tensor, word_embedding: Tensor) -> Tensor:  # [N, D], [V, D] -> [N, V]
-        return linear(self.norm(activation(self.dense(hidden), self.activation)), word_embedding, self.bias)
+    def forward(self, hidden: Tensor, word_embedding: Tensor, labels: Tensor | None = None) -> Tensor:
+        """Return the scores of hidden [N, D] over the words [V, D], [N, V].
+
+        With `labels` [N] return the sum of their cross entropies instead, fp32, from a kernel that keeps no scores.
+        """
+        hidden = self.norm(activation(self.dense(hidden), self.activation))
+        if labels is not None:
+            return linear_cross_entropy(hidden, word_embedding, self.bias, labels)
+        return linear(hidden, word_embedding, self.bias)
 
 
 class NextSentenceHead(nn.Module):

@@ -2,9 +2,10 @@
 
 - Dropout: a Bernoulli number costs some 10 ns, sixteen random bits less than 1 ns.
 - Attention with dropout: PyTorch falls back to a general form with extra passes over the scores.
+- Attention of some queries, as many as each row has: on a GPU to count them would wait for the device.
 - bf16 products: on a CPU without instructions for them they take 10 times as long as in fp32, or longer.
 
-Shapes: B sequences, H heads, T tokens, E head size.
+Shapes: B rows of T tokens, H heads, E head size, R selected ones of the B*T tokens.
 """
 
 from __future__ import annotations
@@ -73,3 +74,25 @@ def attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, pr
         scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
     weights = dropout(scores.softmax(-1).to(value.dtype), probability)
     return weights @ value
+
+
+def selected_attention(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, rows: Tensor, probability: float
+) -> Tensor:
+    """Attention of the queries [R, H, E] of the tokens `rows` [R], flat indices into B*T; returns [R, H, E].
+
+    `key` and `value` are [B, H, T, E], `mask` is as for `attention`. Queries are laid out as [B, H, most of a row, E].
+    """
+    batch, _, length, _ = key.shape
+    row = rows // length
+    counts = row.bincount(minlength=batch)
+    order = row.argsort(stable=True)  # by row
+    place = torch.empty_like(order)
+    place[order] = torch.arange(len(rows)) - (counts.cumsum(0) - counts)[row[order]]  # within its row
+    most = int(counts.max())
+    source = torch.zeros(batch, most, dtype=torch.int64).index_put((row, place), torch.arange(len(rows)))
+    queries = query.index_select(0, source.flatten()).unflatten(0, (batch, most))  # [B, most, H, E], the rest repeats
+    if mask is not None:
+        mask = mask.expand(batch, 1, length, length)[torch.arange(batch)[:, None], 0, rows[source] % length][:, None]
+    context = attention(queries.transpose(1, 2), key, value, mask, probability)  # [B, H, most, E]
+    return context.transpose(1, 2).flatten(0, 1).index_select(0, row * most + place)

@@ -164,6 +164,7 @@ def _build(
         "special": data.special,
         "vocab_size": data.vocab_size,
         "next_sentence": config.model.next_sentence,
+        "separate_documents": config.corpus.separate_documents,
     }
     factory = EngineFactory(
         build_model=lambda layers, initialize: Bert(config.model, layers, initialize=initialize),

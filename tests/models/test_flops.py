@@ -25,14 +25,17 @@ def config(norm: str, next_sentence: bool) -> ModelConfig:
     )
 
 
-def counted(model_config: ModelConfig, layers: int, masked: int, backward: bool) -> int:
-    """FLOPs of one pass over 4 sequences of 20 tokens, with the attention that the counter knows on a CPU."""
+def counted(model_config: ModelConfig, layers: int, backward: bool) -> int:
+    """FLOPs of one pass over 4 rows of 20 tokens, 3 predicted in each, with the attention that the counter knows."""
     model = Bert(model_config, layers)
-    positions = torch.arange(masked) * 2
-    pairs = {"next_sentence_labels": torch.zeros(4, dtype=torch.long)} if model_config.next_sentence else {}
+    positions = (torch.arange(4)[:, None] * 20 + torch.tensor([1, 7, 19])).flatten()
+    inputs = {"next_sentence_labels": torch.zeros(4, dtype=torch.long)} if model_config.next_sentence else {}
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         output = model(
-            torch.ones(4, 20, dtype=torch.long), masked_positions=positions, labels=torch.ones_like(positions), **pairs
+            torch.ones(4, 20, dtype=torch.long),
+            masked_positions=positions,
+            labels=torch.ones_like(positions),
+            **inputs,
         )
         if backward:
             (output.loss_sum + (output.next_sentence_loss_sum or 0)).backward()
@@ -44,9 +47,17 @@ def counted(model_config: ModelConfig, layers: int, masked: int, backward: bool)
 @pytest.mark.parametrize("layers", [1, 3])
 def test_formula_equals_the_counter(norm: str, next_sentence: bool, layers: int) -> None:
     model_config = config(norm, next_sentence)
-    size = {"sequences": 4, "length": 20, "masked": 11}
-    assert forward_flops(model_config, layers, **size) == counted(model_config, layers, 11, backward=False)
-    assert training_flops(model_config, layers, **size) == counted(model_config, layers, 11, backward=True)
+    size = {"sequences": 4, "length": 20, "masked": 12}
+    assert forward_flops(model_config, layers, **size) == counted(model_config, layers, backward=False)
+    assert training_flops(model_config, layers, **size) == counted(model_config, layers, backward=True)
+
+
+def test_documents_are_counted_as_rows_of_their_own() -> None:
+    """Rows of 8 and 12 tokens cost what the counter finds in each, and so does one row that holds both."""
+    model_config = config("post", False)
+    apart = sum(forward_flops(model_config, 3, sequences=1, length=n, masked=3) for n in (8, 12))
+    pairs = {"pairs": 8**2 + 12**2, "masked_pairs": 3 * (8 + 12)}
+    assert forward_flops(model_config, 3, sequences=1, length=20, masked=6, **pairs) == apart
 
 
 def test_per_token_is_the_total_divided() -> None:
