@@ -238,6 +238,9 @@ class RunConfig:
     """low: at a growth the old state waits on the host; its device memory is free before the new engine is built."""
     precision: Literal["auto", "bf16", "fp32"] = "auto"
     """auto: bf16 where the hardware multiplies it natively, else fp32."""
+    kernels: Literal["auto", "fused", "torch"] = "auto"
+    """fused: the Triton kernels around the matrix products (on a CPU their slow references); torch: PyTorch's own
+    operations; auto: fused on GPUs that run them."""
     tokens_per_step: int = 2048
     """Tokens of one optimizer step over all ranks and micro-batches."""
     micro_batch_size: int = 32

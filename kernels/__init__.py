@@ -5,6 +5,7 @@ On a GPU the kernels run; on a CPU, and on GPUs older than Ampere, the reference
 """
 
 from ds_stacking.kernels._dropout import new_seed
+from ds_stacking.kernels._launch import runs_kernels
 from ds_stacking.kernels.add_layer_norm import add_layer_norm
 from ds_stacking.kernels.attention import attention, attention_padded
 from ds_stacking.kernels.bias_gelu import bias_gelu, linear_gelu
@@ -23,5 +24,6 @@ __all__ = [
     "linear_cross_entropy",
     "linear_gelu",
     "new_seed",
+    "runs_kernels",
     "scatter_rows",
 ]

@@ -58,6 +58,11 @@ REFUSED: list[tuple[type, dict[str, Any], str]] = [
     (RunConfig, {"stages": [StageConfig(layers=2, steps=5, tokens_per_step=100)]}, "tokens_per_step 100 is not"),
     (RunConfig, {"tokens_per_step": 2047}, "tokens_per_step 2047 is not a multiple"),
     (RunConfig, {"micro_batch_size": 0}, "micro_batch_size is 0"),
+    (
+        RunConfig,
+        {"corpus": CorpusConfig(separate_documents=True), "model": ModelConfig(next_sentence=True)},
+        "corpus.separate_documents hides",
+    ),
     (RunConfig, {"eval_blocks": 0}, "eval_blocks is 0"),
     (RunConfig, {"log_every": 0}, "log_every is 0"),
     (RunConfig, {"lr": -1.0}, "lr is -1.0"),

@@ -83,7 +83,7 @@ class BlockReader:
         return Blocks(input_ids=input_ids, cu_seqlens=self._document_bounds(indices))
 
     def _document_bounds(self, indices: np.ndarray) -> np.ndarray | None:
-        """Bounds of blocks and of the documents inside them; the blocks' first tokens belong to the first documents."""
+        """Bounds of blocks and of the documents inside them; [CLS] belongs to the first document of its block."""
         if self._offsets is None:
             return None
         begin = indices * self._places  # [B], in the stream

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from ds_stacking.config import ModelConfig, UserError
-from ds_stacking.kernels import embedding_norm, inverse_index
+from ds_stacking.kernels import embedding_norm, inverse_index, runs_kernels
 from ds_stacking.models.blocks import Block, Embedding, LayerNorm, Rows, Sequences
 from ds_stacking.models.heads import MaskedLMHead, NextSentenceHead
 from ds_stacking.models.ops import Dropout
@@ -191,6 +191,11 @@ class Bert(nn.Module):
         if self.config.gradient_checkpointing and self.training:
             return checkpoint(block, x, sequences, rows, use_reentrant=False)
         return block(x, sequences, rows)
+
+
+def has_kernels(device: torch.device) -> bool:
+    """Whether `device` runs the fused kernels themselves rather than their references: NVIDIA from Ampere, MI300."""
+    return runs_kernels(torch.empty(0, device=device))
 
 
 def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:  # [N, V], [N] -> [N]

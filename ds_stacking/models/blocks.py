@@ -9,7 +9,7 @@ tokens.
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -81,14 +81,15 @@ class LayerNorm(nn.LayerNorm):
 
     def forward(self, x: Tensor) -> Tensor:  # [..., D] -> [..., D]
         if self.fused:
-            return kernels.add_layer_norm(x, self.weight, self.bias, eps=self.eps)
+            return cast(Tensor, kernels.add_layer_norm(x, self.weight, self.bias, eps=self.eps))
         return super().forward(x)
 
     def join(self, x: Tensor, residual: Tensor, bias: Tensor, p: float) -> tuple[Tensor, Tensor]:
         """Return LayerNorm(z) and z = residual + dropout(x + bias), all [..., D]; fused only."""
-        return kernels.add_layer_norm(
+        y = kernels.add_layer_norm(
             x, self.weight, self.bias, residual=residual, bias=bias, dropout=p, eps=self.eps, return_sum=True
         )
+        return cast(tuple[Tensor, Tensor], y)
 
 
 def activation(x: Tensor, name: str) -> Tensor:

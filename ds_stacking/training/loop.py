@@ -86,7 +86,7 @@ class Pretraining:
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
         self.loss_sum = torch.zeros((), dtype=torch.float64, device=self.device)
         self.steps_in_loss = 0
-        self.masked = torch.zeros((), dtype=torch.int64, device=self.device)
+        self.work = torch.zeros(3, dtype=torch.int64, device=self.device)  # of the steps not yet in the ledger
         self.settled = 0
         self.growing = False
         self.evaluated: tuple[tuple[int, int], HeldOutLoss] | None = None
@@ -181,9 +181,10 @@ class Pretraining:
         """
         stage, engine = self.position.stage, self.engine
         self.set_learning_rate()
-        masked = torch.tensor(sum(len(batch.labels) for batch in micro_batches), device=self.device)
-        dist.all_reduce(masked)
-        self.masked += masked
+        work = torch.tensor([(len(batch.labels), *batch.pairs) for batch in micro_batches]).sum(0).to(self.device)
+        dist.all_reduce(work)
+        self.work += work
+        masked = work[0]
         step_loss = torch.zeros_like(self.loss_sum)
         for number, batch in enumerate(micro_batches, 1):
             loss = self.loss(engine, batch.to(self.device, non_blocking=True), masked)
@@ -209,6 +210,7 @@ class Pretraining:
             masked_positions=batch.masked_positions,
             labels=batch.labels,
             token_type_ids=batch.token_type_ids,
+            cu_seqlens=batch.cu_seqlens,
             next_sentence_labels=batch.next_sentence_labels,
         )
         loss = output.loss_sum / masked

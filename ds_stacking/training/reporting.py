@@ -31,17 +31,20 @@ def event(run: Pretraining, kind: str) -> dict[str, Any]:
 
 
 def settle(run: Pretraining) -> None:
-    """Charge the FLOPs of the steps since the last call; how many tokens they masked is known to the device."""
+    """Charge the FLOPs of the steps since the last call; what they masked and attended to is known to the device."""
     steps, run.settled = run.position.step - run.settled, run.position.step
     if steps:
+        masked, pairs, masked_pairs = run.work.tolist()
         run.ledger.stage.flops += training_flops(
             run.config.model,
             run.ledger.stage.layers,
             sequences=steps * run.plans[run.position.stage].sequences,
             length=run.config.corpus.sequence_length,
-            masked=float(run.masked),
+            masked=masked,
+            pairs=pairs,
+            masked_pairs=masked_pairs,
         )
-        run.masked.zero_()
+        run.work.zero_()
 
 
 def log_training(run: Pretraining) -> None:

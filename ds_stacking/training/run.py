@@ -23,7 +23,7 @@ from ds_stacking.engine.ds_config import load_ds_config, resolve_ds_config
 from ds_stacking.engine.factory import EngineFactory, device, init_distributed, native_bf16
 from ds_stacking.engine.stage_manager import StageManager
 from ds_stacking.growth.operators import layer_map, parse_operator
-from ds_stacking.models.bert import Bert
+from ds_stacking.models.bert import Bert, has_kernels
 from ds_stacking.reports.curves import draw_curves
 from ds_stacking.training.batching import BatchPlan, plan_batch
 from ds_stacking.training.checkpointing import cut_metrics, find_checkpoint, identity, make_writer, restore
@@ -59,6 +59,8 @@ def pretrain(config: RunConfig) -> None:
     data = prepare(config.data, config.tokenizer, config.corpus, log=console.line)
     config = replace(config, model=_model_config(config.model, data))
     init_distributed()
+    if config.kernels == "auto":
+        config = replace(config, kernels="fused" if has_kernels(device()) else "torch")
     expected = identity(config, data.fingerprint)
     found = find_checkpoint(config, expected)
     run = _build(config, data, plans, ds_config, expected, found, bf16=bf16)
@@ -167,7 +169,9 @@ def _build(
         "separate_documents": config.corpus.separate_documents,
     }
     factory = EngineFactory(
-        build_model=lambda layers, initialize: Bert(config.model, layers, initialize=initialize),
+        build_model=lambda layers, initialize: Bert(
+            config.model, layers, initialize=initialize, fused=config.kernels == "fused"
+        ),
         ds_config=ds_config,
         optimizer=config.optimizer,
         bf16=bf16,
@@ -213,6 +217,7 @@ def _resolved(run: Pretraining, why: str) -> dict[str, object]:
         "ranks": f"{run.world_size} on {run.device.type}",
         "engine": f"ZeRO stage {factory.ds_config['zero_optimization']['stage']} ({config.deepspeed_config})",
         "precision": f"{'bf16' if factory.bf16 else 'fp32'} ({why})",
+        "kernels": config.kernels,
         "model": f"{model.norm}-LN BERT, width {model.hidden_size}, {model.num_heads} heads, "
         f"vocabulary {model.vocab_size:,}",
         "data": f"{config.data}: {len(data.train):,} tokens for training, {len(data.eval):,} held out, "

@@ -70,3 +70,31 @@ def test_half_of_the_pairs_follow_each_other():
 def test_pairs_need_two_blocks():
     with pytest.raises(UserError, match="fewer than 2 blocks"):
         read(25, 16, next_sentence=True)
+
+
+@settings(deadline=None)  # time on a busy machine proves nothing
+@given(
+    lengths=st.lists(st.integers(1, 60), min_size=1, max_size=30), sequence_length=st.integers(8, 40), data=st.data()
+)
+def test_document_bounds_are_those_of_the_stream(lengths: list[int], sequence_length: int, data: st.DataObject):
+    """Every token is told its document place by place; bounds lie exactly where it changes, and at block starts."""
+    offsets = np.cumsum([0, *lengths])
+    owner = np.repeat(np.arange(len(lengths)), lengths)
+    places = sequence_length - 2
+    if offsets[-1] < places:
+        return
+    stream = TokenFile(tokens=np.arange(5, offsets[-1] + 5, dtype=np.uint32), offsets=offsets)
+    reader = BlockReader(stream, sequence_length=sequence_length, special=SPECIAL, separate_documents=True)
+    indices = np.array(data.draw(st.lists(st.integers(0, len(reader) - 1), min_size=1, max_size=5)))
+    blocks = reader.read(indices, derive_keys(0, 0, indices))
+    want = []
+    for row, index in enumerate(indices):
+        block = owner[index * places : (index + 1) * places]
+        tokens = [block[0], *block, block[-1]]  # [CLS] and [SEP] belong to their neighbours
+        want += [row * sequence_length + t for t in range(sequence_length) if not t or tokens[t] != tokens[t - 1]]
+    assert blocks.cu_seqlens is not None and blocks.cu_seqlens.dtype == np.int32
+    assert blocks.cu_seqlens.tolist() == [*want, len(indices) * sequence_length]
+
+
+def test_blocks_are_one_sequence_unless_asked_otherwise():
+    assert read(100, 12).cu_seqlens is None
