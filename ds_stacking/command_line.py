@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import MISSING, fields, is_dataclass
 from pathlib import Path
 from types import NoneType
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 from jsonargparse import ArgumentParser, Namespace, set_dumper, set_parsing_settings
 
@@ -30,6 +30,7 @@ RUN_AGAIN = 75
 """Exit code of a run that was asked to stop and saved: sysexits.h's EX_TEMPFAIL, try again."""
 WAIT_FOR_RANK_0 = 5.0
 """Seconds that another rank waits before it prints bad input: rank 0 has most likely met and printed the same."""
+Options = TypeVar("Options")
 
 
 def make_parser() -> ArgumentParser:
@@ -73,6 +74,23 @@ def parse_run(arguments: Sequence[str]) -> RunConfig:
     return RunConfig(**{**{field.name: built[field.name] for field in fields(RunConfig)}, "stages": stages})
 
 
+def parse_options(config: type[Options], arguments: Sequence[str], description: str) -> Options:
+    """An instance of a flat configuration class, whose fields are the options. Raises UserError."""
+    set_parsing_settings(docstring_parse_attribute_docstrings=True)
+    parser = ArgumentParser(description=description, exit_on_error=False, allow_abbrev=False, parser_mode="json")
+    parser.add_class_arguments(config, nested_key=None)
+    known = field_types(config)
+    options = _complete_switches(_own(arguments), known)
+    try:
+        parsed = parser.parse_args(options)
+    except (ArgumentError, ValueError, TypeError) as error:
+        if missing := re.search(r"arguments are required: (\w+)", str(error)):
+            raise UserError(f"--{missing[1]} is missing; give it.") from None
+        raise UserError(_explain(str(error), known)) from None
+    _refuse_nulls(known, parsed)
+    return config(**{name: parsed[name] for name in known})
+
+
 def field_types(config: type, prefix: str = "") -> dict[str, Any]:
     """Type of every option of a configuration class by its dotted name, those of nested classes included."""
     types: dict[str, Any] = {}
@@ -86,22 +104,34 @@ def field_types(config: type, prefix: str = "") -> dict[str, Any]:
 
 def _split(arguments: Sequence[str]) -> tuple[str | None, list[str]]:
     """The recipe's file and all other options, switches such as --overwrite completed, the launcher's own removed."""
-    switches = {f"--{name}" for name, hint in field_types(RunConfig).items() if hint is bool}
     recipes, options = [], []
-    rest = [argument for argument in arguments if not re.fullmatch(r"--local[_-]rank=\d+", argument)]
+    rest = _own(arguments)
     while rest:
         option, *rest = rest
         if option.startswith("--recipe="):
             recipes.append(option.removeprefix("--recipe="))
         elif option == "--recipe" and rest:
             recipes.append(rest.pop(0))
-        elif option in switches and (not rest or rest[0].startswith("--")):
-            options.append(f"{option}=true")
         else:
             options.append(option)
     if len(recipes) > 1:
         raise UserError(f"--recipe is given {len(recipes)} times; give one recipe.")
-    return (_recipe_file(recipes[0]) if recipes else None), options
+    return (_recipe_file(recipes[0]) if recipes else None), _complete_switches(options, field_types(RunConfig))
+
+
+def _own(arguments: Sequence[str]) -> list[str]:
+    """The arguments without what the deepspeed launcher puts before them."""
+    return [argument for argument in arguments if not re.fullmatch(r"--local[_-]rank=\d+", argument)]
+
+
+def _complete_switches(options: Sequence[str], known: Mapping[str, Any]) -> list[str]:
+    """The options with `=true` after those of type bool that stand without a value."""
+    switches = {f"--{name}" for name, hint in known.items() if hint is bool}
+    following = [*options, "--"][1:]
+    return [
+        f"{option}=true" if option in switches and after.startswith("--") else option
+        for option, after in zip(options, following, strict=True)
+    ]
 
 
 def _recipe_file(name: str) -> str:

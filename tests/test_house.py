@@ -28,7 +28,7 @@ ARROWS = {
     "engine": {"config", "growth", "models"},
     "checkpoint": {"config", "growth"},
     "data": {"config"},
-    "evaluation": {"config", "models", "data"},
+    "evaluation": {"config", "models", "data", "engine"},
     "reports": {"config"},
     "training": {"config", "growth", "models", "engine", "checkpoint", "data", "evaluation", "reports"},
 }

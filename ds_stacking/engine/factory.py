@@ -117,19 +117,30 @@ class EngineFactory:
         return torch.optim.AdamW(groups, fused=True, **settings)
 
 
-def init_distributed() -> None:
-    """Join the default process group; a process that no launcher started becomes the only rank."""
-    alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
-    if "RANK" not in os.environ:
+def init_distributed(*, alone: bool = False) -> None:
+    """Join the default process group; a process that no launcher started becomes the only rank.
+
+    So does every process with `alone`, for engines of its own; under a launcher it keeps the device that it was given.
+    """
+    if alone or "RANK" not in os.environ:
+        only = {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
         with socket.socket() as probe:  # a fixed port might be another run's
-            probe.bind((alone["MASTER_ADDR"], 0))
-            os.environ |= alone | {"MASTER_PORT": str(probe.getsockname()[1])}
+            probe.bind((only["MASTER_ADDR"], 0))
+            os.environ |= only | {"MASTER_PORT": str(probe.getsockname()[1])}
+        os.environ.setdefault("LOCAL_RANK", "0")
     # torch 2.13 warns, once on every rank, of names that DeepSpeed 0.19 still calls
     warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)
     # On a CPU DeepSpeed would compile an all-reduce for its inference; load_cpu_adam says what that risks.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     get_accelerator().set_device(int(os.environ["LOCAL_RANK"]))
     deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)
+
+
+def limit_threads() -> None:
+    """Share the cores between the ranks of a node, unless the user said how many threads each gets."""
+    if "OMP_NUM_THREADS" not in os.environ:
+        local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or "1")
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_ranks))
 
 
 def load_cpu_adam() -> None:

@@ -12,7 +12,6 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import torch
 import torch.distributed as dist
 
 from ds_stacking.checkpoint.select import Found
@@ -20,7 +19,7 @@ from ds_stacking.config import ModelConfig, RunConfig, StageConfig, UserError
 from ds_stacking.data.batches import EvalBatches, MaskedBatches
 from ds_stacking.data.prepare import PreparedData, prepare
 from ds_stacking.engine.ds_config import load_ds_config, resolve_ds_config
-from ds_stacking.engine.factory import EngineFactory, device, init_distributed, native_bf16
+from ds_stacking.engine.factory import EngineFactory, device, init_distributed, limit_threads, native_bf16
 from ds_stacking.engine.stage_manager import StageManager
 from ds_stacking.growth.operators import layer_map, parse_operator
 from ds_stacking.models.bert import Bert, has_kernels
@@ -45,7 +44,7 @@ from ds_stacking.training.tracking import make_tracker
 def pretrain(config: RunConfig) -> None:
     """Run `config` to the end. Every rank calls it; bad input raises UserError before anything is written."""
     rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
-    _limit_threads()
+    limit_threads()
     keep_freed_memory()
     if rank == 0:
         check_run_directory(config)
@@ -86,13 +85,6 @@ def _resume(run: Pretraining, found: Found | None) -> bool:
     stage_finished = restore(run, found)
     run.console.line(f"resumed at step {found.step}, from {found.path}")
     return stage_finished
-
-
-def _limit_threads() -> None:
-    """Share the cores between the ranks of a node, unless the user said how many threads each gets."""
-    if "OMP_NUM_THREADS" not in os.environ:
-        local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or "1")
-        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_ranks))
 
 
 def keep_freed_memory() -> None:

@@ -1,0 +1,188 @@
+"""The data of a GLUE task, from a folder with GLUE's original TSV files or from the hub."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ds_stacking.config import UserError
+from ds_stacking.evaluation.glue_tasks import Task
+
+HIGHEST_SCORE = 5.0
+"""Largest label of a task that predicts a score."""
+TOLERATED_TORN = (10, 0.01)
+"""Torn lines that are left out of a file: so many, or this share of its lines. GLUE's own QQP has 24 in 363,870."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Examples:
+    """One split."""
+
+    texts: tuple[list[str], ...]
+    """One list of sentences, or the two lists of a task on pairs."""
+    labels: list[float] = field(default_factory=list)
+    """Numbers of the classes, or scores; none in a test set."""
+    ids: list[str] = field(default_factory=list)
+    """What the official server calls each row of a test set."""
+
+    def __len__(self) -> int:
+        return len(self.texts[0])
+
+
+@dataclass(frozen=True, kw_only=True)
+class TaskData:
+    """All splits of a task."""
+
+    train: Examples
+    dev: dict[str, Examples]
+    """Development sets by their name in Task.dev."""
+    test: dict[str, Examples]
+    """Test sets by their name in a submission; those that are not there are left out."""
+    notes: list[str]
+    """What was left out, a sentence for each file."""
+
+
+def load_task(task: Task, source: str) -> TaskData:
+    """Read a task from a folder (`source`/RTE/train.tsv and so on) or from the hub's data set `source`.
+
+    Raises UserError for what is missing or wrong; torn lines of train and dev are left out and noted.
+    """
+    if Path(source).is_dir():
+        return _from_folder(task, Path(source))
+    if source.startswith((".", "/", "~")):
+        raise UserError(f"The folder {source} does not exist; give --data a folder with GLUE's tasks, or a hub name.")
+    return _from_hub(task, source)
+
+
+def _from_folder(task: Task, root: Path) -> TaskData:
+    folder = root / task.name
+    if not folder.is_dir():
+        raise UserError(f"{root} has no folder {task.name}; add it, or leave {task.name} out of --tasks.")
+    notes: list[str] = []
+    labelled = {"train.tsv", *(file for file, _ in task.dev.values())}
+    for file in sorted(labelled):
+        if not (folder / file).is_file():
+            raise UserError(f"{folder} has no {file}; add it, or leave {task.name} out of --tasks.")
+    tests = {name: folder / file for name, (file, _) in task.test.items()}
+    missing = [name for name, path in tests.items() if not path.is_file()]
+    if missing:
+        notes.append(f"{task.name}: no test file for {', '.join(missing)}, so nothing to submit for it.")
+    return TaskData(
+        train=read_tsv(folder / "train.tsv", task, notes),
+        dev={name: read_tsv(folder / file, task, notes) for name, (file, _) in task.dev.items()},
+        test={name: read_tsv(path, task, notes, test=True) for name, path in tests.items() if path.is_file()},
+        notes=notes,
+    )
+
+
+def read_tsv(path: Path, task: Task, notes: list[str], *, test: bool = False) -> Examples:
+    """Read one of GLUE's TSV files: fields are split at tabs, quotes are ordinary characters.
+
+    A line with too few or too many fields is left out, with a note; in a test set, where every row counts, and
+    where there are many it raises UserError.
+    """
+    lines = _lines(path)
+    header = list(task.header or ()) if not test else []
+    first = 1 if header else 2
+    if not header and lines:
+        header, lines = lines[0].split("\t"), lines[1:]
+    wanted = [*task.columns, *(() if test else (task.label_column,))]
+    for column in wanted:
+        if column not in header:
+            raise UserError(f"{path} has no column {column!r}; its first line must name the columns of GLUE's file.")
+    rows: list[list[str]] = []
+    labels: list[float] = []
+    torn = []
+    for number, line in enumerate(lines, start=first):
+        fields = line.split("\t")
+        if len(fields) != len(header):
+            torn.append(number)
+            continue
+        row = dict(zip(header, fields, strict=True))
+        rows.append([row[column] for column in task.columns] + [_id(row, len(rows))])
+        if not test:
+            labels.append(_label(row[task.label_column], task, f"{path} line {number}"))
+    if torn:
+        notes.append(_check_torn(path, torn, len(lines), test=test))
+    if not rows:
+        raise UserError(f"{path} holds no examples; restore the file.")
+    *texts, ids = (list(column) for column in zip(*rows, strict=True))
+    return Examples(texts=tuple(texts), labels=labels, ids=ids if test else [])
+
+
+def _lines(path: Path) -> list[str]:
+    try:
+        text = path.read_bytes().decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is no UTF-8 text ({error.reason} at byte {error.start}); restore the file.") from None
+    # Only these end a line: str.splitlines would also cut at characters that occur inside sentences.
+    return [line.removesuffix("\r") for line in text.split("\n") if line.strip()]
+
+
+def _id(row: dict[str, str], position: int) -> str:
+    return row.get("index", row.get("id", str(position)))
+
+
+def _label(text: str, task: Task, where: str) -> float:
+    if task.regression:
+        try:
+            score = float(text)
+        except ValueError:
+            score = -1.0
+        if not 0 <= score <= HIGHEST_SCORE:
+            raise UserError(f"{where}: the score {text!r} is no number from 0 to {HIGHEST_SCORE:g}; mend the line.")
+        return score
+    if text not in task.labels:
+        raise UserError(f"{where}: the label {text!r} is none of {', '.join(task.labels)}; mend the line.")
+    return task.labels.index(text)
+
+
+def _check_torn(path: Path, torn: Sequence[int], lines: int, *, test: bool) -> str:
+    what = f"{path}: {len(torn)} of {lines} lines, the first of them line {torn[0]}, with too few or too many fields"
+    if test:
+        raise UserError(f"{what}; a submission needs every row, so restore GLUE's file.")
+    number, share = TOLERATED_TORN
+    if len(torn) > max(number, share * lines):
+        raise UserError(f"{what}; restore GLUE's file.")
+    return f"{what}: left out."
+
+
+def _from_hub(task: Task, name: str) -> TaskData:
+    from datasets import load_dataset
+
+    def load(config: str) -> Any:
+        try:
+            return load_dataset(name, config)
+        except Exception as error:  # no network, no such data set, a broken cache: each a class of its own
+            first = str(error).strip().split("\n")[0]
+            raise UserError(
+                f"GLUE's {config} cannot be loaded from the hub's {name!r} ({first}); "
+                f"give --data a folder with GLUE's TSV files."
+            ) from error
+
+    splits = load(task.hub)
+    test = {name: splits[split] for name, (_, split) in task.test.items() if name != "AX"}
+    if "AX" in task.test:
+        test["AX"] = load("ax")["test"]
+    convert = _hub_converter(task)
+    return TaskData(
+        train=convert(splits["train"], False),
+        dev={name: convert(splits[split], False) for name, (_, split) in task.dev.items()},
+        test={name: convert(rows, True) for name, rows in test.items()},
+        notes=[],
+    )
+
+
+def _hub_converter(task: Task) -> Callable[[Any, bool], Examples]:
+    def convert(rows: Any, test: bool) -> Examples:
+        texts = tuple(list(rows[column]) for column in task.hub_columns)
+        ids: Iterable[object] = rows["idx"] if test else ()
+        return Examples(
+            texts=texts,
+            labels=[] if test else [float(label) for label in rows["label"]],
+            ids=[str(index) for index in ids],
+        )
+
+    return convert

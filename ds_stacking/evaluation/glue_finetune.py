@@ -1,0 +1,213 @@
+"""Fine-tuning one model on one task of GLUE, in a DeepSpeed engine of this process alone.
+
+Recipe of Gong et al. 2019 (reproduce_glue.sh): AdamW with weight decay 0.01 on every parameter, no clipping, learning
+rate up over the first tenth of the steps and down to 0 on a line. Shapes: B examples, T tokens of the longest of them,
+C classes, N examples of a split.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+import transformers
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrainedTokenizerBase
+
+from ds_stacking.config import OptimizerConfig, UserError
+from ds_stacking.data.tokenizer import count_vocabulary, load_tokenizer
+from ds_stacking.engine.factory import Engine, EngineFactory, EngineSpec, device
+from ds_stacking.engine.release import collect, release
+from ds_stacking.engine.stepping import guarded_step
+from ds_stacking.evaluation.glue_config import Job
+from ds_stacking.evaluation.glue_data import Examples, TaskData
+from ds_stacking.evaluation.glue_metrics import evaluate
+from ds_stacking.evaluation.glue_tasks import TASKS, Task
+
+OPTIMIZER = OptimizerConfig(betas=(0.9, 0.999), eps=1e-6, weight_decay=0.01, decay_all=True, clip=0.0)
+WARMUP = 0.1
+"""Share of the steps in which the learning rate rises."""
+EVAL_BATCH = 64
+CHECK_EVERY = 100
+"""Steps between looks at the loss: reading it waits for the device."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Encoder:
+    """The model that is fine-tuned and its tokenizer."""
+
+    source: str
+    """Folder or hub name."""
+    tokenizer: PreTrainedTokenizerBase
+    """Its tokenizer."""
+    max_length: int
+    """Longest input in tokens."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """What one fine-tuning gave."""
+
+    scores: dict[str, dict[str, float]]
+    """Development set -> metric -> percent."""
+    predictions: dict[str, list[float]]
+    """Test set -> number of the class, or score, of every row."""
+    train_loss: float
+    """Mean loss of the last pass over the training set."""
+
+
+def load_encoder(source: str, tokenizer: str | None, max_length: int) -> Encoder:
+    """Check model and tokenizer before anything is trained. Raises UserError where one is missing or they disagree."""
+    transformers.logging.set_verbosity_error()  # else a report of the missing head for every job
+    transformers.logging.disable_progress_bar()
+    try:
+        config = AutoConfig.from_pretrained(source, trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"{source} holds no transformers model ({_first_line(error)}); give --model another."
+        ) from None
+    try:
+        loaded = load_tokenizer(tokenizer or source)
+    except UserError as error:
+        raise UserError(f"{error} With --tokenizer it may lie elsewhere than the model.") from None
+    size = count_vocabulary(loaded)
+    rows = getattr(config, "vocab_size", size)
+    if size > rows or size <= len(loaded.all_special_ids):
+        # transformers builds an empty tokenizer for a folder that has none
+        raise UserError(
+            f"The tokenizer of {tokenizer or source} has {size} entries, the model {rows}; give the model's own "
+            f"tokenizer with --tokenizer, or put its tokenizer.json into the folder."
+        )
+    positions = getattr(config, "max_position_embeddings", None) or max_length
+    return Encoder(
+        source=source, tokenizer=loaded, max_length=min(max_length, positions, int(loaded.model_max_length))
+    )
+
+
+def build_classifier(source: str, classes: int, *, untrained: bool) -> nn.Module:
+    """The encoder with a fresh head of `classes` outputs, by the current random state.
+
+    `untrained` makes every weight fresh. Raises UserError where weights of the encoder itself are missing.
+    """
+    options: dict[str, Any] = {"num_labels": classes, "trust_remote_code": False}
+    if untrained:
+        config = AutoConfig.from_pretrained(source, **options)
+        return AutoModelForSequenceClassification.from_config(config, dtype=torch.float32)
+    try:
+        model, info = AutoModelForSequenceClassification.from_pretrained(
+            source, dtype=torch.float32, use_safetensors=True, output_loading_info=True, **options
+        )
+    except (OSError, ValueError) as error:
+        raise UserError(f"{source} cannot be fine-tuned ({_first_line(error)}); give another --model.") from None
+    encoder = f"{model.base_model_prefix}."
+    missing = sorted(name for name in info["missing_keys"] if name.startswith(encoder) and "pooler" not in name)
+    if missing:
+        raise UserError(f"{source} lacks {missing[0]} ({len(missing)} weights in all); give complete weights.")
+    return model
+
+
+def finetune(job: Job, data: TaskData, encoder: Encoder, ds_config: Mapping[str, Any], *, bf16: bool) -> Outcome:
+    """Train one job to its end and evaluate it once, at the end. Raises RuntimeError where the loss is not finite."""
+    task = TASKS[job.task]
+    torch.manual_seed(job.seed)
+    model = build_classifier(encoder.source, len(task.labels) or 1, untrained=job.arm == "untrained")
+    factory = EngineFactory(build_model=lambda *_: model, ds_config=ds_config, optimizer=OPTIMIZER, bf16=bf16)
+    engine = factory.build(EngineSpec(layers=0, micro_batch_size=job.batch_size))
+    try:
+        train_loss = _train(engine, job, task, data.train, encoder)
+        scores = {}
+        for name, split in data.dev.items():
+            scores[name] = evaluate(task.metrics, split.labels, predict(engine, task, split, encoder))
+        arm = job.arm == "model"
+        predictions = {
+            name: predict(engine, task, split, encoder).tolist() for name, split in data.test.items() if arm
+        }
+    finally:
+        release(engine)
+        collect()
+    return Outcome(scores=scores, predictions=predictions, train_loss=train_loss)
+
+
+def learning_rate(step: int, steps: int, peak: float) -> float:
+    """Up over the first tenth of `steps`, then on a line to 0; steps count from 0."""
+    warmup = round(WARMUP * steps)
+    return peak * ((step + 1) / warmup if step < warmup else (steps - step) / (steps - warmup))
+
+
+def _train(engine: Engine, job: Job, task: Task, train: Examples, encoder: Encoder) -> float:
+    steps = job.epochs * math.ceil(len(train) / job.batch_size)
+    losses = torch.zeros((), device=device())
+    step = seen = 0
+    engine.train()
+    for epoch in range(job.epochs):
+        losses.zero_()
+        seen = 0
+        for rows, swapped in _epoch(job, task, len(train), epoch):
+            inputs, labels = _collate(train, rows, encoder, swapped)
+            for group in engine.optimizer.param_groups:
+                group["lr"] = learning_rate(step, steps, job.lr)
+            loss = _loss(engine(**inputs).logits, labels, task)
+            engine.backward(loss)
+            guarded_step(engine)
+            losses += loss.detach() * len(rows)
+            seen += len(rows)
+            step += 1
+            if (step % CHECK_EVERY == 0 or step == steps) and not torch.isfinite(losses):
+                raise RuntimeError(f"the loss is not finite at step {step} of {steps}; try a lower --lr")
+    return float(losses) / seen
+
+
+def _epoch(job: Job, task: Task, examples: int, epoch: int) -> Iterator[tuple[np.ndarray, np.ndarray | None]]:
+    """The rows of each batch and, for a symmetric task, which of them change their sentences' places."""
+    generator = np.random.default_rng((job.seed, epoch))
+    order = generator.permutation(examples)
+    for start in range(0, examples, job.batch_size):
+        rows = order[start : start + job.batch_size]
+        yield rows, generator.random(len(rows)) < 0.5 if task.symmetric else None
+
+
+def _collate(
+    split: Examples, rows: Sequence[int] | np.ndarray, encoder: Encoder, swapped: np.ndarray | None = None
+) -> tuple[dict[str, Tensor], Tensor | None]:
+    """Model inputs [B, T] of some rows, padded to the longest, and their labels [B]; both on the device."""
+    texts = [[column[row] for row in rows] for column in split.texts]
+    if swapped is not None:
+        first, second = texts
+        for i in np.flatnonzero(swapped):
+            first[i], second[i] = second[i], first[i]
+    inputs = encoder.tokenizer(
+        *texts, padding=True, truncation=True, max_length=encoder.max_length, return_tensors="pt"
+    )
+    labels = torch.tensor([split.labels[row] for row in rows]).to(device()) if split.labels else None
+    return {name: tensor.to(device()) for name, tensor in inputs.items()}, labels
+
+
+def _loss(logits: Tensor, labels: Tensor | None, task: Task) -> Tensor:  # [B, C], [B] -> []
+    assert labels is not None, "a training set has labels"
+    if task.regression:
+        return F.mse_loss(logits.float().squeeze(-1), labels)
+    return F.cross_entropy(logits.float(), labels.long())
+
+
+@torch.no_grad()
+def predict(engine: Engine, task: Task, split: Examples, encoder: Encoder) -> np.ndarray:
+    """Number of the class, or the score, of every example [N]; dropout is off."""
+    engine.eval()
+    # alike in length, so that little is padding
+    order = np.argsort([sum(map(len, row)) for row in zip(*split.texts, strict=True)], kind="stable")
+    predictions = np.zeros(len(split))
+    for start in range(0, len(order), EVAL_BATCH):
+        rows = order[start : start + EVAL_BATCH]
+        inputs, _ = _collate(split, rows, encoder)
+        logits = engine(**inputs).logits.float().cpu()
+        predictions[rows] = (logits.squeeze(-1) if task.regression else logits.argmax(-1)).numpy()
+    return predictions if task.regression else predictions.astype(int)
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().split("\n")[0].rstrip(".") or type(error).__name__
