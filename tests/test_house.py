@@ -28,7 +28,7 @@ ARROWS = {
     "engine": {"config", "growth", "models"},
     "checkpoint": {"config", "growth"},
     "data": {"config"},
-    "evaluation": {"config", "models", "data", "engine"},
+    "evaluation": {"config", "models", "data", "growth", "engine"},
     "reports": {"config"},
     "training": {"config", "growth", "models", "engine", "checkpoint", "data", "evaluation", "reports"},
 }

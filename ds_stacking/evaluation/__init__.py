@@ -1,1 +1,1 @@
-"""Held-out masked language modelling loss."""
+"""What a model is worth: held-out loss, GLUE, attention maps."""

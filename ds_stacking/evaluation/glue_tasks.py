@@ -1,7 +1,7 @@
-"""The tasks of GLUE: their columns, labels, metrics, files, and the hyper-parameters of Gong et al.
+"""The tasks of GLUE: their columns, labels, metrics, files, and the published hyper-parameters.
 
-GLUE is Wang et al. 2019 (ICLR). Labels stand in the order in which the hub's data set numbers them, so that both
-sources give the same training.
+The hyper-parameters are those of Gong et al. 2019; GLUE is Wang et al. 2019 (ICLR). Labels stand in the order in which
+the hub numbers them, so that both sources give the same training.
 """
 
 from __future__ import annotations

@@ -1,0 +1,238 @@
+"""Attention maps of a run after every stage, or of any Hugging Face encoder; and how a block and its copy part."""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import combinations
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor, nn
+from transformers import AutoModel, PreTrainedModel
+
+from ds_stacking.config import CorpusConfig, UserError
+from ds_stacking.data.corpus import iterate_documents
+from ds_stacking.data.tokenizer import load_tokenizer, special_ids
+from ds_stacking.evaluation.attention import TARGETS, AttentionMaps, measure
+from ds_stacking.evaluation.attention_config import AttentionConfig
+from ds_stacking.growth.blocks import find_blocks
+
+LENGTH = 128
+"""Tokens of a block where no run says how many."""
+DIGITS = 5
+Record = dict[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Subject:
+    """What is analysed, with every default resolved."""
+
+    models: dict[str, Path | str]
+    """Name -> folder or hub name; of a run its stages, the shallowest first."""
+    growths: list[Mapping[str, Any]]
+    """The growths between them, as the run's summary.json records them."""
+    tokenizer: str
+    """Folder or hub name of the tokenizer."""
+    data: str
+    """Text."""
+    corpus: CorpusConfig
+    """How the text is read."""
+    length: int
+    """Tokens of a block."""
+    output_dir: Path
+    """Numbers and figures."""
+
+
+def analyse(config: AttentionConfig) -> Path:
+    """Write attention.json into the output folder and return that folder. Raises UserError for bad input."""
+    transformers.logging.set_verbosity_error()  # else a report of the heads that maps do not need
+    transformers.logging.disable_progress_bar()
+    subject = resolve(config)
+    blocks = read_blocks(subject, config.blocks)
+    stages: dict[str, AttentionMaps] = {}
+    as_grown: dict[str, AttentionMaps] = {}
+    names = list(subject.models)
+    for index, name in enumerate(names):
+        model = load_model(subject.models[name], subject.length)
+        stages[name] = measure(model, blocks, neighbours=config.neighbours)
+        print(f"{name}: {describe(stages[name])}", flush=True)
+        if index < len(subject.growths) and None not in subject.growths[index]["layer_map"]:
+            grown = copy_blocks(model, subject.growths[index]["layer_map"])
+            as_grown[names[index + 1]] = measure(grown, blocks, neighbours=config.neighbours)
+    record = {
+        "model": config.model,
+        "data": subject.data,
+        "blocks": len(blocks),
+        "sequence_length": subject.length,
+        "neighbours": config.neighbours,
+        "stages": [stage_record(name, maps) for name, maps in stages.items()],
+        "growths": partings(subject.growths, stages, as_grown),
+    }
+    subject.output_dir.mkdir(parents=True, exist_ok=True)
+    (subject.output_dir / "attention.json").write_text(json.dumps(record, allow_nan=False) + "\n")
+    return subject.output_dir
+
+
+def resolve(config: AttentionConfig) -> Subject:
+    """Complete the configuration from the run directory, where it names one."""
+    root = Path(config.model)
+    exports = sorted((root / "export").glob("stage-*"), key=lambda path: int(path.name.split("-")[1]))
+    if not exports:
+        if (root / "metrics.jsonl").is_file():
+            raise UserError(f"{root} is a run without any exported stage; wait for the end of its first stage.")
+        return Subject(
+            models={root.name or config.model: config.model},
+            growths=[],
+            tokenizer=config.tokenizer or config.model,
+            data=config.data or "docs",
+            corpus=CorpusConfig(),
+            length=config.sequence_length or LENGTH,
+            output_dir=Path(config.output_dir or "runs/attention"),
+        )
+    run = json.loads((root / "config.json").read_text())
+    return Subject(
+        models={path.name: path for path in exports},
+        growths=_growths(root)[: len(exports) - 1],
+        tokenizer=config.tokenizer or str(exports[0]),
+        data=config.data or run["data"],
+        corpus=CorpusConfig(**run["corpus"]),
+        length=config.sequence_length or run["corpus"]["sequence_length"],
+        output_dir=Path(config.output_dir or root / "report" / "attention"),
+    )
+
+
+def _growths(root: Path) -> list[Mapping[str, Any]]:
+    """The growths of a run so far: its events, since summary.json is written at the end only."""
+    events = [json.loads(line) for line in (root / "metrics.jsonl").read_text().splitlines() if '"growth"' in line]
+    by_stage = {event["stage"]: event for event in events if event["kind"] == "growth"}  # a resumed run repeats some
+    return [by_stage[stage] for stage in sorted(by_stage)]
+
+
+def read_blocks(subject: Subject, number: int) -> Tensor:
+    """Blocks [B, T] of token ids from the beginning of the text, [CLS] first and [SEP] last."""
+    tokenizer = load_tokenizer(subject.tokenizer)
+    special = special_ids(tokenizer)
+    places = subject.length - 2
+    tokens: list[int] = []
+    for document in iterate_documents(subject.data, subject.corpus):
+        tokens += tokenizer(document, add_special_tokens=False, verbose=False)["input_ids"]
+        if len(tokens) >= number * places:
+            break
+    number = min(number, len(tokens) // places)
+    if not number:
+        raise UserError(
+            f"{subject.data} has fewer than {places} tokens; give more text, or a smaller sequence_length."
+        )
+    inner = torch.tensor(tokens[: number * places]).view(number, places)
+    edge = torch.ones(number, 1, dtype=torch.long)
+    return torch.cat([special.cls * edge, inner, special.sep * edge], 1)
+
+
+def load_model(source: str | Path, length: int) -> PreTrainedModel:
+    """An encoder that gives its attention maps. Raises UserError where there is none or it knows too few positions."""
+    try:
+        model, info = AutoModel.from_pretrained(
+            source,
+            trust_remote_code=False,
+            use_safetensors=True,
+            dtype=torch.float32,
+            attn_implementation="eager",  # the others never have the maps in memory
+            output_loading_info=True,
+        )
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"{source} holds no encoder ({str(error).strip().splitlines()[0]}); give --model another."
+        ) from None
+    missing = sorted(name for name in info["missing_keys"] if "pooler" not in name)
+    if missing:
+        raise UserError(f"{source} lacks {missing[0]} ({len(missing)} weights in all); give complete weights.")
+    positions = getattr(model.config, "max_position_embeddings", None) or length
+    if model.config.is_encoder_decoder or length > positions:
+        wrong = "is an encoder-decoder" if model.config.is_encoder_decoder else f"knows {positions} positions only"
+        raise UserError(f"{source} {wrong}; give an encoder, or a --sequence_length that it can take.")
+    return model
+
+
+def copy_blocks(model: PreTrainedModel, layers: Sequence[int]) -> PreTrainedModel:
+    """The model as a growth by the layer map `layers` leaves it: its own blocks, copied in that order."""
+    names = find_blocks(model)
+    parent, _, name = names.prefix.rpartition(".")
+    blocks = model.get_submodule(names.prefix)
+    assert isinstance(blocks, nn.ModuleList)
+    grown = copy.deepcopy(model)
+    setattr(grown.get_submodule(parent), name, nn.ModuleList(copy.deepcopy(blocks[source]) for source in layers))
+    grown.config.num_hidden_layers = len(layers)
+    return grown
+
+
+def stage_record(name: str, maps: AttentionMaps) -> Record:
+    """One model's numbers as JSON values."""
+    layers, heads = maps.mass.shape[1:]
+    return {
+        "name": name,
+        "layers": layers,
+        "heads": heads,
+        "share_of_heads": maps.share,
+        "mass": {target: _rounded(mass) for target, mass in zip(TARGETS, maps.mass, strict=True)},
+        "distances": maps.distances,
+        "profile": _rounded(maps.profile),
+        "js_divergence": _rounded(maps.divergence),
+        "weight_cosine": _rounded(maps.weight_cosine),
+    }
+
+
+def partings(
+    growths: Sequence[Mapping[str, Any]], stages: Mapping[str, AttentionMaps], as_grown: Mapping[str, AttentionMaps]
+) -> list[Record]:
+    """For each growth its pairs of original and copy: how alike they are as grown, and after every stage since.
+
+    Likeness is the Jensen-Shannon divergence of their attention, head by head, and the cosine of their weights;
+    beside it, the mean over all pairs of blocks that have no source in common.
+    """
+    names, records = list(stages), []
+    for index, growth in enumerate(growths):
+        mapping = growth["layer_map"]
+        pairs = [(a, b) for a, b in combinations(range(len(mapping)), 2) if mapping[a] is not None]
+        twins = [(a, b) for a, b in pairs if mapping[a] == mapping[b] and a == mapping.index(mapping[a])]
+        others = [(a, b) for a, b in pairs if mapping[a] != mapping[b]]
+        points = (
+            [_point("as grown", as_grown[names[index + 1]], twins, others)] if names[index + 1] in as_grown else []
+        )
+        place = list(range(len(mapping)))  # where the blocks of this growth stand in later models
+        for later, name in enumerate(names[index + 1 :], start=index + 1):
+            if later > index + 1:
+                place = [growths[later - 1]["layer_map"].index(position) for position in place]
+            now = [[(place[a], place[b]) for a, b in some] for some in (twins, others)]
+            points.append(_point(f"end of {name}", stages[name], *now))
+        keys = ("from_layers", "to_layers", "operator")
+        records.append({**{key: growth[key] for key in keys}, "pairs": twins, "points": points})
+    return records
+
+
+def _point(
+    name: str, maps: AttentionMaps, twins: Sequence[tuple[int, int]], others: Sequence[tuple[int, int]]
+) -> Record:
+    measures = {"js_divergence": maps.head_divergence.mean(-1), "weight_cosine": maps.weight_cosine}
+    record: Record = {"name": name}
+    for key, matrix in measures.items():
+        record[key] = [round(float(matrix[pair]), DIGITS) for pair in twins]
+        rest = [float(matrix[pair]) for pair in others]
+        record[f"{key}_others"] = round(sum(rest) / len(rest), DIGITS) if rest else None
+    return record
+
+
+def describe(maps: AttentionMaps) -> str:
+    """One line for a person."""
+    layers, heads = maps.mass.shape[1:]
+    mass = ", ".join(f"{name} {float(values.mean()):.2f}" for name, values in zip(TARGETS, maps.mass, strict=True))
+    share = ", ".join(f"{name} {value:.0%}" for name, value in maps.share.items())
+    return f"{layers} layers of {heads} heads; mean attention on {mass}; heads mostly {share}"
+
+
+def _rounded(tensor: Tensor) -> list:
+    return (tensor * 10**DIGITS).round().div(10**DIGITS).tolist()

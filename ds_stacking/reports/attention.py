@@ -1,0 +1,148 @@
+"""Figures of attention maps from an attention.json: where heads look, how alike layers are, how copies part.
+
+Every figure is written as PNG and SVG.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from ds_stacking.config import UserError
+
+Record = Mapping[str, Any]
+DARK, BLUE, ORANGE, GREY = "#333333", "#0072B2", "#D55E00", "#999999"
+MASS_TITLES = {"cls": "on [CLS]", "sep": "on [SEP]", "self": "on itself", "neighbours": "on neighbours"}
+LAYER_COLOURS = matplotlib.colormaps["viridis"]
+
+
+def draw_attention(folder: str | Path) -> list[Path]:
+    """Draw all figures of `folder`/attention.json beside it. Raises UserError where that is missing."""
+    path = Path(folder) / "attention.json"
+    if not path.is_file():
+        raise UserError(f"{folder} has no attention.json; run launchers/analyze_attention.py first.")
+    record = json.loads(path.read_text())
+    figures = {
+        "heads": draw_heads(record),
+        "distances": draw_distances(record["stages"]),
+        "layers": draw_layers(record["stages"]),
+    }
+    if record["growths"]:
+        figures["copies"] = draw_copies(record["growths"])
+    written = []
+    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "attention"}):
+        for name, figure in figures.items():
+            for suffix in ("png", "svg"):
+                written.append(Path(folder) / f"{name}.{suffix}")
+                figure.savefig(written[-1], metadata={"Date": None} if suffix == "svg" else None)
+    return written
+
+
+def draw_heads(record: Record) -> Figure:
+    """A map of layers and heads for each stage (rows) and each target of attention (columns)."""
+    stages = record["stages"]
+    heights = [max(2, stage["layers"]) for stage in stages]
+    figure = Figure(figsize=(9, 1.2 + 0.36 * sum(heights)), dpi=160, layout="constrained")
+    grid = figure.subplots(len(stages), len(MASS_TITLES), squeeze=False, height_ratios=heights)
+    titles = {**MASS_TITLES, "neighbours": f"on neighbours (within {record['neighbours']})"}
+    for place, (row, stage) in enumerate(zip(grid, stages, strict=True)):
+        for axes, (target, title) in zip(row, titles.items(), strict=True):
+            image = axes.imshow(stage["mass"][target], vmin=0, vmax=1, cmap="viridis", aspect="auto", origin="lower")
+            _whole_ticks(axes, stage["heads"], stage["layers"])
+            if place == 0:
+                axes.set_title(title, fontsize=10)
+            if place == len(stages) - 1:
+                axes.set_xlabel("head")
+        row[0].set_ylabel(f"{stage['name']}\nlayer", fontsize=9)
+    figure.colorbar(image, ax=grid, label="share of a head's attention", shrink=0.8, pad=0.01)
+    return figure
+
+
+def draw_distances(stages: Sequence[Record]) -> Figure:
+    """Mean attention by relative distance, a line for each layer, a panel for each stage."""
+    figure = Figure(figsize=(1.5 + 3.6 * len(stages), 3.6), dpi=160, layout="constrained")
+    panels = figure.subplots(1, len(stages), sharey=True, squeeze=False)[0]
+    for axes, stage in zip(panels, stages, strict=True):
+        profile = np.array(stage["profile"]).mean(1)  # over heads: [L, D]
+        for layer, values in enumerate(profile):
+            axes.plot(stage["distances"], values, color=_layer_colour(layer, stage["layers"]), lw=1.4)
+        axes.set_yscale("log")
+        axes.set_title(stage["name"], fontsize=10)
+        axes.set_xlabel("distance of the token looked at")
+        axes.grid(color="#dddddd", lw=0.6)
+        axes.spines[["top", "right"]].set_visible(False)
+    panels[0].set_ylabel("mean attention per token")
+    scale = matplotlib.cm.ScalarMappable(cmap=LAYER_COLOURS)
+    bar = figure.colorbar(scale, ax=panels, ticks=[0, 1], pad=0.01)
+    bar.ax.set_yticklabels(["first\nlayer", "last\nlayer"])
+    return figure
+
+
+def draw_layers(stages: Sequence[Record]) -> Figure:
+    """Jensen-Shannon divergence of every pair of layers, a panel for each stage, all with the same colours."""
+    figure = Figure(figsize=(1.6 + 3.0 * len(stages), 3.3), dpi=160, layout="constrained")
+    panels = figure.subplots(1, len(stages), squeeze=False)[0]
+    largest = max(np.max(stage["js_divergence"]) for stage in stages) or 1.0
+    for axes, stage in zip(panels, stages, strict=True):
+        matrix = np.array(stage["js_divergence"])
+        image = axes.imshow(matrix, vmin=0, vmax=largest, cmap="magma_r", origin="lower")
+        _whole_ticks(axes, stage["layers"], stage["layers"])
+        axes.set_title(stage["name"], fontsize=10)
+        axes.set_xlabel("layer")
+        if stage["layers"] <= 12:
+            for (a, b), value in np.ndenumerate(matrix):
+                colour = "white" if value > 0.6 * largest else DARK
+                axes.text(b, a, f"{value:.2f}".lstrip("0"), ha="center", va="center", fontsize=6.5, color=colour)
+    panels[0].set_ylabel("layer")
+    figure.colorbar(image, ax=panels, label="Jensen-Shannon divergence (bits)", pad=0.01)
+    return figure
+
+
+def draw_copies(growths: Sequence[Record]) -> Figure:
+    """How a block and its copy part: attention above, weights below, a column for each growth."""
+    figure = Figure(figsize=(1 + 3.8 * len(growths), 6), dpi=160, layout="constrained")
+    grid = figure.subplots(2, len(growths), sharey="row", sharex="col", squeeze=False)
+    rows = {"js_divergence": "divergence of attention (bits)", "weight_cosine": "cosine of weights"}
+    for column, growth in enumerate(growths):
+        for axes, key in zip(grid[:, column], rows, strict=True):
+            _draw_pairs(axes, growth, key)
+        grid[0, column].set_title(f"{growth['from_layers']} → {growth['to_layers']} layers", fontsize=10)
+    for axes, label in zip(grid[:, 0], rows.values(), strict=True):
+        axes.set_ylabel(label)
+    figure.legend(*grid[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=2, frameon=False)
+    return figure
+
+
+def _draw_pairs(axes: Axes, growth: Record, key: str) -> None:
+    points = growth["points"]
+    places = range(len(points))
+    for number in range(len(growth["pairs"])):
+        values = [point[key][number] for point in points]
+        label = "a block and its copy" if number == 0 else None
+        axes.plot(places, values, color=BLUE, marker="o", ms=3.5, lw=1.2, alpha=0.8, label=label)
+    others = [point[f"{key}_others"] for point in points]
+    if None not in others:
+        axes.plot(places, others, color=ORANGE, ls="--", marker="s", ms=3.5, lw=1.6, label="mean of all other pairs")
+    axes.set_xticks(places, [point["name"].replace("end of ", "end of\n") for point in points], fontsize=8)
+    axes.margins(x=0.12)
+    axes.set_ylim(bottom=min(0.0, *axes.get_ylim()))
+    axes.grid(axis="y", color="#dddddd", lw=0.6)
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def _whole_ticks(axes: Axes, across: int, up: int) -> None:
+    """Ticks at whole numbers, few enough to be read."""
+    axes.set_xticks(range(0, across, 1 + across // 13))
+    axes.set_yticks(range(0, up, 1 + up // 13))
+    axes.tick_params(labelsize=7, length=2)
+
+
+def _layer_colour(layer: int, layers: int) -> tuple[float, ...]:
+    return LAYER_COLOURS(layer / max(1, layers - 1))

@@ -1,0 +1,27 @@
+"""Attention maps of a run after every stage, or of any Hugging Face encoder: numbers and figures.
+
+python launchers/analyze_attention.py --model runs/quickstart
+python launchers/analyze_attention.py --model google-bert/bert-base-uncased --output_dir maps
+"""
+
+from __future__ import annotations
+
+import sys
+
+from ds_stacking.command_line import parse_options, run_main
+from ds_stacking.evaluation.attention_config import AttentionConfig
+
+
+def main() -> None:
+    """Parse, measure, draw."""
+    config = parse_options(AttentionConfig, sys.argv[1:], "Attention maps of a run or of a Hugging Face encoder.")
+
+    from ds_stacking.evaluation.attention_run import analyse
+    from ds_stacking.reports.attention import draw_attention
+
+    for path in draw_attention(analyse(config)):
+        print(path)
+
+
+if __name__ == "__main__":
+    sys.exit(run_main(main))

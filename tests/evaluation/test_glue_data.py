@@ -1,0 +1,119 @@
+"""GLUE's files: all layouts, the hub's rows alike, and what is said of torn, missing and wrong ones."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import datasets
+import pytest
+
+from ds_stacking.config import UserError
+from ds_stacking.evaluation.glue_data import load_task
+from ds_stacking.evaluation.glue_tasks import TASKS, select_tasks
+from tests.evaluation.glue_files import BAD, GOOD, LABELS, write_task
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_every_layout_is_read(tmp_path: Path, name: str) -> None:
+    write_task(tmp_path, name)
+    task = TASKS[name]
+    data = load_task(task, str(tmp_path))
+    assert len(data.train) == 64 and data.dev.keys() == task.dev.keys() and data.notes == []
+    assert all(len(split) == 24 and len(split.texts) == len(task.columns) for split in data.dev.values())
+    low, high = LABELS.get(name, ("0", "1"))
+    values = [float(low), float(high)] if task.regression else [task.labels.index(low), task.labels.index(high)]
+    for text, label in zip(data.train.texts[0], data.train.labels, strict=True):
+        assert any(word in text for word in (GOOD if label == values[1] else BAD))
+        assert text.startswith('" ')
+    assert data.test.keys() == task.test.keys()
+    for split in data.test.values():
+        assert split.ids == [str(10 + i) for i in range(5)] and split.labels == []
+
+
+def test_the_hub_gives_the_same_examples(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_task(tmp_path, "MNLI")
+    task = TASKS["MNLI"]
+    own = load_task(task, str(tmp_path))
+
+    def rows(split) -> datasets.Dataset:
+        columns = dict(zip(task.hub_columns, split.texts, strict=True))
+        return datasets.Dataset.from_dict(
+            {**columns, "label": [int(x) for x in split.labels] or [-1] * len(split), "idx": list(range(len(split)))}
+        )
+
+    def load_dataset(name: str, config: str) -> dict:
+        assert name == "some/glue"
+        if config == "ax":
+            return {"test": rows(own.test["AX"])}
+        return {
+            "train": rows(own.train),
+            **{f"validation_{x}": rows(own.dev[y]) for x, y in (("matched", "m"), ("mismatched", "mm"))},
+            **{f"test_{x}": rows(own.test[f"MNLI-{y}"]) for x, y in (("matched", "m"), ("mismatched", "mm"))},
+        }
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    hub = load_task(task, "some/glue")
+    assert hub.train == own.train and hub.dev == own.dev
+    assert {name: split.texts for name, split in hub.test.items()} == {n: s.texts for n, s in own.test.items()}
+    assert hub.test["AX"].ids == ["0", "1", "2", "3", "4"]
+
+
+def edit(path: Path, number: int, line: str) -> None:
+    lines = path.read_text().split("\n")
+    lines[number - 1] = line
+    path.write_text("\n".join(lines))
+
+
+def test_a_torn_line_is_left_out_and_named(tmp_path: Path) -> None:
+    folder = write_task(tmp_path, "RTE")
+    edit(folder / "train.tsv", 5, "3\tonly two")
+    data = load_task(TASKS["RTE"], str(tmp_path))
+    assert len(data.train) == 63
+    (note,) = data.notes
+    assert "train.tsv" in note and "line 5" in note and "1 of 64" in note
+
+
+@pytest.mark.parametrize(
+    ("task", "file", "line", "text", "message"),
+    [
+        ("RTE", "dev.tsv", 3, "1\ta\tb\tmaybe", r"dev.tsv line 3: the label 'maybe' is none of entailment, not"),
+        ("SST-2", "train.tsv", 9, "a film\t2", "line 9: the label '2'"),
+        ("STS-B", "train.tsv", 2, "0\tnews\ta\tb\t5.1", r"line 2: the score '5.1' is no number from 0 to 5"),
+        ("STS-B", "train.tsv", 2, "0\tnews\ta\tb\tnan", "line 2: the score 'nan'"),
+        ("RTE", "test.tsv", 2, "10\ttorn", "a submission needs every row"),
+        ("RTE", "dev.tsv", 1, "index\tpremise\thypothesis\tlabel", "no column 'sentence1'"),
+    ],
+)
+def test_wrong_lines_are_one_sentence(
+    tmp_path: Path, task: str, file: str, line: int, text: str, message: str
+) -> None:
+    edit(write_task(tmp_path, task) / file, line, text)
+    with pytest.raises(UserError, match=message):
+        load_task(TASKS[task], str(tmp_path))
+
+
+def test_what_is_missing_is_named(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no folder RTE"):
+        load_task(TASKS["RTE"], str(tmp_path))
+    with pytest.raises(UserError, match="does not exist"):
+        load_task(TASKS["RTE"], str(tmp_path / "nowhere"))
+    folder = write_task(tmp_path, "RTE")
+    (folder / "test.tsv").unlink()
+    data = load_task(TASKS["RTE"], str(tmp_path))
+    assert data.test == {} and "no test file for RTE" in data.notes[0]
+    (folder / "train.tsv").write_text("\n".join(["index\tsentence1\tsentence2\tlabel", *["torn\tline"] * 20]))
+    with pytest.raises(UserError, match="20 of 20 lines"):
+        load_task(TASKS["RTE"], str(tmp_path))
+    (folder / "train.tsv").write_bytes(b"index\tsentence1\tsentence2\tlabel\n0\ta\xff\tb\tentailment\n")
+    with pytest.raises(UserError, match="no UTF-8"):
+        load_task(TASKS["RTE"], str(tmp_path))
+    (folder / "train.tsv").write_text("index\tsentence1\tsentence2\tlabel\n")
+    with pytest.raises(UserError, match="no examples"):
+        load_task(TASKS["RTE"], str(tmp_path))
+
+
+def test_tasks_are_found_by_name() -> None:
+    assert [task.name for task in select_tasks("sst2,RTE,sst_2")] == ["SST-2", "RTE"]
+    assert len(select_tasks("all")) == 9
+    with pytest.raises(UserError, match="did you mean MNLI"):
+        select_tasks("MNL")
