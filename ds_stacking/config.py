@@ -241,6 +241,8 @@ class RunConfig:
     kernels: Literal["auto", "fused", "torch"] = "auto"
     """fused: the Triton kernels around the matrix products (on a CPU their slow references); torch: PyTorch's own
     operations; auto: fused on GPUs that run them."""
+    compile: bool = False
+    """torch.compile what the kernels leave over: embeddings, blocks and head; ZeRO stages 0 to 2."""
     tokens_per_step: int = 2048
     """Tokens of one optimizer step over all ranks and micro-batches."""
     micro_batch_size: int = 32

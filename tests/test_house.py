@@ -30,7 +30,8 @@ ARROWS = {
     "data": {"config"},
     "evaluation": {"config", "models", "data", "growth", "engine"},
     "reports": {"config"},
-    "training": {"config", "growth", "models", "engine", "checkpoint", "data", "evaluation", "reports"},
+    "planning": {"config", "models"},
+    "training": {"planning", "config", "growth", "models", "engine", "checkpoint", "data", "evaluation", "reports"},
 }
 """Rooms of the library and the rooms that each may import."""
 PACKAGES = {"config": set(), "kernels": {"torch", "triton"}, "growth": {"torch"}}

@@ -10,6 +10,7 @@ import torch.distributed as dist
 
 from ds_stacking.engine.record import GrowthRecord
 from ds_stacking.evaluation.masked_lm import HeldOutLoss
+from ds_stacking.models.compiling import compilations
 from ds_stacking.models.flops import training_flops
 from ds_stacking.training.health import Unhealthy, write_post_mortem
 from ds_stacking.training.progress import growth_line
@@ -61,6 +62,8 @@ def log_training(run: Pretraining) -> None:
     rates = run.ledger.rates()
     record |= {"loss": loss, "lr": rate, "grad_norm": None if norm is None else float(norm), **rates}
     record["skipped_steps"] = run.health.skipped
+    if run.config.compile:
+        record |= {f"compiled_{name}": count for name, count in asdict(compilations()).items()}
     run.ledger.stage.train_loss_end = loss
     run.tracker.log(record)
     run.console.update(position.stage_step, loss=loss, lr=rate, tokens_per_second=rates["tokens_per_second"])

@@ -8,6 +8,7 @@ import os
 import platform
 from collections.abc import Mapping
 from dataclasses import asdict, replace
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from ds_stacking.engine.factory import EngineFactory, device, init_distributed, 
 from ds_stacking.engine.stage_manager import StageManager
 from ds_stacking.growth.operators import layer_map, parse_operator
 from ds_stacking.models.bert import Bert, has_kernels
+from ds_stacking.models.compiling import compile_parts
 from ds_stacking.reports.curves import draw_curves
 from ds_stacking.training.batching import BatchPlan, plan_batch
 from ds_stacking.training.checkpointing import cut_metrics, find_checkpoint, identity, make_writer, restore
@@ -117,7 +119,7 @@ def check_stages(config: RunConfig, ds_config: Mapping[str, Any], *, bf16: bool,
         layer_map(after.operator or config.operator, before.layers, after.layers)
     plans = [plan_batch(config, stage, world_size) for stage in stages]
     for stage, plan in zip(stages, plans, strict=True):
-        resolve_ds_config(
+        resolved = resolve_ds_config(
             dict(ds_config),
             zero_stage=stage.zero_stage,
             bf16=bf16,
@@ -126,6 +128,11 @@ def check_stages(config: RunConfig, ds_config: Mapping[str, Any], *, bf16: bool,
             accumulation=plan.accumulation,
             world_size=world_size,
         )
+        if config.compile and resolved["zero_optimization"]["stage"] == 3:
+            raise UserError(
+                f"Stage {stage.layers}:{stage.steps} asks for compile with ZeRO stage 3, which gathers weights inside "
+                f"the model where no graph can; choose ZeRO stage 0, 1 or 2, or turn compile off."
+            )
     return plans
 
 
@@ -138,6 +145,14 @@ def _model_config(model: ModelConfig, data: PreparedData) -> ModelConfig:
             f"model.vocab_size {model.vocab_size} is smaller than the tokenizer's {data.vocab_size}; "
             f"raise it, or leave it at 0."
         )
+    return model
+
+
+def _model(config: RunConfig, layers: int, initialize: bool) -> Bert:
+    """The model of a stage; its weights are drawn or left unfilled."""
+    model = Bert(config.model, layers, initialize=initialize, fused=config.kernels == "fused")
+    if config.compile:
+        compile_parts(model)
     return model
 
 
@@ -161,9 +176,7 @@ def _build(
         "separate_documents": config.corpus.separate_documents,
     }
     factory = EngineFactory(
-        build_model=lambda layers, initialize: Bert(
-            config.model, layers, initialize=initialize, fused=config.kernels == "fused"
-        ),
+        build_model=partial(_model, config),
         ds_config=ds_config,
         optimizer=config.optimizer,
         bf16=bf16,
@@ -209,7 +222,7 @@ def _resolved(run: Pretraining, why: str) -> dict[str, object]:
         "ranks": f"{run.world_size} on {run.device.type}",
         "engine": f"ZeRO stage {factory.ds_config['zero_optimization']['stage']} ({config.deepspeed_config})",
         "precision": f"{'bf16' if factory.bf16 else 'fp32'} ({why})",
-        "kernels": config.kernels,
+        "kernels": config.kernels + (", the rest compiled" if config.compile else ""),
         "model": f"{model.norm}-LN BERT, width {model.hidden_size}, {model.num_heads} heads, "
         f"vocabulary {model.vocab_size:,}",
         "data": f"{config.data}: {len(data.train):,} tokens for training, {len(data.eval):,} held out, "

@@ -1,0 +1,79 @@
+"""Bytes on one GPU: states by ZeRO stage, activations of a micro-batch, DeepSpeed's buffers.
+
+Rajbhandari et al. 2020, "ZeRO", section 3, with the optimizer's 12 bytes per weight: fp32 master and two moments.
+Shapes: N tokens of a micro-batch, M of them predicted, D hidden size, F feed-forward size, V vocabulary size.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from ds_stacking.config import ModelConfig
+from ds_stacking.models.bert import Bert
+
+OPTIMIZER = 12
+"""Bytes per weight of master and moments."""
+SLICE = 8192
+"""Columns of the vocabulary whose scores the fused head holds at a time."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Memory:
+    """Bytes on one GPU."""
+
+    states: float
+    """Weights, gradients, masters and moments."""
+    activations: float
+    """What the forward pass of a micro-batch keeps for the backward pass, and the head's scores."""
+    buffers: float
+    """DeepSpeed's buckets, and the fp32 copy of gradients in the optimizer's step."""
+
+    @property
+    def total(self) -> float:
+        """All of it."""
+        return self.states + self.activations + self.buffers
+
+
+def parameter_count(config: ModelConfig, layers: int) -> int:
+    """Weights of a model, the tied embedding counted once."""
+    with torch.device("meta"):
+        return Bert(config, layers, initialize=False).num_parameters
+
+
+def state_bytes(parameters: int, *, zero_stage: int, world_size: int, item: int) -> float:
+    """Weights, gradients and the optimizer's state on one GPU; `item` is bytes of a working weight, 2 or 4."""
+    weights = item / (world_size if zero_stage == 3 else 1)
+    gradients = item / (world_size if zero_stage >= 2 else 1)
+    optimizer = OPTIMIZER / (world_size if zero_stage >= 1 else 1)
+    return parameters * (weights + gradients + optimizer)
+
+
+def buffer_bytes(parameters: int, *, bucket: int, zero_stage: int, world_size: int, item: int) -> float:
+    """Buckets that ZeRO fills with gradients and weights, and one fp32 copy of this GPU's gradients in the step."""
+    if zero_stage == 0:
+        return 4 * parameters
+    return 2 * item * min(bucket, parameters) + 4 * parameters / world_size
+
+
+def activation_bytes(config: ModelConfig, layers: int, *, tokens: int, masked: float, item: int, fused: bool) -> float:
+    """What autograd keeps of one micro-batch.
+
+    Per token a block keeps its input, QKV (3), context, two residual sums and the normed value (D each), and the
+    feed-forward layer twice, before and after GELU: 8*D + 2*F items. A dropout that no kernel makes again keeps a byte
+    per element. The last block keeps all but the first five of predicted rows only.
+    """
+    width, inner = config.hidden_size, config.intermediate_size
+    every = 4 * width  # input and QKV
+    later = 4 * width + 2 * inner
+    unfused = 2 if not fused else int(config.norm == "pre")
+    masks = unfused * width * bool(config.dropout)
+    if config.gradient_checkpointing:
+        blocks = layers * tokens * width * item + tokens * ((every + later) * item + masks)
+    else:
+        whole = (layers - 1) * tokens * ((every + later) * item + masks)
+        last = tokens * (every + width) * item + masked * (later * item + masks)
+        blocks = whole + last
+    scores = min(config.vocab_size, SLICE) * item if fused else config.vocab_size * (item + 4)
+    return blocks + tokens * width * item + masked * (5 * width * item + scores)

@@ -1,0 +1,90 @@
+"""The plan as a person reads it, with what it assumes."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from ds_stacking.config import RunConfig, UserError
+from ds_stacking.planning.calibration import Calibration
+from ds_stacking.planning.estimate import Cluster, StagePlan, saved_share
+from ds_stacking.planning.parts import Part
+
+BUCKET = 50_000_000
+"""reduce_bucket_size of ds_configs/."""
+VOCABULARY = 30_528
+"""Rows of the embedding where the tokenizer is not known before the run: BERT's, rounded up."""
+
+
+def complete(config: RunConfig) -> RunConfig:
+    """The configuration with a vocabulary, which a run takes from its tokenizer."""
+    if config.model.vocab_size:
+        return config
+    size = config.corpus.vocab_size if config.tokenizer == "train" else VOCABULARY
+    return replace(config, model=replace(config.model, vocab_size=-(-size // 8) * 8))
+
+
+def make_cluster(part: Part, *, nodes: int, gpus_per_node: int, mfu: float) -> Cluster:
+    """Raises UserError for sizes that cannot be."""
+    if nodes < 1 or gpus_per_node < 1:
+        raise UserError(f"{nodes} nodes of {gpus_per_node} GPUs cannot be planned; both must be positive.")
+    if not 0 < mfu <= 1:
+        raise UserError(f"--mfu is {mfu}; it is a share of the peak, in (0, 1].")
+    return Cluster(part=part, nodes=nodes, gpus_per_node=gpus_per_node, mfu=mfu, bucket=BUCKET)
+
+
+def plan_table(config: RunConfig, plans: list[StagePlan], cluster: Cluster) -> str:
+    """Per stage a block of lines, then the totals."""
+    length = config.corpus.sequence_length
+    lines = [f"{config.name} on {cluster.nodes} x {cluster.gpus_per_node} GPUs, bf16, sequences of {length} tokens"]
+    for number, plan in enumerate(plans, 1):
+        lines += ["", *_stage_lines(plan, number, cluster, length)]
+    seconds = sum(plan.seconds for plan in plans)
+    lines += [
+        "",
+        f"in all {_hours(seconds)}, {seconds / 3600 * cluster.gpus:,.1f} GPU hours; stacking saves "
+        f"{saved_share(plans):.1%} of the time of as many steps at {plans[-1].layers} layers",
+        f"assumed, not measured on this part: MFU {cluster.mfu:.0%} of the arithmetic; links and network as sold",
+    ]
+    return "\n".join(lines)
+
+
+def _stage_lines(plan: StagePlan, number: int, cluster: Cluster, length: int) -> list[str]:
+    tokens = plan.micro_batch_size * plan.accumulation * length
+    lines = [
+        f"stage {number}: {plan.layers} layers, {plan.steps:,} steps, {plan.parameters / 1e6:,.1f} M parameters, "
+        f"ZeRO stage {plan.zero_stage}",
+        f"  batch          {plan.accumulation} micro-batches of {plan.micro_batch_size} sequences on each GPU",
+    ]
+    for zero_stage, memory in plan.memory.items():
+        fits = "" if memory.total <= cluster.part.memory else "  DOES NOT FIT"
+        lines.append(
+            f"  memory ZeRO-{zero_stage}  {_gib(memory.total)} = states {_gib(memory.states)}, activations "
+            f"{_gib(memory.activations)}, buffers {_gib(memory.buffers)}{fits}"
+        )
+    talking, step = plan.communication_seconds * 1e3, plan.step_seconds
+    return [
+        *lines,
+        f"  communication  {_gib(plan.communication_bytes)} a step and GPU, {talking:,.1f} ms",
+        f"  step           {step * 1e3:,.1f} ms, {tokens / step / 1e3:,.0f} k tokens/s a GPU",
+        f"  growth         {plan.growth_seconds:.1f} s",
+        f"  stage          {_hours(plan.seconds)}",
+    ]
+
+
+def calibration_table(found: Calibration) -> str:
+    """How well the stages of a finished run predict one another."""
+    rows = zip(found.layers, found.measured, found.predicted, found.errors, strict=True)
+    lines = [f"\na finished run: {found.rate / 1e9:,.1f} GFLOP/s; each stage predicted from the others"]
+    lines += [
+        f"  {layers} layers: {measured * 1e3:,.1f} ms a step, predicted {predicted * 1e3:,.1f} ms, error {error:+.1%}"
+        for layers, measured, predicted, error in rows
+    ]
+    return "\n".join(lines)
+
+
+def _gib(size: float) -> str:
+    return f"{size / 2**30:,.2f} GiB"
+
+
+def _hours(seconds: float) -> str:
+    return f"{seconds / 3600:,.2f} h"

@@ -1,0 +1,119 @@
+"""The planner: known corners, monotony, the table and its refusals; and its error on a run."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from ds_stacking.config import ModelConfig, RunConfig, UserError
+from ds_stacking.models.flops import training_flops
+from ds_stacking.planning.calibration import calibrate
+from ds_stacking.planning.estimate import plan_run, saved_share
+from ds_stacking.planning.parts import PARTS, part_named, part_of
+from ds_stacking.planning.text import calibration_table, complete, make_cluster, plan_table
+
+LARGE = ModelConfig(hidden_size=1024, num_heads=16, vocab_size=30528)
+
+
+def run(**fields: object) -> RunConfig:
+    return RunConfig(model=LARGE, stages="6:100,24:100", tokens_per_step=2**22, micro_batch_size=512, **fields)
+
+
+def cluster(nodes: int, gpus_per_node: int = 8):
+    return make_cluster(part_named("h100"), nodes=nodes, gpus_per_node=gpus_per_node, mfu=0.4)
+
+
+def test_one_gpu_talks_to_nobody_and_computes_at_the_assumed_rate() -> None:
+    plan = plan_run(run(), cluster(1, 1), zero_stage=2)[1]
+    assert plan.communication_seconds == 0
+    flops = training_flops(LARGE, 24, sequences=2**16, length=64, masked=2**22 * 0.15)
+    assert plan.flops == pytest.approx(flops)
+    assert plan.step_seconds == pytest.approx(flops / (0.4 * 989.4e12), rel=0.01)
+
+
+def test_1024_gpus_are_slower_each_but_faster_together() -> None:
+    few, many = (plan_run(run(), cluster(nodes), zero_stage=2)[1] for nodes in (1, 128))
+    assert few.step_seconds / 128 < many.step_seconds < few.step_seconds
+    assert many.communication_seconds > few.communication_seconds
+
+
+@pytest.mark.parametrize("zero_stage", range(1, 4))
+def test_a_higher_zero_stage_never_takes_more_memory(zero_stage: int) -> None:
+    plan = plan_run(run(), cluster(1), zero_stage=2)[1]
+    assert plan.memory[zero_stage].total < plan.memory[zero_stage - 1].total
+
+
+def test_shallow_stages_take_larger_micro_batches() -> None:
+    shallow, deep = plan_run(run(), make_cluster(part_named("l4"), nodes=1, gpus_per_node=8, mfu=0.4), zero_stage=2)
+    assert shallow.micro_batch_size > deep.micro_batch_size
+    assert shallow.micro_batch_size * shallow.accumulation == deep.micro_batch_size * deep.accumulation
+
+
+def test_stacking_saves_what_the_shallow_stages_leave_out() -> None:
+    plans = plan_run(run(), cluster(1), zero_stage=2)
+    spent = 100 * plans[0].step_seconds + 100 * plans[1].step_seconds + plans[1].growth_seconds
+    assert saved_share(plans) == pytest.approx(1 - spent / (200 * plans[1].step_seconds))
+
+
+def test_the_table_names_what_does_not_fit() -> None:
+    config = run(kernels="torch")
+    text = plan_table(config, plan_run(config, cluster(128), zero_stage=2), cluster(128))
+    assert "128 x 8 GPUs" in text and "stage 2: 24 layers" in text and "DOES NOT FIT" not in text
+    tiny = make_cluster(part_named("l4"), nodes=1, gpus_per_node=1, mfu=0.4)
+    huge = RunConfig(model=ModelConfig(hidden_size=4096, num_heads=32, vocab_size=50000), stages="24:1")
+    assert "DOES NOT FIT" in plan_table(huge, plan_run(huge, tiny, zero_stage=2), tiny)
+
+
+def test_a_vocabulary_is_completed() -> None:
+    assert complete(RunConfig()).model.vocab_size == 4096
+    assert complete(RunConfig(tokenizer="google-bert/bert-base-uncased")).model.vocab_size == 30528
+    assert complete(run()).model.vocab_size == 30528
+
+
+@pytest.mark.parametrize(
+    ("name", "part"),
+    [
+        ("NVIDIA H100 80GB HBM3", "h100"),
+        ("NVIDIA H100 PCIe", "h100-pcie"),
+        ("NVIDIA H200", "h200"),
+        ("NVIDIA A100-SXM4-80GB", "a100"),
+        ("NVIDIA A100-SXM4-40GB", "a100-40gb"),
+        ("NVIDIA GeForce RTX 4090", "4090"),
+        ("NVIDIA L4", "l4"),
+        ("AMD Instinct MI300X", "mi300x"),
+    ],
+)
+def test_devices_are_recognised(name: str, part: str) -> None:
+    assert part_of(name) is PARTS[part]
+
+
+def test_an_unknown_device_has_no_peak() -> None:
+    assert part_of("Quadro T1000") is None
+
+
+def test_bad_input_is_refused() -> None:
+    with pytest.raises(UserError, match="did you mean h100"):
+        part_named("h10")
+    for sizes, message in (((0, 8, 0.4), "0 nodes"), ((1, 8, 1.5), "--mfu is 1.5")):
+        with pytest.raises(UserError, match=message):
+            make_cluster(part_named("h100"), nodes=sizes[0], gpus_per_node=sizes[1], mfu=sizes[2])
+    with pytest.raises(UserError, match="do not divide by 24 GPUs; give --tokens_per_step a multiple of 1,536"):
+        plan_run(run(), cluster(3), zero_stage=2)
+
+
+def test_a_run_says_how_well_its_stages_predict_one_another(tmp_path: Path) -> None:
+    stages = [{"layers": n, "steps": 10, "flops": 1e9 * n, "seconds": 10 * (1 + n)} for n in (2, 4, 8)]
+    (tmp_path / "summary.json").write_text(json.dumps({"stages": stages}))
+    assert calibrate(tmp_path).errors == pytest.approx([0, 0, 0], abs=1e-9)
+    stages[1]["seconds"] *= 2
+    (tmp_path / "summary.json").write_text(json.dumps({"stages": stages}))
+    found = calibrate(tmp_path)
+    assert found.errors[1] == pytest.approx(-0.5)
+    assert "4 layers: 10,000.0 ms a step, predicted 5,000.0 ms, error -50.0%" in calibration_table(found)
+    (tmp_path / "summary.json").write_text(json.dumps({"stages": stages[:2]}))
+    with pytest.raises(UserError, match="has 2 stages"):
+        calibrate(tmp_path)
+    with pytest.raises(UserError, match="no summary.json"):
+        calibrate(tmp_path / "absent")

@@ -1,0 +1,57 @@
+"""Bytes by formula against what autograd and the models themselves hold."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from ds_stacking.config import ModelConfig
+from ds_stacking.models.bert import Bert
+from ds_stacking.planning.memory import activation_bytes, parameter_count, state_bytes
+
+
+def kept(model: Bert, rows: int, length: int, masked: int) -> int:
+    """Bytes of all storages that autograd keeps of a forward pass, weights not counted."""
+    weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+    storages: dict[int, Tensor] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        if tensor.untyped_storage().data_ptr() not in weights:
+            storages[tensor.untyped_storage().data_ptr()] = tensor
+        return tensor
+
+    positions = (torch.arange(rows)[:, None] * length + torch.arange(1, masked + 1)).flatten()
+    ids = torch.randint(1, 128, (rows, length))
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        output = model(ids, masked_positions=positions, labels=ids.flatten()[positions])
+    assert output.loss_sum.requires_grad
+    return sum(tensor.untyped_storage().nbytes() for tensor in storages.values())
+
+
+@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize("norm", ["post", "pre"])
+def test_activations_are_what_autograd_keeps(norm: str, fused: bool) -> None:
+    config = ModelConfig(hidden_size=64, num_heads=1, vocab_size=128, norm=norm, max_positions=64)
+    for layers in (2, 6):
+        expected = kept(Bert(config, layers, fused=fused).train(), 8, 64, 9)
+        formula = activation_bytes(config, layers, tokens=512, masked=72, item=4, fused=fused)
+        assert formula == pytest.approx(expected, rel=0.08), layers
+
+
+def test_checkpointing_keeps_one_block() -> None:
+    config = ModelConfig(hidden_size=64, num_heads=1, vocab_size=128, gradient_checkpointing=True)
+    size = {"tokens": 512, "masked": 72.0, "item": 2, "fused": True}
+    one_more = activation_bytes(config, 9, **size) - activation_bytes(config, 8, **size)
+    assert one_more == 512 * 64 * 2
+
+
+def test_parameters_are_those_of_the_model() -> None:
+    config = ModelConfig(hidden_size=64, num_heads=1, vocab_size=128, next_sentence=True)
+    assert parameter_count(config, 3) == sum(p.numel() for p in Bert(config, 3).parameters())
+
+
+def test_states_are_those_of_the_zero_paper() -> None:
+    """Figure 1 of Rajbhandari et al. 2020: 7.5 B weights on 64 GPUs take 120, 31.4, 16.6 and 1.9 GB."""
+    sizes = [state_bytes(7_500_000_000, zero_stage=stage, world_size=64, item=2) / 1e9 for stage in range(4)]
+    assert sizes == pytest.approx([120, 31.4, 16.6, 1.9], abs=0.05)
