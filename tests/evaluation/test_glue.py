@@ -1,0 +1,165 @@
+"""Fine-tuning on GLUE: jobs, schedule, inputs, checks of the model; and real trainings in a real engine."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from ds_stacking.config import UserError
+from ds_stacking.evaluation.glue import GlueRun
+from ds_stacking.evaluation.glue_baseline import bag_of_words
+from ds_stacking.evaluation.glue_config import GlueConfig
+from ds_stacking.evaluation.glue_data import load_task
+from ds_stacking.evaluation.glue_finetune import _collate, _epoch, build_classifier, learning_rate, load_encoder
+from ds_stacking.evaluation.glue_tasks import TASKS
+from tests.evaluation.glue_files import write_encoder, write_task
+from tests.ranks import run_ranks
+
+
+def test_jobs_are_the_paper_s_settings_or_a_grid() -> None:
+    jobs = GlueConfig(model="m", tasks="CoLA,RTE,QQP", seeds=2).jobs()
+    assert [(j.task, j.epochs, j.batch_size, j.lr, j.seed) for j in jobs] == [
+        *(("CoLA", 3, 16, 5e-5, seed) for seed in (1, 2)),
+        *(("RTE", 4, 16, 3e-5, seed) for seed in (1, 2)),
+        *(("QQP", 4, 32, 5e-5, seed) for seed in (1, 2)),
+    ]
+    grid = GlueConfig(model="m", tasks="RTE", lr="1e-5,2e-5", epochs="3,4", beside="untrained,bag_of_words").jobs()
+    assert len(grid) == 2 * 4 * 5 + 1 and len({job.name for job in grid}) == len(grid)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"lr": "0"}, "lr is '0'"),
+        ({"batch_size": "16,x"}, "batch_size is '16,x'"),
+        ({"lr": "inf"}, "lr is 'inf'"),
+        ({"beside": "untrianed"}, "choose from untrained, bag_of_words"),
+        ({"seeds": 0}, "seeds is 0"),
+        ({"max_length": 4}, "max_length is 4"),
+        ({"tasks": "SQuAD"}, "'SQuAD', which is no task"),
+    ],
+)
+def test_bad_options_are_one_sentence(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        GlueConfig(model="m", **options)
+
+
+def test_the_learning_rate_rises_for_a_tenth_and_falls_to_zero() -> None:
+    rates = [learning_rate(step, 50, 1.0) for step in range(50)]
+    assert rates[:6] == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0, 1.0])
+    assert rates[5:] == pytest.approx([(50 - step) / 45 for step in range(5, 50)])
+    assert learning_rate(0, 1, 1.0) == 1.0
+
+
+def test_inputs_are_padded_cut_and_swapped(tmp_path: Path) -> None:
+    encoder = load_encoder(str(write_encoder(tmp_path / "m")), None, 12)
+    write_task(tmp_path / "glue", "MRPC")
+    train = load_task(TASKS["MRPC"], str(tmp_path / "glue")).train
+    inputs, labels = _collate(train, [0, 1, 2], encoder)
+    assert inputs["input_ids"].shape == (3, 12) and labels is not None
+    assert labels.tolist() == train.labels[:3]
+    swapped, _ = _collate(train, [0, 1], encoder, torch.tensor([True, False]).numpy())
+    by_hand = encoder.tokenizer(train.texts[1][0], train.texts[0][0], truncation=True, max_length=12)
+    assert swapped["input_ids"][0].tolist() == by_hand["input_ids"]
+    assert torch.equal(swapped["input_ids"][1], inputs["input_ids"][1])
+    (job,) = GlueConfig(model="m", tasks="MRPC", seeds=1).jobs()
+    epochs = [list(_epoch(job, TASKS["MRPC"], 100, epoch)) for epoch in (0, 0, 1)]
+    for batches in epochs:
+        assert sorted(int(row) for rows, _ in batches for row in rows) == list(range(100))
+        assert 20 < sum(int(flags.sum()) for _, flags in batches if flags is not None) < 80
+    orders = [[int(row) for rows, _ in batches for row in rows] for batches in epochs]
+    assert orders[0] == orders[1] != orders[2]
+
+
+def test_a_bad_model_is_one_sentence(tmp_path: Path) -> None:
+    good = write_encoder(tmp_path / "good")
+    assert load_encoder(str(good), None, 128).max_length == 32
+    bare = tmp_path / "bare"
+    bare.mkdir()
+    for name in ("config.json", "model.safetensors"):
+        (bare / name).write_bytes((good / name).read_bytes())
+    with pytest.raises(UserError, match="tokenizer"):
+        load_encoder(str(bare), None, 128)
+    assert load_encoder(str(bare), str(good), 128).source == str(bare)
+    with pytest.raises(UserError, match="no transformers model"):
+        load_encoder(str(tmp_path / "nowhere"), None, 128)
+    weights = load_file(bare / "model.safetensors")
+    del weights["bert.encoder.layer.0.output.dense.weight"]
+    save_file(weights, bare / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(UserError, match="lacks bert.encoder.layer.0.output.dense.weight"):
+        build_classifier(str(bare), 2, untrained=False)
+
+
+def test_an_untrained_model_shares_no_weight_with_the_trained_one(tmp_path: Path) -> None:
+    source = str(write_encoder(tmp_path / "m"))
+    models = {}
+    for untrained in (False, True):
+        torch.manual_seed(3)
+        models[untrained] = dict(build_classifier(source, 3, untrained=untrained).named_parameters())
+    assert models[False].keys() == models[True].keys()
+    stored = load_file(tmp_path / "m" / "model.safetensors")
+    for name in ("bert.embeddings.word_embeddings.weight", "bert.encoder.layer.0.attention.self.query.weight"):
+        assert torch.equal(models[False][name], stored[name])
+        assert not torch.equal(models[True][name], stored[name])
+        assert models[True][name].std().item() == pytest.approx(0.2, rel=0.2)  # the model's own initialisation
+
+
+def test_the_bag_of_words_finds_the_telling_word(tmp_path: Path) -> None:
+    for name, metric in (("SST-2", "accuracy"), ("RTE", "accuracy"), ("STS-B", "pearson")):
+        write_task(tmp_path, name)
+        scores = bag_of_words(TASKS[name], load_task(TASKS[name], str(tmp_path)))
+        assert scores["dev"][metric] > 95
+
+
+def fine_tunings(folder: Path) -> dict[str, Any]:
+    """Run jobs of three kinds of task, one of which fails; then again with one more seed."""
+    options = {"model": str(folder / "m"), "data": str(folder / "glue"), "output_dir": str(folder / "out")}
+    config = GlueConfig(**options, tasks="SST-2,STS-B,MNLI", seeds=1, lr="1e-2,1e30", epochs="8", batch_size="16")
+    run = GlueRun(config)
+    run.check_data()
+    run.claim()
+    run.work()
+    first = {job.name: run.path(job).read_text() for job in config.jobs()}
+    times = {job.name: run.path(job).stat().st_mtime_ns for job in config.jobs()}
+    again = GlueRun(config)
+    again.work()
+    changed = [job.name for job in config.jobs() if again.path(job).stat().st_mtime_ns != times[job.name]]
+    other = GlueConfig(**{**options, "max_length": 9}, tasks="SST-2")
+    try:
+        GlueRun(other).claim()
+        refused = ""
+    except UserError as error:
+        refused = str(error)
+    return {
+        "results": {name: json.loads(text) for name, text in first.items()},
+        "changed": changed,
+        "refused": refused,
+    }
+
+
+@pytest.mark.distributed
+def test_trainings_learn_fail_alone_and_are_not_repeated(tmp_path: Path) -> None:
+    write_encoder(tmp_path / "m")
+    for task in ("SST-2", "STS-B", "MNLI"):
+        write_task(tmp_path / "glue", task, train=128)
+    (outcome,) = run_ranks(1, fine_tunings, tmp_path)
+    done = {r["task"]: r for r in outcome["results"].values() if "scores" in r}
+    failed = sorted(name for name, r in outcome["results"].items() if "failed" in r)
+    assert len(failed) == 3 and all("1e+30" in name for name in failed)
+    assert all("not finite" in outcome["results"][name]["failed"] for name in failed)
+    assert sorted(outcome["changed"]) == failed  # what failed is tried again, what is done is kept
+    assert "max_length 128, not 9" in outcome["refused"]
+    assert done["SST-2"]["scores"]["dev"]["accuracy"] > 85
+    assert done["STS-B"]["scores"]["dev"]["pearson"] > 60
+    assert done["MNLI"]["scores"].keys() == {"m", "mm"} and math.isfinite(done["MNLI"]["train_loss"])
+    answers = {path.stem: path.read_text().splitlines() for path in (tmp_path / "out").glob("predictions/*/*.tsv")}
+    assert answers.keys() == {"SST-2", "STS-B", "MNLI-m", "MNLI-mm", "AX"}
+    assert answers["MNLI-m"][0] == "index\tprediction" and answers["MNLI-m"][1].startswith("10\t")
+    assert {line.split("\t")[1] for line in answers["AX"][1:]} <= set(TASKS["MNLI"].labels)
+    assert [line.split("\t")[1] for line in answers["SST-2"][1:]] == ["1", "0", "1", "0", "1"]
