@@ -87,6 +87,9 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
     if not tokenizer.is_fast:
         raise UserError(f"The tokenizer {name!r} has no tokenizer.json; convert it to a fast tokenizer first.")
     special_ids(tokenizer)
+    if count_vocabulary(tokenizer) <= len(set(tokenizer.all_special_ids)):
+        # transformers makes an empty tokenizer for a folder that holds a model and no tokenizer
+        raise UserError(f"{name} holds no tokenizer; put its tokenizer.json there, or give --tokenizer.")
     return tokenizer
 
 

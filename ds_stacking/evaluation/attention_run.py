@@ -59,6 +59,10 @@ def analyse(config: AttentionConfig) -> Path:
     names = list(subject.models)
     for index, name in enumerate(names):
         model = load_model(subject.models[name], subject.length)
+        if int(blocks.max()) >= model.config.vocab_size:
+            raise UserError(
+                f"The tokenizer of {subject.tokenizer} is not that of {name}; give its own with --tokenizer."
+            )
         stages[name] = measure(model, blocks, neighbours=config.neighbours)
         print(f"{name}: {describe(stages[name])}", flush=True)
         if index < len(subject.growths) and None not in subject.growths[index]["layer_map"]:

@@ -17,7 +17,7 @@ import torch
 import transformers
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrainedConfig, PreTrainedTokenizerBase
 
 from ds_stacking.config import OptimizerConfig, UserError
 from ds_stacking.data.tokenizer import count_vocabulary, load_tokenizer
@@ -71,22 +71,21 @@ def load_encoder(source: str, tokenizer: str | None, max_length: int) -> Encoder
         raise UserError(
             f"{source} holds no transformers model ({_first_line(error)}); give --model another."
         ) from None
-    try:
-        loaded = load_tokenizer(tokenizer or source)
-    except UserError as error:
-        raise UserError(f"{error} With --tokenizer it may lie elsewhere than the model.") from None
-    size = count_vocabulary(loaded)
-    rows = getattr(config, "vocab_size", size)
-    if size > rows or size <= len(loaded.all_special_ids):
-        # transformers builds an empty tokenizer for a folder that has none
-        raise UserError(
-            f"The tokenizer of {tokenizer or source} has {size} entries, the model {rows}; give the model's own "
-            f"tokenizer with --tokenizer, or put its tokenizer.json into the folder."
-        )
+    loaded = load_tokenizer(tokenizer or source)
+    check_vocabulary(tokenizer or source, count_vocabulary(loaded), config)
     positions = getattr(config, "max_position_embeddings", None) or max_length
     return Encoder(
         source=source, tokenizer=loaded, max_length=min(max_length, positions, int(loaded.model_max_length))
     )
+
+
+def check_vocabulary(tokenizer: str, size: int, config: PreTrainedConfig) -> None:
+    """Raise UserError where a tokenizer has ids that the model's embedding has no row for."""
+    rows = getattr(config, "vocab_size", size)
+    if size > rows:
+        raise UserError(
+            f"The tokenizer of {tokenizer} has {size} entries, the model {rows}; give the model's own --tokenizer."
+        )
 
 
 def build_classifier(source: str, classes: int, *, untrained: bool) -> nn.Module:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -105,9 +106,9 @@ def write_test(path: Path, header: str, chooser: random.Random, rows: int) -> No
     path.write_text("\n".join(lines) + "\n")
 
 
-def write_encoder(folder: Path, *, layers: int = 1, seed: int = 0) -> Path:
+def write_encoder(folder: Path, *, layers: int = 1, seed: int = 0, words: Sequence[str] = ()) -> Path:
     """A tiny BERT with random weights and a tokenizer that knows all words."""
-    tokenizer = train_tokenizer([" ".join([*WORDS, *GOOD, *BAD])] * 3, 300, True)
+    tokenizer = train_tokenizer([" ".join([*WORDS, *GOOD, *BAD, *words])] * 3, 300, True)
     torch.manual_seed(seed)
     config = BertConfig(
         vocab_size=len(tokenizer), hidden_size=16, num_hidden_layers=layers, num_attention_heads=2,

@@ -84,8 +84,11 @@ def test_a_bad_model_is_one_sentence(tmp_path: Path) -> None:
     bare.mkdir()
     for name in ("config.json", "model.safetensors"):
         (bare / name).write_bytes((good / name).read_bytes())
-    with pytest.raises(UserError, match="tokenizer"):
+    with pytest.raises(UserError, match="bare holds no tokenizer"):
         load_encoder(str(bare), None, 128)
+    large = write_encoder(tmp_path / "large", words=["more", "words"])
+    with pytest.raises(UserError, match="give the model's own"):
+        load_encoder(str(bare), str(large), 128)
     assert load_encoder(str(bare), str(good), 128).source == str(bare)
     with pytest.raises(UserError, match="no transformers model"):
         load_encoder(str(tmp_path / "nowhere"), None, 128)
