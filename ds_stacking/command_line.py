@@ -28,7 +28,7 @@ RECIPES = Path(__file__).resolve().parent.parent / "launchers" / "recipes"
 """Shipped recipes; `--recipe NAME` finds them by name."""
 RUN_AGAIN = 75
 """Exit code of a run that was asked to stop and saved: sysexits.h's EX_TEMPFAIL, try again."""
-WAIT_FOR_RANK_0 = 5.0
+WAIT_FOR_RANK_0 = 15.0
 """Seconds that another rank waits before it prints bad input: rank 0 has most likely met and printed the same."""
 Options = TypeVar("Options")
 

@@ -259,6 +259,8 @@ class RunConfig:
     """Seed of initialisation, dropout, data order and masking."""
     eval_every: int = 100
     """Optimizer steps between evaluations; each stage's end is evaluated too. 0: only there."""
+    eval_after_growth: int = 100
+    """Optimizer steps after a growth at which its held-out loss is evaluated once more, for its record. 0: never."""
     eval_blocks: int = 256
     """Held-out blocks of one evaluation, the same ones each time."""
     log_every: int = 10
@@ -291,7 +293,7 @@ class RunConfig:
         for name in ("tokens_per_step", "micro_batch_size", "eval_blocks", "log_every", "checkpoint_keep"):
             _require(getattr(self, name) > 0, f"{name} is {getattr(self, name)}; it must be positive.")
         for name in (
-            *("lr", "warmup_steps", "eval_every", "checkpoint_every", "seed"),
+            *("lr", "warmup_steps", "eval_every", "eval_after_growth", "checkpoint_every", "seed"),
             *("max_skipped_steps", "skip_above_sigma", "hang_timeout"),
         ):
             _require(getattr(self, name) >= 0, f"{name} is {getattr(self, name)}; it must not be negative.")

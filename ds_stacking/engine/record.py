@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 from ds_stacking.engine.handover import Handover
 from ds_stacking.growth.plan import GrowthPlan
@@ -36,6 +37,10 @@ class GrowthRecord:
     """Held-out loss of the old engine."""
     eval_loss_after: float | None = None
     """Held-out loss of the new engine."""
+    eval_loss_later: float | None = None
+    """Held-out loss `eval_after_growth` optimizer steps later."""
+    observations: list[dict[str, Any]] = field(default_factory=list)
+    """What the blocks looked like after 1, 2, 5, 10, ... steps: norms, and cosines of copies with their originals."""
 
 
 def growth_record(

@@ -30,6 +30,10 @@ class Exchange(Protocol):
         """The sum of `value` over ranks."""
         ...
 
+    def add_up(self, values: Tensor) -> Tensor:
+        """The sum of `values` over ranks, element by element, on the CPU."""
+        ...
+
 
 class OneRank:
     """A process on its own."""
@@ -48,6 +52,10 @@ class OneRank:
     def total(self, value: int) -> int:
         """The value."""
         return value
+
+    def add_up(self, values: Tensor) -> Tensor:
+        """The values."""
+        return values
 
 
 class Ranks:
@@ -80,6 +88,12 @@ class Ranks:
         tensor = torch.tensor(value, dtype=torch.int64, device=self.device)
         dist.all_reduce(tensor)
         return int(tensor)
+
+    def add_up(self, values: Tensor) -> Tensor:
+        """One all-reduce."""
+        values = values.to(self.device, copy=True)
+        dist.all_reduce(values)
+        return values.cpu()
 
     def _gather(self, tensor: Tensor) -> list[Tensor]:
         tensor = tensor.to(self.device)

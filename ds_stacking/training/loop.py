@@ -28,6 +28,7 @@ from ds_stacking.evaluation.masked_lm import HeldOutLoss, held_out_loss
 from ds_stacking.training.batching import BatchPlan
 from ds_stacking.training.checkpointing import save, tell_reports
 from ds_stacking.training.export import export_stage
+from ds_stacking.training.growth_report import look, moments_before, note_later_loss
 from ds_stacking.training.health import Health
 from ds_stacking.training.ledger import Ledger
 from ds_stacking.training.preemption import StopRequest
@@ -181,6 +182,7 @@ class Pretraining:
         """
         stage, engine = self.position.stage, self.engine
         self.set_learning_rate()
+        before = moments_before(self)
         work = torch.tensor([(len(batch.labels), *batch.pairs) for batch in micro_batches]).sum(0).to(self.device)
         dist.all_reduce(work)
         self.work += work
@@ -202,6 +204,8 @@ class Pretraining:
         self.position.stage_step += 1
         self.position.samples += self.plans[stage].sequences
         self.ledger.add_step(tokens=self.plans[stage].sequences * self.config.corpus.sequence_length)
+        if before is not None:
+            look(self, before, taken=taken)
 
     def loss(self, engine: Engine, batch: Batch, masked: Tensor) -> Tensor:
         """This micro-batch's part of the global batch's mean loss; with next-sentence prediction the sum of both."""
@@ -240,9 +244,11 @@ class Pretraining:
         self.stop_if_asked()
 
     def evaluate_if_due(self, stage: StageConfig) -> None:
-        """Evaluate every `eval_every` steps; a stage's end is evaluated when it closes."""
-        every = self.config.eval_every
-        if every and self.position.step % every == 0 and self.position.stage_step < stage.steps:
+        """Evaluate every `eval_every` steps and once after a growth; a stage's end is evaluated when it closes."""
+        every, position = self.config.eval_every, self.position
+        regular = every and position.step % every == 0
+        after_growth = position.stage and position.stage_step == self.config.eval_after_growth
+        if (regular or after_growth) and position.stage_step < stage.steps:
             self.evaluate()
 
     def poll(self) -> None:
@@ -277,6 +283,7 @@ class Pretraining:
         if self.evaluated is None or self.evaluated[0] != at:
             self.evaluated = (at, self._held_out_loss())
             log_evaluation(self, self.evaluated[1])
+        note_later_loss(self)
         return self.evaluated[1]
 
     def evaluate_shuffled(self) -> HeldOutLoss:

@@ -133,6 +133,14 @@ def make_console(rank: int) -> StageConsole:
     return Console() if rank == 0 else NullConsole()
 
 
+def growth_later_line(growth: Mapping[str, Any], steps: int) -> str:
+    """One sentence for a growth of the summary, `steps` optimizer steps after it."""
+    return (
+        f"{steps} steps after the growth {growth['from_layers']} -> {growth['to_layers']}: held-out loss "
+        f"{loss(growth['eval_loss_later'])}"
+    )
+
+
 def growth_line(record: Mapping[str, Any]) -> str:
     """One sentence for a growth record of metrics.jsonl."""
     return (

@@ -77,7 +77,8 @@ def log_evaluation(run: Pretraining, loss: HeldOutLoss) -> None:
 def log_growth(run: Pretraining, growth: GrowthRecord) -> None:
     """Log a growth, and say it."""
     record = event(run, "growth")
-    record |= {name: value for name, value in asdict(growth).items() if name not in record}
+    later = ("eval_loss_later", "observations")
+    record |= {name: value for name, value in asdict(growth).items() if name not in record and name not in later}
     record["seconds_growth"] = growth.seconds
     run.tracker.log(record)
     run.console.line(growth_line(record))

@@ -185,8 +185,12 @@ def _keep(values: Mapping[str, Any], template: Mapping[str, Any]) -> dict[str, A
 def _wandb_row(record: Record) -> dict[str, Any]:
     """`{"kind": "eval", "eval_loss": ...}` becomes `{"eval/loss": ...}`; axes, stage and layers keep their names."""
     kind = record["kind"]
-    names = {key: key if key in SHARED else f"{kind}/{key.removeprefix(f'{kind}_')}" for key in record}
-    return {names[key]: value for key, value in record.items() if key != "kind" and value is not None}
+    row: dict[str, Any] = {}
+    for key, value in record.items():
+        name = key if key in SHARED else f"{kind}/{key.removeprefix(f'{kind}_')}"
+        parts = value.items() if isinstance(value, Mapping) else [(None, value)]
+        row |= {name if part is None else f"{name}/{part}": v for part, v in parts if key != "kind" and v is not None}
+    return row
 
 
 def _start(run_dir: Path, name: str, config: Mapping[str, Any]) -> Any:
@@ -209,7 +213,7 @@ def _start(run_dir: Path, name: str, config: Mapping[str, Any]) -> Any:
     )
     for axis in AXES:
         run.define_metric(axis, hidden=True)
-    for metrics in ("train/*", "eval/*", "growth/*", "stage", "layers"):
+    for metrics in ("train/*", "eval/*", "growth/*", "after_growth/*", "stage", "layers"):
         run.define_metric(metrics, step_metric="step")
     return run
 

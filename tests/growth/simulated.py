@@ -40,6 +40,9 @@ class ThreadRank:
     def total(self, value: int) -> int:
         return sum(self._share(value))
 
+    def add_up(self, values: Tensor) -> Tensor:
+        return sum(self._share(values))
+
 
 def run_threads(world_size: int, case: Callable[[ThreadRank], Any]) -> list[Any]:
     """Call `case` on every simulated rank; the results by rank."""
