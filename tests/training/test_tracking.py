@@ -30,6 +30,7 @@ TRAIN = {
 }
 EVAL = {"kind": "eval", "step": 10, "stage": 0, "layers": 2, "eval_loss": 5.25, "tokens": 2048, "flops": 1e20}
 GROWTH = {"kind": "growth", "step": 10, "stage": 1, "from_layers": 2, "to_layers": 4, "eval_loss_before": None}
+LATER = {"kind": "after_growth", "step": 12, "stage": 1, "layers": 4, "copy_cosine_master": {"2": 0.5, "3": None}}
 KEY = "0123456789" * 4
 
 
@@ -221,7 +222,7 @@ def run_wandb(run_dir: Path, **env: str) -> subprocess.CompletedProcess:
     """The real wandb in a process of its own, with secrets on its command line, in its environment and its config."""
     clean = {name: value for name, value in os.environ.items() if not name.startswith("WANDB_")}
     config = RunConfig().to_dict() | {"api_key": KEY}
-    arguments = [str(run_dir), json.dumps([TRAIN, EVAL, GROWTH]), json.dumps(config), f"--token={KEY}"]
+    arguments = [str(run_dir), json.dumps([TRAIN, EVAL, GROWTH, LATER]), json.dumps(config), f"--token={KEY}"]
     return subprocess.run(
         [sys.executable, "-c", SCRIPT, *arguments],
         env=clean | {"WANDB_API_KEY": KEY} | env,
@@ -268,11 +269,12 @@ def test_offline_wandb_keeps_what_was_logged(offline_run):
     config, rows = logged(run_dir)
     assert config["lr"] == RunConfig().lr
     assert config["model"]["hidden_size"] == RunConfig().model.hidden_size
-    train, evaluation, growth = ({key: row[key] for key in row if not key.startswith("_")} for row in rows)
+    train, evaluation, growth, later = ({key: row[key] for key in row if not key.startswith("_")} for row in rows)
     shared = {"step": 10, "stage": 0, "layers": 2, "tokens": 2048, "flops": 1e20}
     assert train == shared | {"train/loss": 5.5, "seconds": 3.5}
     assert evaluation == shared | {"eval/loss": 5.25}
     assert growth == {"step": 10, "stage": 1, "growth/from_layers": 2, "growth/to_layers": 4}
+    assert later == {"step": 12, "stage": 1, "layers": 4, "after_growth/copy_cosine_master/2": 0.5}
 
 
 def test_wandb_is_quiet_and_keeps_no_secret(offline_run):
@@ -289,7 +291,7 @@ def test_a_resumed_run_keeps_its_id(offline_run):
     run_wandb(run_dir, WANDB_MODE="offline")
     runs = {path.name for path in run_dir.glob("wandb/offline-run-*/*.wandb")}
     assert runs == {f"run-{first}.wandb"}
-    assert len(read_lines(run_dir / "metrics.jsonl")) == 6
+    assert len(read_lines(run_dir / "metrics.jsonl")) == 8
 
 
 def test_disabled_wandb_leaves_no_files(tmp_path):

@@ -1,0 +1,115 @@
+"""The growth report beside DeepSpeed's own gathered weights, moments and gradients, under every ZeRO stage."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from ds_stacking.command_line import parse_run
+from ds_stacking.training.growth_report import is_looked_at
+from tests.corpus import small_options, write_corpus
+from tests.ranks import run_ranks
+
+KINDS = {"master": None, "exp_avg": "exp_avg", "exp_avg_sq": "exp_avg_sq"}
+
+
+def test_when_a_growth_is_looked_at() -> None:
+    assert [steps for steps in range(1, 1200) if is_looked_at(steps)] == [1, 2, 5, 10, 20, 50, 100, 200, 500, 1000]
+
+
+def reference(engine: Any, gradients: dict[str, torch.Tensor]) -> dict[str, Any]:
+    """What an observation must hold after a growth from 1 to 2 blocks, from whole tensors."""
+    from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
+
+    whole: dict[str, dict[str, torch.Tensor]] = {kind: {} for kind in (*KINDS, "gradient")}
+    for name, parameter in engine.module.named_parameters():
+        for kind, key in KINDS.items():
+            if engine.zero_optimization_stage() == 0:
+                found = parameter if key is None else engine.optimizer.state[parameter][key]
+            elif key is None:
+                found = safe_get_full_fp32_param(parameter)
+            else:
+                found = safe_get_full_optimizer_state(parameter, key)
+            if name.startswith("blocks.") and len(getattr(parameter, "ds_shape", parameter.shape)) > 1:
+                whole[kind][name] = found.detach().double().flatten()
+                whole["gradient"][name] = gradients[name].double().flatten()
+    blocks = {
+        kind: [torch.cat([v for n, v in tensors.items() if n.startswith(f"blocks.{i}.")]) for i in range(2)]
+        for kind, tensors in whole.items()
+    }
+    weights, gradient = ([float(block.norm()) for block in blocks[kind]] for kind in ("master", "gradient"))
+    cosines = {
+        f"copy_cosine_{kind}": {"1": float(torch.nn.functional.cosine_similarity(*blocks[kind], dim=0))}
+        for kind in KINDS
+    }
+    return cosines | {
+        "weight_norm": {"0": weights[0], "1": weights[1]},
+        "gradient_norm": {"0": gradient[0], "1": gradient[1]},
+        "weight_norm_jump": {"1": weights[1] / weights[0]},
+        "gradient_norm_jump": {"1": gradient[1] / gradient[0]},
+    }
+
+
+def runs(folder: str) -> list[list[dict]]:
+    """A small run under every ZeRO stage; what its observations should be."""
+    from deepspeed.utils import safe_get_full_grad
+
+    from ds_stacking.training import loop
+    from ds_stacking.training.run import pretrain
+
+    step, look = loop.guarded_step, loop.look
+    gradients: dict[str, torch.Tensor] = {}
+    expected: list[dict] = []
+
+    def recording_step(engine: Any) -> bool:
+        for name, parameter in engine.module.named_parameters():
+            plain = engine.zero_optimization_stage() == 0
+            gradients[name] = parameter.grad.clone() if plain else safe_get_full_grad(parameter)
+        return step(engine)
+
+    def recording_look(run: Any, before: Any, *, taken: bool) -> None:
+        expected.append(reference(run.engine, gradients))
+        look(run, before, taken=taken)
+
+    loop.guarded_step, loop.look = recording_step, recording_look
+    results = []
+    for zero_stage in range(4):
+        expected.clear()
+        config = f"--deepspeed_config=ds_configs/zero{zero_stage}.json"
+        options = ("--stages=1:3,2:12", "--optimizer.clip=0", "--eval_after_growth=7", "--tracking=none", "--lr=0.01")
+        run_dir = Path(folder) / f"run-{zero_stage}"
+        pretrain(parse_run([*small_options(Path(folder)), config, *options, f"--output_dir={run_dir}"]))
+        results.append(list(expected))
+    return results
+
+
+@pytest.mark.distributed
+def test_observations_are_those_of_whole_tensors(tmp_path: Path) -> None:
+    write_corpus(tmp_path / "corpus")
+    for zero_stage, expected in enumerate(run_ranks(2, runs, str(tmp_path))[0]):
+        check_files(tmp_path / f"run-{zero_stage}")
+        (growth,) = json.loads((tmp_path / f"run-{zero_stage}" / "summary.json").read_text())["growths"]
+        found = growth["observations"]
+        assert [observation.pop("steps_since") for observation in found] == [1, 2, 5, 10]
+        for observation, reference in zip(found, expected, strict=True):
+            assert observation.keys() == reference.keys()
+            for field, values in reference.items():
+                assert observation[field] == pytest.approx(values, rel=1e-4), (zero_stage, field)
+        cosines = [observation["copy_cosine_exp_avg"]["1"] for observation in found]
+        assert cosines == sorted(cosines, reverse=True) and cosines[-1] < 0.99  # copies part
+
+
+def check_files(run_dir: Path) -> None:
+    records = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    (growth,) = json.loads((run_dir / "summary.json").read_text())["growths"]
+    later = [line["eval_loss"] for line in records if line["kind"] == "eval" and line["step"] == 3 + 7]
+    assert later == [growth["eval_loss_later"]]
+    logged = [line for line in records if line["kind"] == "after_growth"]
+    assert [{key: line[key] for key in seen} for line, seen in zip(logged, growth["observations"], strict=True)] == (
+        growth["observations"]
+    )
+    assert (run_dir / "report" / "growths.png").stat().st_size > 10_000
