@@ -13,7 +13,7 @@ from ds_stacking.kernels import (
     linear_cross_entropy,
 )
 
-VOCABULARY, WIDTH, HEADS, LAYERS, STEPS = 31, 32, 1, 1, 30
+VOCABULARY, WIDTH, HEADS, LAYERS, STEPS = 31, 32, 2, 2, 30
 LENGTHS = torch.tensor([9, 15])
 STARTS = torch.cat([torch.zeros(1), LENGTHS.cumsum(0)]).int()
 
