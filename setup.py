@@ -26,6 +26,7 @@ setup(
         "datasets>=4.0",
         "safetensors",
         "wandb",
+        "wandb-workspaces",
         "jsonargparse>=4.49",
         "docstring_parser",
         "numpy",

@@ -81,7 +81,7 @@ class Comparison:
     def plan(self) -> list[ArmRun]:
         """The runs, planned once for all that share the directory; a pilot measures what a step costs."""
         same = self.config.to_dict() | {"output_dir": None, "name": None, "tracking": None}
-        same = {"recipe": same, "clock": self.clock, "budgets": sorted(set(self.budgets))}
+        same = {"recipe": same, "clock": self.clock}
         path = self.folder / PLAN
         self.folder.mkdir(parents=True, exist_ok=True)
         with FileLock(self.folder / ".lock"):

@@ -27,6 +27,7 @@ from ds_stacking.models.bert import Bert, has_kernels
 from ds_stacking.models.compiling import compile_parts
 from ds_stacking.reports.curves import draw_curves
 from ds_stacking.reports.growth_figure import draw_growths
+from ds_stacking.reports.run_report import write_report
 from ds_stacking.training.batching import BatchPlan, plan_batch
 from ds_stacking.training.checkpointing import cut_metrics, find_checkpoint, identity, make_writer, restore
 from ds_stacking.training.export import finish_export
@@ -272,6 +273,7 @@ def _finish(run: Pretraining) -> None:
     exported = run.run_dir / "export" / f"stage-{len(run.stages)}-{last.layers}L"
     finish_export(exported, summary=summary, config=run.config.to_dict())
     figures = [draw_curves(run.run_dir), draw_growths(run.run_dir, summary["growths"])]
+    figures.append(write_report(run.run_dir, summary))
     write_json(run.run_dir / SUMMARY, summary)
     run.console.closing(summary)
     run.console.line(f"model   {run.run_dir / 'export' / 'final'}")

@@ -1,0 +1,211 @@
+"""The report of one run as one HTML page: the wandb dashboard without wandb, from metrics.jsonl and summary.json.
+
+It can be written while the run goes on; what has not been measured yet is left out.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from html import escape
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from ds_stacking.reports.curves import CURVES, UNITS, Records, axis_unit, read_metrics
+from ds_stacking.reports.page import cards, charts, heading, legend, page, paragraph, table
+from ds_stacking.reports.svg import Chart, Line, Point, thin_out
+from ds_stacking.reports.table import HEADERS, count, duration, flops, loss, stage_cells
+
+LOSS_COLOURS = {"held-out": 1, "held-out, [MASK] positions only": 2, "training": 0}
+RATES = (
+    ("Tokens per second", "tokens_per_second", (1e6, "million"), (1e3, "thousand"), (1, "")),
+    (
+        "Model FLOP per second",
+        "flops_per_second",
+        (1e15, "PFLOP/s"),
+        (1e12, "TFLOP/s"),
+        (1e9, "GFLOP/s"),
+        (1, "FLOP/s"),
+    ),
+    ("Model FLOPs utilisation", "mfu", (1, "")),
+)
+BLOCKS = (
+    ("Norm of the weights by block", "weight_norm"),
+    ("Norm of the gradient by block", "gradient_norm"),
+    ("Cosine of a copy and its original", "copy_cosine_master"),
+)
+"""Fields of a record `after_growth` that hold a number for each block."""
+
+
+def write_report(run_dir: str | Path, summary: Mapping[str, Any] | None = None) -> Path:
+    """Write `run_dir`/report/report.html. Raises UserError where no run has begun there.
+
+    `summary` is that of the run where it is not yet in its file.
+    """
+    run_dir = Path(run_dir)
+    records = read_metrics(run_dir)
+    if summary is None and (run_dir / "summary.json").exists():
+        summary = json.loads((run_dir / "summary.json").read_text())
+    config = json.loads((run_dir / "config.json").read_text()) if (run_dir / "config.json").exists() else {}
+    path = run_dir / "report" / "report.html"
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(html(records, config, summary or {}))
+    return path
+
+
+def html(records: Records, config: Mapping[str, Any], summary: Mapping[str, Any]) -> str:
+    """The page of a run: figures, losses, speed by stage, growths, blocks."""
+    name = str(config.get("name", "run"))
+    trained = [record for record in records if record["kind"] == "train"]
+    growths = [record for record in records if record["kind"] == "growth"]
+    observed = [record for record in records if record["kind"] == "after_growth"]
+    parts = [
+        f"<h1>{escape(name)}</h1>",
+        paragraph(_state(records, summary), dim=True),
+        cards(_figures(records, summary)),
+    ]
+    parts += [heading("Loss"), legend((colour, label) for label, colour in LOSS_COLOURS.items())]
+    names = {"flops": "FLOPs"}
+    parts += [
+        charts((f"Against {names.get(quantity, quantity)}", _losses(records, growths, quantity)) for quantity in UNITS)
+    ]
+    if summary.get("stages"):
+        headers = (*HEADERS, "tokens/s")
+        rows = zip(stage_cells(summary["stages"]), _speeds(trained, summary["stages"]), strict=True)
+        parts += [heading("Stages"), table(headers, ((*cells, speed) for cells, speed in rows))]
+    if growths:
+        later = {growth["stage"]: growth.get("eval_loss_later") for growth in summary.get("growths", ())}
+        parts += [heading("Growths"), table(GROWTH_HEADERS, (_growth_row(growth, later) for growth in growths))]
+    if observed:
+        parts += [heading("Blocks after a growth"), *_blocks(observed)]
+    parts += [heading("Speed and optimisation"), charts(_rates(trained, growths))]
+    return page(name, parts)
+
+
+GROWTH_HEADERS = (
+    *(
+        "growth",
+        "operator",
+        "optimizer state",
+        "seconds",
+        "loss before",
+        "loss after",
+        "loss later",
+        "tensors verified",
+    ),
+)
+
+
+def _state(records: Records, summary: Mapping[str, Any]) -> str:
+    if summary.get("finished"):
+        ranks, zero = summary["world_size"], summary["zero_stage"]
+        return f"Finished: {summary['steps']:,} steps on {ranks} rank{'s' * (ranks != 1)}, ZeRO stage {zero}."
+    return f"Not finished: step {records[-1]['step']:,}." if records else "Nothing has been logged yet."
+
+
+def _figures(records: Records, summary: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """The cards: closing figures, or where the run stands."""
+    evaluated = [record for record in records if record["kind"] == "eval"]
+    latest = {**(records[-1] if records else {}), **(evaluated[-1] if evaluated else {}), **summary}
+    figures = [
+        (loss(latest.get("eval_loss_masked")), "held-out loss on [MASK] (nats)"),
+        (loss(latest.get("eval_loss_shuffled")), "the same on shuffled blocks"),
+        (loss(latest.get("unigram_entropy")), "unigram entropy"),
+        (count(latest.get("parameters")), "parameters"),
+        (count(latest.get("tokens")), "tokens"),
+        (flops(latest.get("flops")), "model FLOPs"),
+        (duration(latest.get("seconds")), "wall clock"),
+    ]
+    return [figure for figure in figures if figure[0] != "-"]
+
+
+def _losses(records: Records, growths: Records, quantity: str) -> str:
+    lines = []
+    for curve in reversed(CURVES):
+        points = [
+            (record[quantity], record[curve.fields[record["kind"]]])
+            for record in records
+            if record.get(curve.fields.get(record["kind"], "")) is not None
+        ]
+        lines.append(
+            Line(
+                points=thin_out(points),
+                colour=LOSS_COLOURS[curve.label],
+                style="thin" if curve.label == "training" else "",
+                dots=curve.label != "training" and len(points) <= 40,
+                label=curve.label,
+            )
+        )
+    return _chart(lines, growths, quantity, f"loss against {quantity}")
+
+
+def _chart(lines: Sequence[Line], growths: Records, quantity: str, title: str, *, from_zero: bool = False) -> str:
+    """A chart over one of UNITS with every growth marked."""
+    end = max((x for line in lines for x, _ in line.points), default=1.0)
+    scale, unit = axis_unit(quantity, end)
+    marks = [(growth[quantity], f"{growth['from_layers']} → {growth['to_layers']} layers") for growth in growths]
+    return Chart(lines=lines, title=title, x_label=unit, x_scale=scale, marks=marks, from_zero=from_zero).svg()
+
+
+def _rates(trained: Records, growths: Records) -> list[tuple[str, str]]:
+    """Charts against tokens of what a training record holds beside its loss."""
+    figures = []
+    for title, field, *units in RATES:
+        points = _points(trained, field)
+        top = max((y for _, y in points), default=0.0)
+        scale, unit = next(((scale, unit) for scale, unit in units if top >= scale), units[-1])
+        lines = [Line(points=[(x, y / scale) for x, y in points], colour=3, label=title)]
+        name = f"{title} ({unit})" if unit else title
+        figures.append((name, _chart(lines, growths, "tokens", name, from_zero=True)))
+    for title, field, colour in (("Learning rate", "lr", 4), ("Gradient norm before clipping", "grad_norm", 5)):
+        lines = [Line(points=_points(trained, field), colour=colour, label=title)]
+        figures.append((title, _chart(lines, growths, "tokens", title, from_zero=True)))
+    return figures
+
+
+def _points(records: Records, field: str) -> list[Point]:
+    return thin_out([(record["tokens"], record[field]) for record in records if record.get(field) is not None])
+
+
+def _speeds(trained: Records, stages: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Median tokens per second of each stage."""
+    rates = [[r["tokens_per_second"] for r in trained if r["stage"] == stage] for stage in range(len(stages))]
+    return [count(median(rate)) if rate else "-" for rate in rates]
+
+
+def _growth_row(growth: Mapping[str, Any], later: Mapping[int, float | None]) -> tuple[str, ...]:
+    return (
+        f"{growth['from_layers']} → {growth['to_layers']}",
+        str(growth.get("operator", "-")),
+        str(growth.get("optimizer_state", "-")),
+        f"{growth['seconds_growth']:.2f}" if growth.get("seconds_growth") is not None else "-",
+        loss(growth.get("eval_loss_before")),
+        loss(growth.get("eval_loss_after")),
+        loss(later.get(growth["stage"])),
+        str(growth.get("tensors_verified", "-")),
+    )
+
+
+def _blocks(observed: Records) -> list[str]:
+    """For each growth, what its blocks look like at the first and at the last look; copies over time."""
+    parts = []
+    for stage in dict.fromkeys(record["stage"] for record in observed):
+        own = [record for record in observed if record["stage"] == stage]
+        looks = [own[0], own[-1]]
+        figures = []
+        for title, field in BLOCKS:
+            lines = [
+                Line(
+                    points=sorted((float(block), value) for block, value in look.get(field, {}).items()),
+                    colour=colour,
+                    dots=True,
+                    label=f"{look['steps_since']} steps after, block",
+                )
+                for look, colour in zip(looks, (0, 1), strict=True)
+            ]
+            figures.append((title, Chart(lines=lines, title=title, x_label="block", from_zero=True).svg()))
+        names = [f"{look['steps_since']} step{'s' * (look['steps_since'] != 1)} after" for look in looks]
+        parts += [paragraph(f"Stage {stage + 1}, {own[0]['layers']} layers."), legend(zip((0, 1), names, strict=True))]
+        parts.append(charts(figures))
+    return parts
