@@ -15,7 +15,8 @@ from tests.reports.browser import look, needs_browser
 
 SUMMARY: dict[str, Any] = {
     "finished": True, "steps": 40, "world_size": 2, "zero_stage": 3, "eval_loss_masked": 4.321,
-    "parameters": 2_200_000, "tokens": 81920, "flops": 4e9, "seconds": 80.0, "unigram_entropy": 6.138, "eval_loss_shuffled": 6.7,
+    "parameters": 2_200_000, "tokens": 81920, "flops": 4e9, "seconds": 80.0, "unigram_entropy": 6.138,
+    "eval_loss_shuffled": 6.7,
     "stages": [{"layers": 2, "steps": 20}, {"layers": 4, "steps": 20}],
     "growths": [{"stage": 1, "eval_loss_later": 5.005}],
 }  # fmt: skip
