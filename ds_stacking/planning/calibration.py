@@ -22,7 +22,7 @@ class Calibration:
 
     layers: list[int]
     measured: list[float]
-    """Seconds of a step, by stage, evaluations and checkpoints included in their share."""
+    """Seconds of a step, by stage, waiting for data included."""
     predicted: list[float]
     """Seconds of a step as the other stages predict them."""
     rate: float
@@ -43,7 +43,7 @@ def calibrate(run_dir: Path) -> Calibration:
     if len(stages) < 3:
         raise UserError(f"{run_dir} has {len(stages)} stages; three are needed to predict one from the others.")
     flops = np.array([stage["flops"] / stage["steps"] for stage in stages])
-    seconds = np.array([stage.get("training_seconds", stage["seconds"]) / stage["steps"] for stage in stages])
+    seconds = np.array([stage["training_seconds"] / stage["steps"] for stage in stages])
     predicted = []
     for left_out in range(len(stages)):
         rest = np.arange(len(stages)) != left_out

@@ -70,7 +70,7 @@ def activation_bytes(config: ModelConfig, layers: int, *, tokens: int, masked: f
     unfused = 2 if not fused else int(config.norm == "pre")
     masks = unfused * width * bool(config.dropout)
     if config.gradient_checkpointing:
-        blocks = layers * tokens * width * item + tokens * ((every + later) * item + masks)
+        blocks: float = layers * tokens * width * item + tokens * ((every + later) * item + masks)
     else:
         whole = (layers - 1) * tokens * ((every + later) * item + masks)
         last = tokens * (every + width) * item + masked * (later * item + masks)

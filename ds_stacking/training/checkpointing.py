@@ -112,7 +112,7 @@ def restore(run: Pretraining, found: Found) -> bool:
     extra = reader.extra
     run.position = type(run.position)(**extra["position"])
     run.manager.restore(run.spec(run.position.stage), reader.parameters, reader, stage=run.position.stage)
-    run.ledger = Ledger.from_dict(extra["ledger"])
+    run.ledger = Ledger.from_dict(extra["ledger"], peak=run.ledger.peak)
     run.growths = [GrowthRecord(**record) for record in extra["growths"]]
     if extra["evaluated"]:
         step, layers, loss = extra["evaluated"]

@@ -9,6 +9,7 @@ part of the run that produced the model.
 from __future__ import annotations
 
 import dataclasses
+import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -17,6 +18,8 @@ from typing import Any
 
 PHASES = ("training", "data wait", "evaluation", "growth", "checkpoint", "other")
 """Where wall clock goes; "other" is what runs outside every `clock`."""
+STEPS = ("training", "data wait")
+"""Phases of training steps: MFU counts them."""
 PAUSES = ("evaluation", "growth", "checkpoint")
 """Phases in which no training is attempted: throughput leaves them out."""
 COST = ("training", "data wait", "growth")
@@ -35,6 +38,8 @@ class StageTotals:
     """Real tokens (no padding) over all ranks."""
     seconds: float = 0.0
     """Wall clock, all phases together."""
+    training_seconds: float = 0.0
+    """Wall clock of training steps, waiting for data included."""
     flops: float = 0.0
     """Model FLOPs: the arithmetic of the forward and backward pass, recomputation not counted."""
     train_loss_end: float | None = None
@@ -58,6 +63,8 @@ class Ledger:
     """Seconds by phase over the whole run."""
     cpu_phases: dict[str, float] = field(default_factory=lambda: dict.fromkeys(PHASES, 0.0))
     """Processor seconds of this process, all its threads, by phase."""
+    peak: float | None = None
+    """Dense bf16 peak of all GPUs together, FLOP/s; None where it is not known, as on a CPU."""
     now: Callable[[], float] = field(default=time.perf_counter, repr=False)
     """A monotonic clock in seconds."""
     cpu_now: Callable[[], float] = field(default=time.process_time, repr=False)
@@ -124,28 +131,38 @@ class Ledger:
             self._open.pop()
 
     def rates(self) -> dict[str, float]:
-        """Tokens and model FLOPs per second since the last call (or the start), pauses left out."""
+        """Tokens and model FLOPs per second since the last call (or the start), pauses left out; MFU, if known."""
         progress = self._progress()
         tokens, flops, seconds = (new - old for new, old in zip(progress, self._last, strict=True))
         self._last = progress
-        if seconds <= 0:
-            return {"tokens_per_second": 0.0, "flops_per_second": 0.0}
-        return {"tokens_per_second": tokens / seconds, "flops_per_second": flops / seconds}
+        seconds = seconds or math.inf
+        found = {"tokens_per_second": tokens / seconds, "flops_per_second": flops / seconds}
+        return found | ({"mfu": flops / seconds / self.peak} if self.peak else {})
 
     def stage_rows(self) -> list[dict[str, Any]]:
-        """One plain dictionary per stage, as `summary.json` holds them."""
+        """One plain dictionary per stage, as `summary.json` holds them; with its MFU where the peak is known."""
         self._charge()
-        return [dataclasses.asdict(stage) for stage in self.stages]
+        rows = [dataclasses.asdict(stage) for stage in self.stages]
+        if self.peak:
+            for row in rows:
+                row["mfu"] = row["flops"] / (row["training_seconds"] or math.inf) / self.peak
+        return rows
 
     def to_dict(self) -> dict[str, Any]:
         """Everything that a checkpoint must keep, as plain JSON values."""
-        return {"stages": self.stage_rows(), "phases": dict(self.phases), "cpu_phases": dict(self.cpu_phases)}
+        self._charge()
+        stages = [dataclasses.asdict(stage) for stage in self.stages]
+        return {"stages": stages, "phases": dict(self.phases), "cpu_phases": dict(self.cpu_phases)}
 
     @classmethod
-    def from_dict(cls, saved: dict[str, Any], *, now: Callable[[], float] = time.perf_counter) -> Ledger:
+    def from_dict(
+        cls, saved: dict[str, Any], *, peak: float | None = None, now: Callable[[], float] = time.perf_counter
+    ) -> Ledger:
         """The ledger that `to_dict` saved; its clock goes on from now."""
         stages = [StageTotals(**row) for row in saved["stages"]]
-        return cls(stages=stages, phases=dict(saved["phases"]), cpu_phases=dict(saved["cpu_phases"]), now=now)
+        return cls(
+            stages=stages, phases=dict(saved["phases"]), cpu_phases=dict(saved["cpu_phases"]), peak=peak, now=now
+        )
 
     def _charge(self) -> None:
         """Give the time since the last call to the innermost open phase and to the current stage."""
@@ -157,6 +174,7 @@ class Ledger:
         self._cpu_mark = cpu_now
         if self.stages:
             self.stages[-1].seconds += elapsed
+            self.stages[-1].training_seconds += elapsed * (phase in STEPS)
 
     def _progress(self) -> tuple[float, float, float]:
         """Tokens, FLOPs and the seconds in which training was under way."""

@@ -38,7 +38,7 @@ class StageConsole(Protocol):
     def start_stage(self, *, stage: int, stages: int, layers: int, steps: int, done: int = 0) -> None:
         """Begin a stage (0-based) of `steps` optimizer steps, `done` of which an earlier process made."""
 
-    def update(self, done: int, *, loss: float, lr: float, tokens_per_second: float) -> None:
+    def update(self, done: int, *, loss: float, lr: float, tokens_per_second: float, mfu: float | None = None) -> None:
         """Report that `done` steps of the stage are made."""
 
     def closing(self, summary: Mapping[str, Any]) -> None:
@@ -57,7 +57,9 @@ class NullConsole:
 
     def start_stage(self, *, stage: int, stages: int, layers: int, steps: int, done: int = 0) -> None: ...
 
-    def update(self, done: int, *, loss: float, lr: float, tokens_per_second: float) -> None: ...
+    def update(
+        self, done: int, *, loss: float, lr: float, tokens_per_second: float, mfu: float | None = None
+    ) -> None: ...
 
     def closing(self, summary: Mapping[str, Any]) -> None: ...
 
@@ -107,9 +109,10 @@ class Console:
             self._task: TaskID = self._bar.add_task(self._name, total=steps, completed=done, figures="")
             self._bar.start()
 
-    def update(self, done: int, *, loss: float, lr: float, tokens_per_second: float) -> None:
+    def update(self, done: int, *, loss: float, lr: float, tokens_per_second: float, mfu: float | None = None) -> None:
         left = duration((self.now() - self._start) / max(done - self._first, 1) * (self._steps - done))
-        figures = f"loss {loss:.3f}  lr {lr:.2e}  {count(tokens_per_second)} tokens/s  {left} left"
+        share = "" if mfu is None else f"  MFU {mfu:.0%}"
+        figures = f"loss {loss:.3f}  lr {lr:.2e}  {count(tokens_per_second)} tokens/s{share}  {left} left"
         if self._bar is not None:
             self._bar.update(self._task, completed=done, figures=figures)
         elif self.now() >= self._next_line or done == self._steps:

@@ -66,7 +66,13 @@ def log_training(run: Pretraining) -> None:
         record |= {f"compiled_{name}": count for name, count in asdict(compilations()).items()}
     run.ledger.stage.train_loss_end = loss
     run.tracker.log(record)
-    run.console.update(position.stage_step, loss=loss, lr=rate, tokens_per_second=rates["tokens_per_second"])
+    run.console.update(
+        position.stage_step,
+        loss=loss,
+        lr=rate,
+        tokens_per_second=rates["tokens_per_second"],
+        mfu=rates.get("mfu"),
+    )
 
 
 def log_evaluation(run: Pretraining, loss: HeldOutLoss) -> None:

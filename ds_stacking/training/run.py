@@ -13,6 +13,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed as dist
 
 from ds_stacking.checkpoint.select import Found
@@ -25,6 +26,7 @@ from ds_stacking.engine.stage_manager import StageManager
 from ds_stacking.growth.operators import layer_map, parse_operator
 from ds_stacking.models.bert import Bert, has_kernels
 from ds_stacking.models.compiling import compile_parts
+from ds_stacking.planning.parts import part_of
 from ds_stacking.reports.curves import draw_curves
 from ds_stacking.reports.growth_figure import draw_growths
 from ds_stacking.reports.run_report import write_report
@@ -197,7 +199,7 @@ def _build(
         batches=batches,
         held_out=held_out,
         plans=plans,
-        ledger=Ledger(),
+        ledger=Ledger(peak=_peak()),
         console=make_console(rank),
         tracker=make_tracker(run_dir, tracking=config.tracking, name=config.name, config=config.to_dict(), rank=rank),
         run_dir=run_dir,
@@ -205,6 +207,12 @@ def _build(
         writer=make_writer(config, expected),
         stop=StopRequest(run_dir),
     )
+
+
+def _peak() -> float | None:
+    """Dense bf16 peak of all GPUs of the run, if the part is known."""
+    part = part_of(torch.cuda.get_device_name()) if device().type == "cuda" else None
+    return part.bf16 * dist.get_world_size() if part else None
 
 
 def _record(config: RunConfig, data: PreparedData) -> dict[str, Any]:

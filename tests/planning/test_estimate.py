@@ -104,10 +104,10 @@ def test_bad_input_is_refused() -> None:
 
 
 def test_a_run_says_how_well_its_stages_predict_one_another(tmp_path: Path) -> None:
-    stages = [{"layers": n, "steps": 10, "flops": 1e9 * n, "seconds": 10 * (1 + n)} for n in (2, 4, 8)]
+    stages = [{"layers": n, "steps": 10, "flops": 1e9 * n, "training_seconds": 10 * (1 + n)} for n in (2, 4, 8)]
     (tmp_path / "summary.json").write_text(json.dumps({"stages": stages}))
     assert calibrate(tmp_path).errors == pytest.approx([0, 0, 0], abs=1e-9)
-    stages[1]["seconds"] *= 2
+    stages[1]["training_seconds"] *= 2
     (tmp_path / "summary.json").write_text(json.dumps({"stages": stages}))
     found = calibrate(tmp_path)
     assert found.errors[1] == pytest.approx(-0.5)

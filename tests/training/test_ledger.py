@@ -108,3 +108,20 @@ def test_a_ledger_keeps_time_by_itself():
     ledger = Ledger()
     first = ledger.seconds
     assert 0 <= first <= ledger.seconds
+
+
+def test_mfu_is_the_share_of_the_peak_in_training_steps_alone():
+    clock = FakeClock()
+    ledger = Ledger(now=clock, peak=200.0)
+    ledger.start_stage(2)
+    with ledger.clock("training"):
+        clock.time += 4
+        with ledger.clock("data wait"):
+            clock.time += 1
+    ledger.add_step(tokens=80, flops=500.0)
+    with ledger.clock("evaluation"):
+        clock.time += 50
+    assert ledger.rates()["mfu"] == 0.5
+    (row,) = ledger.stage_rows()
+    assert (row["training_seconds"], row["mfu"]) == (5, 0.5)
+    assert "mfu" not in Ledger.from_dict(ledger.to_dict()).stage_rows()[0]
