@@ -1,9 +1,31 @@
-"""One optimizer step that is never taken with gradients that are not finite, whatever DeepSpeed's layout."""
+"""One optimizer step: gradients cross ranks once, and it is never taken with gradients that are not finite."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 from deepspeed.runtime.engine import DeepSpeedEngine
+
+
+def optimizer_step(engine: DeepSpeedEngine, losses: Iterable[torch.Tensor]) -> bool:
+    """Differentiate the losses of a step's micro-batches, as they are made, and take the step; False if it was not.
+
+    ZeRO stages 1 and 2 sum gradients on each rank and reduce them once; by itself stage 2 would after every
+    micro-batch. Stage 3 does, so that no rank holds all gradients.
+    """
+    taken = False
+    if engine.gradient_accumulation_steps() == 1 or engine.zero_optimization_stage() not in (1, 2):
+        for loss in losses:
+            engine.backward(loss, scale_wrt_gas=False)
+            taken = guarded_step(engine)
+        return taken
+    with engine.coalesce_grad_reduction():
+        for loss in losses:
+            engine.backward(loss, scale_wrt_gas=False)
+    for _ in range(engine.gradient_accumulation_steps()):  # all but the last only count
+        taken = guarded_step(engine)
+    return taken
 
 
 def guarded_step(engine: DeepSpeedEngine) -> bool:

@@ -23,7 +23,7 @@ from ds_stacking.data.prepare import PreparedData
 from ds_stacking.engine.consolidate import consolidate
 from ds_stacking.engine.factory import Engine, EngineSpec
 from ds_stacking.engine.stage_manager import GrowthRecord, StageManager
-from ds_stacking.engine.stepping import guarded_step
+from ds_stacking.engine.stepping import optimizer_step
 from ds_stacking.evaluation.masked_lm import HeldOutLoss, held_out_loss
 from ds_stacking.training.batching import BatchPlan
 from ds_stacking.training.checkpointing import save, tell_reports
@@ -180,21 +180,14 @@ class Pretraining:
 
         A step that would do harm is skipped, and its loss does not count.
         """
-        stage, engine = self.position.stage, self.engine
+        stage = self.position.stage
         self.set_learning_rate()
         before = moments_before(self)
         work = torch.tensor([(len(batch.labels), *batch.pairs) for batch in micro_batches]).sum(0).to(self.device)
         dist.all_reduce(work)
         self.work += work
-        masked = work[0]
         step_loss = torch.zeros_like(self.loss_sum)
-        for number, batch in enumerate(micro_batches, 1):
-            loss = self.loss(engine, batch.to(self.device, non_blocking=True), masked)
-            step_loss += loss.detach()
-            # DeepSpeed averages gradients over ranks; the loss is a part of the global mean, so that is undone.
-            weight = self.health.factor(step_loss) if number == len(micro_batches) else 1.0
-            engine.backward(loss * self.world_size * weight, scale_wrt_gas=False)
-            taken = guarded_step(engine)
+        taken = optimizer_step(self.engine, self.losses(micro_batches, work[0], step_loss))
         if taken:
             self.loss_sum += step_loss
             self.steps_in_loss += 1
@@ -206,6 +199,15 @@ class Pretraining:
         self.ledger.add_step(tokens=self.plans[stage].sequences * self.config.corpus.sequence_length)
         if before is not None:
             look(self, before, taken=taken)
+
+    def losses(self, micro_batches: list[Batch], masked: Tensor, step_loss: Tensor) -> Iterator[Tensor]:
+        """What each micro-batch differentiates; its part of the step's loss is added to `step_loss`."""
+        for number, batch in enumerate(micro_batches, 1):
+            loss = self.loss(self.engine, batch.to(self.device, non_blocking=True), masked)
+            step_loss += loss.detach()
+            # DeepSpeed averages gradients over ranks; the loss is a part of the global mean, so that is undone.
+            weight = self.health.factor(step_loss) if number == len(micro_batches) else 1.0
+            yield loss * self.world_size * weight
 
     def loss(self, engine: Engine, batch: Batch, masked: Tensor) -> Tensor:
         """This micro-batch's part of the global batch's mean loss; with next-sentence prediction the sum of both."""

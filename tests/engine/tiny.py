@@ -11,6 +11,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from ds_stacking.config import ModelConfig, OptimizerConfig
+from ds_stacking.engine import stepping
 from ds_stacking.engine.factory import EngineFactory, EngineSpec
 from ds_stacking.engine.stage_manager import StageManager
 from ds_stacking.growth.operators import layer_map, originals
@@ -85,15 +86,19 @@ def train(manager: StageManager, first: int, steps: int) -> list[float]:
         share = SEQUENCES // world_size
         mine = slice(rank * share, (rank + 1) * share)
         micro = engine.train_micro_batch_size_per_gpu()
-        parts = zip(tokens[mine].split(micro), predicted[mine].split(micro), strict=True)
-        for part_tokens, part_predicted in parts:
-            loss = part_loss(engine, part_tokens, part_predicted, total)
-            engine.backward(loss * world_size, scale_wrt_gas=False)
-            engine.step()
-            loss_sum += loss.detach()
+        parts = list(zip(tokens[mine].split(micro), predicted[mine].split(micro), strict=True))
+        stepping.optimizer_step(engine, _parts(engine, parts, total, loss_sum))
         dist.all_reduce(loss_sum)
         losses.append(float(loss_sum))
     return losses
+
+
+def _parts(engine: Any, parts: list, total: int, loss_sum: Tensor) -> Iterator[Tensor]:
+    """What each micro-batch differentiates; the losses are added to `loss_sum`."""
+    for tokens, predicted in parts:
+        loss = part_loss(engine, tokens, predicted, total)
+        loss_sum += loss.detach()
+        yield loss * dist.get_world_size()
 
 
 class PlainTorch:
