@@ -26,9 +26,9 @@ from transformers import BertForMaskedLM
 
 from ds_stacking.config import ModelConfig, OptimizerConfig
 from ds_stacking.engine.factory import EngineFactory, EngineSpec, device, init_distributed
+from ds_stacking.engine.host import keep_freed_memory
 from ds_stacking.models.bert import Bert
 from ds_stacking.models.convert import to_huggingface
-from ds_stacking.training.run import keep_freed_memory
 
 MASKING_RATE = 0.15
 

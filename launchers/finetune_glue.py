@@ -1,6 +1,6 @@
 """Fine-tune a Hugging Face encoder on GLUE and put its scores beside the published ones.
 
-deepspeed launchers/finetune_glue.py --model runs/quickstart/export/final --tasks all
+deepspeed launchers/finetune_glue.py --model runs/quickstart --tasks all
 deepspeed launchers/finetune_glue.py --model DIR --tasks SST-2,RTE --data GLUE --seeds 5 --beside untrained
 python launchers/finetune_glue.py --help
 """

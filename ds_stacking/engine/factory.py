@@ -136,13 +136,6 @@ def init_distributed(*, alone: bool = False) -> None:
     deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)
 
 
-def limit_threads() -> None:
-    """Share the cores between the ranks of a node, unless the user said how many threads each gets."""
-    if "OMP_NUM_THREADS" not in os.environ:
-        local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or "1")
-        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_ranks))
-
-
 def load_cpu_adam() -> None:
     """Compile DeepSpeedCPUAdam, or load what was compiled before, one process of this user at a time.
 

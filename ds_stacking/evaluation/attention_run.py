@@ -98,6 +98,11 @@ def resolve(config: AttentionConfig) -> Subject:
             length=config.sequence_length or LENGTH,
             output_dir=Path(config.output_dir or "runs/attention"),
         )
+    for name in ("config.json", "metrics.jsonl"):
+        if not (root / name).is_file():
+            raise UserError(
+                f"{root} has exported stages but no {name}; give a whole run directory, or one of its stages."
+            )
     run = json.loads((root / "config.json").read_text())
     return Subject(
         models={path.name: path for path in exports},

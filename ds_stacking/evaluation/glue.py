@@ -21,7 +21,8 @@ from filelock import FileLock, Timeout
 
 from ds_stacking.config import UserError
 from ds_stacking.engine.ds_config import load_ds_config
-from ds_stacking.engine.factory import init_distributed, limit_threads, native_bf16
+from ds_stacking.engine.factory import init_distributed, native_bf16
+from ds_stacking.engine.host import keep_freed_memory, limit_threads
 from ds_stacking.evaluation.glue_baseline import bag_of_words
 from ds_stacking.evaluation.glue_config import GlueConfig, Job
 from ds_stacking.evaluation.glue_data import TaskData, load_task
@@ -150,6 +151,7 @@ class GlueRun:
 def run_glue(config: GlueConfig) -> bool:
     """Run all jobs of `config`; every rank calls it. True on rank 0, when all jobs are settled."""
     limit_threads()
+    keep_freed_memory()
     run = GlueRun(config)
     run.check_data()
     run.claim()

@@ -45,7 +45,7 @@ class GlueConfig:
     """Fine-tuning on GLUE. The defaults are the hyper-parameters of Gong et al. 2019, task by task."""
 
     model: str
-    """A folder or hub name with a Hugging Face encoder, such as runs/quickstart/export/final."""
+    """A run directory, whose last stage is taken, or a folder or hub name with a Hugging Face encoder."""
     tokenizer: str | None = None
     """A folder or hub name with its tokenizer; default: that of the model."""
     tasks: str = "all"

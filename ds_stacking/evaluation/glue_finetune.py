@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -62,9 +63,14 @@ class Outcome:
 
 
 def load_encoder(source: str, tokenizer: str | None, max_length: int) -> Encoder:
-    """Check model and tokenizer before anything is trained. Raises UserError where one is missing or they disagree."""
+    """Check model and tokenizer before anything is trained; of a run directory, its last stage.
+
+    Raises UserError where one of them is missing or they disagree.
+    """
     transformers.logging.set_verbosity_error()  # else a report of the missing head for every job
     transformers.logging.disable_progress_bar()
+    final = Path(source) / "export" / "final"
+    source = str(final) if final.is_dir() else source
     try:
         config = AutoConfig.from_pretrained(source, trust_remote_code=False)
     except (OSError, ValueError) as error:
@@ -140,13 +146,14 @@ def learning_rate(step: int, steps: int, peak: float) -> float:
 
 def _train(engine: Engine, job: Job, task: Task, train: Examples, encoder: Encoder) -> float:
     steps = job.epochs * math.ceil(len(train) / job.batch_size)
+    lengths = _lengths(train)
     losses = torch.zeros((), device=device())
     step = seen = 0
     engine.train()
     for epoch in range(job.epochs):
         losses.zero_()
         seen = 0
-        for rows, swapped in _epoch(job, task, len(train), epoch):
+        for rows, swapped in _epoch(job, task, lengths, epoch):
             inputs, labels = _collate(train, rows, encoder, swapped)
             for group in engine.optimizer.param_groups:
                 group["lr"] = learning_rate(step, steps, job.lr)
@@ -161,13 +168,23 @@ def _train(engine: Engine, job: Job, task: Task, train: Examples, encoder: Encod
     return float(losses) / seen
 
 
-def _epoch(job: Job, task: Task, examples: int, epoch: int) -> Iterator[tuple[np.ndarray, np.ndarray | None]]:
-    """The rows of each batch and, for a symmetric task, which of them change their sentences' places."""
+def _epoch(job: Job, task: Task, lengths: np.ndarray, epoch: int) -> Iterator[tuple[np.ndarray, np.ndarray | None]]:
+    """The rows of each batch and, for a symmetric task, which of them change their sentences' places.
+
+    As in the published code, a batch holds examples alike in length, and batches come in random order.
+    """
     generator = np.random.default_rng((job.seed, epoch))
-    order = generator.permutation(examples)
-    for start in range(0, examples, job.batch_size):
+    order = generator.permutation(len(lengths))
+    order = order[np.argsort(lengths[order], kind="stable")]
+    starts = generator.permutation(range(0, len(order), job.batch_size))
+    for start in starts:
         rows = order[start : start + job.batch_size]
         yield rows, generator.random(len(rows)) < 0.5 if task.symmetric else None
+
+
+def _lengths(split: Examples) -> np.ndarray:
+    """Characters of each example [N]."""
+    return np.array([sum(map(len, row)) for row in zip(*split.texts, strict=True)])
 
 
 def _collate(
@@ -197,8 +214,7 @@ def _loss(logits: Tensor, labels: Tensor | None, task: Task) -> Tensor:  # [B, C
 def predict(engine: Engine, task: Task, split: Examples, encoder: Encoder) -> np.ndarray:
     """Number of the class, or the score, of every example [N]; dropout is off."""
     engine.eval()
-    # alike in length, so that little is padding
-    order = np.argsort([sum(map(len, row)) for row in zip(*split.texts, strict=True)], kind="stable")
+    order = np.argsort(_lengths(split), kind="stable")  # so that little is padding
     predictions = np.zeros(len(split))
     for start in range(0, len(order), EVAL_BATCH):
         rows = order[start : start + EVAL_BATCH]

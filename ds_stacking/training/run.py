@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import ctypes
 import os
 import platform
 from collections.abc import Mapping
@@ -21,7 +19,8 @@ from ds_stacking.config import ModelConfig, RunConfig, StageConfig, UserError
 from ds_stacking.data.batches import EvalBatches, MaskedBatches
 from ds_stacking.data.prepare import PreparedData, prepare
 from ds_stacking.engine.ds_config import load_ds_config, resolve_ds_config
-from ds_stacking.engine.factory import EngineFactory, device, init_distributed, limit_threads, native_bf16
+from ds_stacking.engine.factory import EngineFactory, device, init_distributed, native_bf16
+from ds_stacking.engine.host import keep_freed_memory, limit_threads
 from ds_stacking.engine.stage_manager import StageManager
 from ds_stacking.growth.operators import layer_map, parse_operator
 from ds_stacking.models.bert import Bert, has_kernels
@@ -91,19 +90,6 @@ def _resume(run: Pretraining, found: Found | None) -> bool:
     stage_finished = restore(run, found)
     run.console.line(f"resumed at step {found.step}, from {found.path}")
     return stage_finished
-
-
-def keep_freed_memory() -> None:
-    """Let glibc keep what a step frees for the next step, which takes the same sizes again.
-
-    By default large buffers go back to the kernel, which clears every page anew; on a CPU that costs a step a tenth
-    and more of its time. Elsewhere than on glibc there is no mallopt, and nothing happens.
-    """
-    mmap_threshold, trim_threshold = -3, -1  # M_MMAP_THRESHOLD, M_TRIM_THRESHOLD of malloc.h
-    with contextlib.suppress(OSError, AttributeError):
-        libc = ctypes.CDLL("libc.so.6")
-        libc.mallopt(mmap_threshold, 32 << 20)  # the largest that it takes
-        libc.mallopt(trim_threshold, 1 << 30)
 
 
 def _precision(config: RunConfig) -> tuple[bool, str]:

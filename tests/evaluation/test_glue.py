@@ -7,6 +7,7 @@ import math
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -69,9 +70,11 @@ def test_inputs_are_padded_cut_and_swapped(tmp_path: Path) -> None:
     assert swapped["input_ids"][0].tolist() == by_hand["input_ids"]
     assert torch.equal(swapped["input_ids"][1], inputs["input_ids"][1])
     (job,) = GlueConfig(model="m", tasks="MRPC", seeds=1).jobs()
-    epochs = [list(_epoch(job, TASKS["MRPC"], 100, epoch)) for epoch in (0, 0, 1)]
+    lengths = np.arange(100) // 10
+    epochs = [list(_epoch(job, TASKS["MRPC"], lengths, epoch)) for epoch in (0, 0, 1)]
     for batches in epochs:
         assert sorted(int(row) for rows, _ in batches for row in rows) == list(range(100))
+        assert all(np.ptp(lengths[rows]) <= 2 for rows, _ in batches), "alike in length"
         assert 20 < sum(int(flags.sum()) for _, flags in batches if flags is not None) < 80
     orders = [[int(row) for rows, _ in batches for row in rows] for batches in epochs]
     assert orders[0] == orders[1] != orders[2]
