@@ -40,6 +40,7 @@ setup(
         "huggingface_hub",
         "psutil",
         "pyarrow",
+        "datasketch",
         "pydantic>=2",
     ],
     extras_require={"dev": ["pytest", "hypothesis", "ruff", "mypy"]},

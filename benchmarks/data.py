@@ -21,7 +21,7 @@ import torch
 from transformers import BertTokenizer, DataCollatorForLanguageModeling
 
 from ds_stacking.data.batches import MaskedBatches
-from ds_stacking.data.token_file import TokenFile
+from ds_stacking.data.token_file import Split, TokenFile
 from ds_stacking.data.tokenizer import SPECIAL_TOKENS, special_ids
 
 VOCAB_SIZE = 30_522
@@ -43,7 +43,7 @@ def main() -> None:
         np.random.default_rng(0).integers(5, VOCAB_SIZE, STREAM_TOKENS).astype(np.uint16).tofile(path)
         tokens = np.memmap(path, np.uint16, "r")
         ours = MaskedBatches(
-            TokenFile(tokens=tokens, offsets=np.array([0, len(tokens)])),
+            Split(files=[TokenFile(tokens=tokens, offsets=np.array([0, len(tokens)]))]),
             sequence_length=options.sequence_length,
             masking_rate=0.15,
             special=special_ids(tokenizer),

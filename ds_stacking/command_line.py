@@ -75,7 +75,7 @@ def parse_run(arguments: Sequence[str]) -> RunConfig:
 
 
 def parse_options(config: type[Options], arguments: Sequence[str], description: str) -> Options:
-    """An instance of a flat configuration class, whose fields are the options. Raises UserError."""
+    """An instance of a configuration class, whose fields are the options. Raises UserError."""
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
     parser = ArgumentParser(description=description, exit_on_error=False, allow_abbrev=False, parser_mode="json")
     parser.add_class_arguments(config, nested_key=None)
@@ -83,12 +83,14 @@ def parse_options(config: type[Options], arguments: Sequence[str], description: 
     options = _complete_switches(_own(arguments), known)
     try:
         parsed = parser.parse_args(options)
+        _refuse_nulls(known, parsed)
+        return config(**vars(parser.instantiate(parsed)))
+    except UserError:
+        raise
     except (ArgumentError, ValueError, TypeError) as error:
         if missing := re.search(r"arguments are required: (\w+)", str(error)):
             raise UserError(f"--{missing[1]} is missing; give it.") from None
         raise UserError(_explain(str(error), known)) from None
-    _refuse_nulls(known, parsed)
-    return config(**{name: parsed[name] for name in known})
 
 
 def field_types(config: type, prefix: str = "") -> dict[str, Any]:

@@ -77,8 +77,8 @@ class ModelConfig:
 
 
 @dataclass(kw_only=True)
-class CorpusConfig:
-    """Where text comes from and how it becomes blocks of tokens. The source itself is `--data`."""
+class SourceConfig:
+    """How text is read and tokenised. The source itself is `--data`."""
 
     subset: str | None = None
     """Configuration name of a hub dataset, such as 20231101.en."""
@@ -98,6 +98,19 @@ class CorpusConfig:
     """Lower-case text in a tokenizer that is trained here."""
     eval_percent: float = 5.0
     """Share of documents, in percent, held out for evaluation; chosen by a hash of the document."""
+
+    def __post_init__(self) -> None:
+        _require(
+            0 < self.eval_percent < 100, f"corpus.eval_percent is {self.eval_percent}; it must lie between 0 and 100."
+        )
+        _require(self.vocab_size >= 100, f"corpus.vocab_size is {self.vocab_size}; it must be 100 or more.")
+        _require(self.max_documents >= 0, f"corpus.max_documents is {self.max_documents}; it must not be negative.")
+
+
+@dataclass(kw_only=True)
+class CorpusConfig(SourceConfig):
+    """Where text comes from and how it becomes blocks of tokens. The source itself is `--data`."""
+
     sequence_length: int = 64
     """Tokens per block, special tokens included."""
     separate_documents: bool = False
@@ -108,15 +121,44 @@ class CorpusConfig:
     """Where prepared data are kept; default $DS_STACKING_CACHE, else ~/.cache/ds_stacking."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         _require(self.sequence_length >= 8, f"corpus.sequence_length is {self.sequence_length}; it must be 8 or more.")
         _require(
             0 < self.masking_rate < 1, f"corpus.masking_rate is {self.masking_rate}; it must lie between 0 and 1."
         )
+
+
+@dataclass(kw_only=True)
+class PreparationConfig:
+    """One corpus prepared for any number of runs."""
+
+    data: str
+    """Text: `docs` (documentation of the installed Python packages), a folder, file or glob, or a hub dataset."""
+    output_dir: str
+    """Folder of the prepared data."""
+    tokenizer: str = "train"
+    """`train` (WordPiece on the corpus), a folder with a tokenizer, or a hub name."""
+    sentences: bool = False
+    """Store where sentences begin, for sentence pairs that meet at a sentence's end (model.next_sentence)."""
+    near_duplicates: float = 0.0
+    """Jaccard similarity of word 5-grams from which a document is dropped as a near duplicate; 0: equal ones only."""
+    max_leak: float = 1.0
+    """Largest share, in percent, of held-out 13-grams that may stand in the training split too."""
+    shard_tokens: int = 2**27
+    """Tokens of a shard."""
+    workers: int = 0
+    """Processes that clean and tokenise; 0 means one per core."""
+    corpus: SourceConfig = field(default_factory=SourceConfig)
+    """How the source is read."""
+
+    def __post_init__(self) -> None:
+        for name in ("near_duplicates", "max_leak", "workers"):
+            _require(getattr(self, name) >= 0, f"{name} is {getattr(self, name)}; it must not be negative.")
+        _require(self.near_duplicates <= 1, f"near_duplicates is {self.near_duplicates}; it must be 1 or less.")
+        _require(self.max_leak <= 100, f"max_leak is {self.max_leak}; it is in percent, 100 or less.")
         _require(
-            0 < self.eval_percent < 100, f"corpus.eval_percent is {self.eval_percent}; it must lie between 0 and 100."
+            0 < self.shard_tokens < 2**31, f"shard_tokens is {self.shard_tokens}; it must lie between 1 and 2**31 - 1."
         )
-        _require(self.vocab_size >= 100, f"corpus.vocab_size is {self.vocab_size}; it must be 100 or more.")
-        _require(self.max_documents >= 0, f"corpus.max_documents is {self.max_documents}; it must not be negative.")
 
 
 @dataclass(kw_only=True)

@@ -17,6 +17,7 @@ from ds_stacking.config import (
     CorpusConfig,
     ModelConfig,
     OptimizerConfig,
+    PreparationConfig,
     RunConfig,
     StageConfig,
     UserError,
@@ -40,6 +41,9 @@ REFUSED: list[tuple[type, dict[str, Any], str]] = [
     (CorpusConfig, {"eval_percent": 0.0}, "corpus.eval_percent is 0.0"),
     (CorpusConfig, {"vocab_size": 10}, "corpus.vocab_size is 10"),
     (CorpusConfig, {"max_documents": -1}, "corpus.max_documents is -1"),
+    (PreparationConfig, {"near_duplicates": 1.5}, "near_duplicates is 1.5"),
+    (PreparationConfig, {"max_leak": -1.0}, "max_leak is -1.0"),
+    (PreparationConfig, {"shard_tokens": 2**31}, "shard_tokens is 2147483648"),
     (OptimizerConfig, {"betas": (0.9, 1.0)}, "optimizer.betas holds 1.0"),
     (OptimizerConfig, {"weight_decay": -0.1}, "optimizer.weight_decay is -0.1"),
     (OptimizerConfig, {"clip": -1.0}, "optimizer.clip is -1.0"),
@@ -79,7 +83,7 @@ REFUSED: list[tuple[type, dict[str, Any], str]] = [
 @pytest.mark.parametrize(("config", "fields", "part"), REFUSED, ids=[part for _, _, part in REFUSED])
 def test_bad_values_are_refused_in_one_sentence(config: type, fields: dict[str, Any], part: str) -> None:
     with pytest.raises(UserError) as error:
-        config(**fields)
+        config(**({"data": "a", "output_dir": "b"} if config is PreparationConfig else {}), **fields)
     message = str(error.value)
     assert part in message
     assert message.endswith(".") and "\n" not in message
@@ -127,11 +131,12 @@ def test_to_dict_is_json_and_holds_every_field() -> None:
 
 def documented_fields(config: type) -> dict[str, str]:
     """The docstring under each field of a configuration class, on one line."""
-    (body,) = (node.body for node in ast.parse(inspect.getsource(config)).body if isinstance(node, ast.ClassDef))
     texts = {}
-    for node, after in pairwise(body):
-        if isinstance(node, ast.AnnAssign) and isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant):
-            texts[ast.unparse(node.target)] = " ".join(str(after.value.value).split())
+    for part in filter(dataclasses.is_dataclass, config.__mro__):
+        (body,) = (node.body for node in ast.parse(inspect.getsource(part)).body if isinstance(node, ast.ClassDef))
+        for node, after in pairwise(body):
+            if isinstance(node, ast.AnnAssign) and isinstance(after, ast.Expr):
+                texts[ast.unparse(node.target)] = " ".join(str(ast.literal_eval(after.value)).split())
     return texts
 
 
@@ -155,6 +160,7 @@ def table(config: type, prefix: str = "") -> str:
         (ModelConfig, "model."),
         (CorpusConfig, "corpus."),
         (OptimizerConfig, "optimizer."),
+        (PreparationConfig, ""),
     ],
 )
 def test_the_documentation_lists_every_option(config: type, prefix: str) -> None:

@@ -19,7 +19,7 @@ from ds_stacking.config import UserError
 from ds_stacking.data.blocks import BlockReader, Blocks
 from ds_stacking.data.masking import Masker
 from ds_stacking.data.random_numbers import derive_keys, permute
-from ds_stacking.data.token_file import TokenFile
+from ds_stacking.data.token_file import Split
 from ds_stacking.data.tokenizer import SpecialIds
 
 _ORDER, _PAIRS, _MASKING = range(3)
@@ -74,7 +74,7 @@ class MaskedBatches:
 
     def __init__(
         self,
-        token_file: TokenFile,
+        split: Split,
         *,
         sequence_length: int,
         masking_rate: float,
@@ -84,10 +84,10 @@ class MaskedBatches:
         next_sentence: bool = False,
         separate_documents: bool = False,
     ) -> None:
-        """Raise UserError if the file is shorter than one block or no token of a block would be masked."""
+        """Raise UserError if the split is shorter than one block or no token of a block would be masked."""
         require_masked_tokens(sequence_length, masking_rate)
         self._reader = BlockReader(
-            token_file,
+            split,
             sequence_length=sequence_length,
             special=special,
             next_sentence=next_sentence,
@@ -120,7 +120,7 @@ class EvalBatches:
 
     def __init__(
         self,
-        token_file: TokenFile,
+        split: Split,
         *,
         blocks: int,
         sequence_length: int,
@@ -133,7 +133,7 @@ class EvalBatches:
         """Use `blocks` blocks, or all where there are fewer. Raise UserError as MaskedBatches does."""
         require_masked_tokens(sequence_length, masking_rate)
         self._reader = BlockReader(
-            token_file,
+            split,
             sequence_length=sequence_length,
             special=special,
             next_sentence=next_sentence,

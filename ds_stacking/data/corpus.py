@@ -5,43 +5,81 @@ from __future__ import annotations
 import glob
 import re
 from collections.abc import Iterator
-from itertools import chain, islice
+from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from ds_stacking.config import CorpusConfig, UserError
+from ds_stacking.config import SourceConfig, UserError
 from ds_stacking.data.documentation import documentation, installed_versions
-from ds_stacking.data.text_files import SUFFIXES, as_text, first_line, is_supported, read_file, require_column
+from ds_stacking.data.documents import cut
+from ds_stacking.data.mediawiki import clean_wikitext
+from ds_stacking.data.text_files import (
+    SUFFIXES,
+    Count,
+    as_text,
+    first_line,
+    is_dump,
+    is_supported,
+    read_file,
+    require_column,
+)
 
 _HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
 
-def iterate_documents(source: str, config: CorpusConfig, skipped: dict[str, str] | None = None) -> Iterator[str]:
-    """Yield the non-empty documents of a corpus, always in the same order.
+class RawDocument(NamedTuple):
+    """A document as its source has it."""
+
+    text: str
+    """Never empty."""
+    is_wikitext: bool = False
+    """Whether the text is MediaWiki's markup."""
+
+    def plain(self) -> str:
+        """The text without markup."""
+        return clean_wikitext(self.text) if self.is_wikitext else self.text
+
+
+def raw_documents(
+    source: str, config: SourceConfig, skipped: dict[str, str] | None = None, count: Count = lambda _: None
+) -> Iterator[RawDocument]:
+    """Yield the non-empty documents of a corpus as they are, always in the same order.
 
     `source` is one of
 
     - `docs`: docstrings of the installed Python packages (a folder of that name is `./docs`);
-    - a folder (searched with its subfolders), file or glob (`**` crosses folders) of .txt, .jsonl or .parquet files,
-      the first two also as .gz or .zst; files are read in the order of their paths. In .txt files blank lines
-      separate documents. For one split of a folder of parquet files give a glob, such as `folder/train-*.parquet`;
+    - a folder (searched with its subfolders), file or glob (`**` crosses folders) of .txt, .jsonl, .parquet files or
+      MediaWiki dumps (.xml), all but parquet also as .gz, .bz2 or .zst; files are read in the order of their paths. In
+      .txt files blank lines separate documents. For one split of a folder of parquet files give a glob, such as
+      `folder/train-*.parquet`;
     - the name of a dataset on the Hugging Face hub; code that comes with a dataset is never run.
 
-    Files that are not readable text are left out and noted in `skipped` (file name -> what is wrong). Raises
-    UserError, at once for a source that does not exist, at the end for one without any text.
+    Longer documents than LONGEST_DOCUMENT come in pieces. Files that are not readable text are left out and noted in
+    `skipped` (file name -> what is wrong); `count` is told the bytes read of local files. Raises UserError, at once
+    for a source that does not exist, at the end for one without any text.
     """
     skipped = {} if skipped is None else skipped
+    documents: Iterator[RawDocument]
     if source == "docs":
-        documents = documentation()
+        documents = map(RawDocument, documentation())
     elif files := local_files(source):
-        documents = chain.from_iterable(read_file(path, config.column, skipped) for path in files)
+        documents = (
+            RawDocument(text, is_dump(path))
+            for path in files
+            for text in read_file(path, config.column, skipped, count)
+        )
     else:
-        documents = _hub_documents(source, config)
-    texts = (text for text in documents if text.strip())
-    return _require_text(islice(texts, config.max_documents or None), source, skipped)
+        documents = map(RawDocument, _hub_documents(source, config))
+    pieces = (RawDocument(text, whole.is_wikitext) for whole in documents for text in cut(whole.text) if text.strip())
+    return _require_text(islice(pieces, config.max_documents or None), source, skipped)
 
 
-def identify_source(source: str, config: CorpusConfig) -> dict[str, Any]:
+def iterate_documents(source: str, config: SourceConfig, skipped: dict[str, str] | None = None) -> Iterator[str]:
+    """Yield the documents of `raw_documents` without markup."""
+    return filter(None, (document.plain() for document in raw_documents(source, config, skipped)))
+
+
+def identify_source(source: str, config: SourceConfig) -> dict[str, Any]:
     """Return what determines the documents, as JSON values: two equal answers mean the same documents.
 
     Files are known by path, size and time of change, the documentation by the installed versions, a hub dataset by
@@ -83,11 +121,11 @@ def _is_hidden(path: Path) -> bool:
     return any(part.startswith(".") for part in path.parts)
 
 
-def _require_text(documents: Iterator[str], source: str, skipped: dict[str, str]) -> Iterator[str]:
+def _require_text(documents: Iterator[RawDocument], source: str, skipped: dict[str, str]) -> Iterator[RawDocument]:
     empty = True
-    for text in documents:
+    for document in documents:
         empty = False
-        yield text
+        yield document
     if empty and skipped:
         name, fault = next(iter(skipped.items()))
         raise UserError(f"The data source {source!r} holds no readable text: {len(skipped)} files, {name} {fault}.")
@@ -95,7 +133,7 @@ def _require_text(documents: Iterator[str], source: str, skipped: dict[str, str]
         raise UserError(f"The data source {source!r} holds no text; give one that does.")
 
 
-def _hub_documents(source: str, config: CorpusConfig) -> Iterator[str]:
+def _hub_documents(source: str, config: SourceConfig) -> Iterator[str]:
     import datasets  # takes a second; only hub corpora need it
 
     try:

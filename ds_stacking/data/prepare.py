@@ -26,7 +26,8 @@ from transformers import PreTrainedTokenizerBase
 
 from ds_stacking.config import CorpusConfig, UserError
 from ds_stacking.data.corpus import identify_source, iterate_documents
-from ds_stacking.data.token_file import MANIFEST, SPLITS, TokenFile, write_json, write_token_files
+from ds_stacking.data.prepared_folder import TOKENIZER, is_prepared, open_folder
+from ds_stacking.data.token_file import MANIFEST, SPLITS, Split, TokenFile, write_json, write_token_files
 from ds_stacking.data.tokenizer import (
     TRAINING_CHARACTERS,
     SpecialIds,
@@ -54,9 +55,9 @@ class PreparedData:
     """Rows that the embedding needs."""
     special: SpecialIds
     """Special token ids."""
-    train: TokenFile
+    train: Split
     """Training split."""
-    eval: TokenFile
+    eval: Split
     """Held-out split."""
     unigram_entropy: float
     """Entropy in nats of the ordinary train tokens: the loss of guessing by frequency alone."""
@@ -67,11 +68,13 @@ class PreparedData:
 
 
 def prepare(source: str, tokenizer: str, config: CorpusConfig, *, log: Callable[[str], None]) -> PreparedData:
-    """Return the prepared data of a source, from the cache if they are there.
+    """Return the prepared data of a source: those of a folder of prepare_data.py, else the cache's, made if need be.
 
     `tokenizer` is `train`, a folder or a hub name. The cache is `config.cache_dir`, else $DS_STACKING_CACHE, else
     ~/.cache/ds_stacking. Raises UserError for bad input and where a split is shorter than one block.
     """
+    if is_prepared(source):
+        return _open_prepared(Path(source).expanduser(), tokenizer, config, log)
     loaded = None if tokenizer == "train" else load_tokenizer(tokenizer)
     identity = _identity(source, loaded, config)
     root = _cache_root(config)
@@ -160,7 +163,7 @@ def _fill(
     special, vocab_size = special_ids(tokenizer), count_vocabulary(tokenizer)
     log(f"Tokenising {source}.")
     arrays = write_token_files(folder, documents, text_encoder(tokenizer), special, vocab_size, config.eval_percent)
-    tokenizer.save_pretrained(str(folder / "tokenizer"))
+    tokenizer.save_pretrained(str(folder / TOKENIZER))
     digest = tokenizer_hash(tokenizer)
     write_json(folder / MANIFEST, {**arrays, "tokenizer_sha256": digest, "skipped": skipped, "identity": identity})
     tokens = sum(arrays[split]["tokens"] for split in SPLITS)
@@ -181,17 +184,40 @@ def _take(documents: Iterator[str], characters: int) -> list[str]:
 
 def _open(folder: Path, config: CorpusConfig) -> PreparedData:
     manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+    splits = {split: Split(files=[TokenFile.open(folder, split, manifest)]) for split in SPLITS}
+    return _prepared(folder, manifest, splits, config)
+
+
+def _open_prepared(folder: Path, tokenizer: str, config: CorpusConfig, log: Callable[[str], None]) -> PreparedData:
+    """Open a folder of prepare_data.py, which has decided the tokenizer and the split; say where it was otherwise."""
+    manifest, splits = open_folder(folder)
+    if tokenizer != "train" and tokenizer_hash(load_tokenizer(tokenizer)) != manifest["tokenizer_sha256"]:
+        raise UserError(
+            f"{folder} was tokenised with {manifest['tokenizer']!r}, not with {tokenizer!r}; "
+            f"give --tokenizer train to take the folder's, or prepare the data anew."
+        )
+    identity = manifest["identity"]
+    decided = {"eval_percent": identity["eval_percent"]}
+    if isinstance(identity["tokenizer"], dict):
+        decided |= {name: identity["tokenizer"][name] for name in ("vocab_size", "lowercase")}
+    for name, value in decided.items():
+        if getattr(config, name) != value:
+            log(f"corpus.{name} is {value} in {folder}; the configuration's {getattr(config, name)} has no effect.")
+    return _prepared(folder, manifest, splits, config)
+
+
+def _prepared(folder: Path, manifest: dict[str, Any], splits: dict[str, Split], config: CorpusConfig) -> PreparedData:
     for split in SPLITS:
         _require_one_block(split, manifest[split]["tokens"], config)
     digests = [manifest["tokenizer_sha256"], *(manifest[split]["sha256"] for split in SPLITS)]
-    tokenizer_dir = folder / "tokenizer"
+    tokenizer_dir = folder / TOKENIZER
     return PreparedData(
         folder=folder,
         tokenizer_dir=tokenizer_dir,
         vocab_size=manifest["vocab_size"],
         special=special_ids(load_tokenizer(str(tokenizer_dir))),
-        train=TokenFile.open(folder, "train", manifest),
-        eval=TokenFile.open(folder, "eval", manifest),
+        train=splits["train"],
+        eval=splits["eval"],
         unigram_entropy=manifest["unigram_entropy"],
         fingerprint=sha256("".join(digests).encode()).hexdigest()[:16],
         manifest=manifest,

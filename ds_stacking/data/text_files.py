@@ -1,29 +1,38 @@
-"""Read documents from local text files: .txt, .jsonl (both also .gz and .zst) and .parquet.
+"""Read documents from local files: .txt, .jsonl and MediaWiki's .xml (all also .gz, .bz2 and .zst) and .parquet.
 
-A file that cannot be read to its end as UTF-8 text is left out whole and its name and fault are noted in `skipped`.
+A file that cannot be read to its end as UTF-8 text is left out whole and its name and fault are noted in `skipped`;
+a dump, too large to be read twice, is refused at the place that is broken.
 """
 
 from __future__ import annotations
 
+import bz2
 import codecs
 import gzip
 import io
 import json
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO, cast
+from xml.etree import ElementTree
 
 import pyarrow
 import pyarrow.parquet
 import zstandard
 
 from ds_stacking.config import UserError
+from ds_stacking.data.documents import LONGEST_DOCUMENT
+from ds_stacking.data.mediawiki import read_pages
 
-SUFFIXES = (".txt", ".txt.gz", ".txt.zst", ".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet")
-LONGEST_DOCUMENT = 2**22
-"""Characters after which a text without blank lines is cut at the next line end, to bound the memory it needs."""
+COMPRESSED = (".gz", ".bz2", ".zst")
+"""Compressions that are read."""
+SUFFIXES = (*(kind + end for kind in (".txt", ".jsonl", ".xml") for end in ("", *COMPRESSED)), ".parquet")
+"""Names end like this."""
+
+Count = Callable[[int], object]
+"""Is told how many more bytes of the files have been read."""
 
 _CHUNK = 2**20
 _FAULTS = (OSError, EOFError, UnicodeDecodeError, zlib.error, zstandard.ZstdError)
@@ -34,27 +43,51 @@ def is_supported(path: Path) -> bool:
     return path.name.lower().endswith(SUFFIXES)
 
 
-def read_file(path: Path, column: str, skipped: dict[str, str]) -> Iterator[str]:
+def is_dump(path: Path) -> bool:
+    """Whether the file is a MediaWiki dump, whose documents are wikitext."""
+    return _kind(path) == ".xml"
+
+
+def read_file(path: Path, column: str, skipped: dict[str, str], count: Count = lambda _: None) -> Iterator[str]:
     """Yield the documents of one file; `column` names the column or key that holds the text.
 
-    Faults are noted in `skipped` (file name -> what is wrong). Raises UserError if the column is missing.
+    Faults are noted in `skipped` (file name -> what is wrong); `count` is told the bytes read. Raises UserError if the
+    column is missing or a dump is broken.
     """
-    name = path.name.lower()
-    if name.endswith(".parquet"):
-        yield from _read_parquet(path, column, skipped)
+    kind = _kind(path)
+    if kind == ".parquet":
+        yield from _read_parquet(path, column, skipped, count)
+    elif kind == ".xml":
+        yield from _read_dump(path, count)
     elif (fault := _find_fault(path)) is not None:
         skipped[str(path)] = fault
-    elif ".jsonl" in name:
-        yield from _read_jsonl(path, column, skipped)
+    elif kind == ".jsonl":
+        yield from _read_jsonl(path, column, skipped, count)
     else:
-        yield from _read_text(path)
+        yield from _read_text(path, count)
 
 
-def _read_text(path: Path) -> Iterator[str]:
+def _kind(path: Path) -> str:
+    """The suffix that tells the format, that of a compression left away."""
+    *_, last_but_one, last = ["", "", *path.suffixes]
+    return (last_but_one if last.lower() in COMPRESSED else last).lower()
+
+
+def _read_dump(path: Path, count: Count) -> Iterator[str]:
+    with _open(path, count) as file:
+        try:
+            yield from read_pages(file)
+        except (ElementTree.ParseError, *_FAULTS) as error:
+            raise UserError(
+                f"{path} is a broken MediaWiki dump ({first_line(error)}); download it again, or repair it there."
+            ) from error
+
+
+def _read_text(path: Path, count: Count) -> Iterator[str]:
     """Yield documents separated by blank lines, the input format of the original BERT."""
     lines: list[str] = []
     size = 0
-    with io.TextIOWrapper(_open(path), encoding="utf-8-sig") as file:
+    with io.TextIOWrapper(_open(path, count), encoding="utf-8-sig") as file:
         for line in iter(partial(file.readline, LONGEST_DOCUMENT), ""):
             if line.strip():
                 lines.append(line)
@@ -66,9 +99,9 @@ def _read_text(path: Path) -> Iterator[str]:
         yield "".join(lines)
 
 
-def _read_jsonl(path: Path, column: str, skipped: dict[str, str]) -> Iterator[str]:
+def _read_jsonl(path: Path, column: str, skipped: dict[str, str], count: Count) -> Iterator[str]:
     bad_lines = 0
-    with io.TextIOWrapper(_open(path), encoding="utf-8-sig") as file:
+    with io.TextIOWrapper(_open(path, count), encoding="utf-8-sig") as file:
         for line in file:
             if not line.strip():
                 continue
@@ -87,11 +120,13 @@ def _read_jsonl(path: Path, column: str, skipped: dict[str, str]) -> Iterator[st
         skipped[str(path)] = f"{bad_lines} of its lines are not JSON objects"
 
 
-def _read_parquet(path: Path, column: str, skipped: dict[str, str]) -> Iterator[str]:
+def _read_parquet(path: Path, column: str, skipped: dict[str, str], count: Count) -> Iterator[str]:
     try:
         with pyarrow.parquet.ParquetFile(path) as file:
             require_column(str(path), column, file.schema_arrow.names)
+            bytes_per_row = path.stat().st_size / max(1, file.metadata.num_rows)
             for batch in file.iter_batches(batch_size=256, columns=[column]):
+                count(round(bytes_per_row * len(batch)))
                 for value in batch.column(0).to_pylist():
                     if text := as_text(value, str(path), column):
                         yield text
@@ -136,13 +171,29 @@ def _find_fault(path: Path) -> str | None:
     return None
 
 
-def _open(path: Path) -> BinaryIO:
-    name = path.name.lower()
-    if name.endswith(".gz"):
-        return cast(BinaryIO, gzip.open(path, "rb"))
-    if name.endswith(".zst"):
-        return io.BufferedReader(_ZstdStream(path), _CHUNK)
-    return path.open("rb")
+def _open(path: Path, count: Count = lambda _: None) -> BinaryIO:
+    raw = io.BufferedReader(_CountedFile(path, count), _CHUNK)
+    end = path.suffix.lower()
+    if end == ".gz":
+        return cast(BinaryIO, gzip.GzipFile(fileobj=raw))
+    if end == ".bz2":
+        return cast(BinaryIO, bz2.BZ2File(raw))
+    if end == ".zst":
+        return io.BufferedReader(_ZstdStream(raw), _CHUNK)
+    return raw
+
+
+class _CountedFile(io.FileIO):
+    """A file that tells how much of it has been read."""
+
+    def __init__(self, path: Path, count: Count) -> None:
+        super().__init__(path)
+        self._count = count
+
+    def readinto(self, buffer: Any) -> int | None:
+        size = super().readinto(buffer)
+        self._count(size or 0)
+        return size
 
 
 class _ZstdStream(io.RawIOBase):
@@ -151,8 +202,8 @@ class _ZstdStream(io.RawIOBase):
     `zstandard`'s own stream reader takes the end of the file for the end of the text.
     """
 
-    def __init__(self, path: Path) -> None:
-        self._file = path.open("rb")
+    def __init__(self, file: BinaryIO) -> None:
+        self._file = file
         self._decompressor = zstandard.ZstdDecompressor(max_window_size=2**31)
         self._frame = self._decompressor.decompressobj()
         self._frame_begun = False

@@ -1,8 +1,9 @@
-"""Token files: a corpus tokenised once into one flat memory-mapped array per split.
+"""Token files: a corpus tokenised once into flat memory-mapped arrays.
 
 A folder holds, for the splits `train` and `eval`, `<split>.bin` (the token ids of all documents, each followed by
-[SEP], as uint16, or uint32 for vocabularies above 65,536) and `<split>_offsets.npy` (int64, where each document
-begins, and the length), and `manifest.json`, which is written last.
+[SEP], as uint16, or uint32 for vocabularies above 65,536), `<split>_offsets.npy` (int64, where each document begins,
+and the length) and, if asked for, `<split>_sentences.npy` (uint32, where each sentence begins), and `manifest.json`,
+which is written last.
 """
 
 from __future__ import annotations
@@ -10,9 +11,9 @@ from __future__ import annotations
 import json
 import os
 from array import array
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from hashlib import blake2b, sha256
+from hashlib import sha256
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from ds_stacking.config import UserError
+from ds_stacking.data.documents import is_held_out
 from ds_stacking.data.tokenizer import SpecialIds
 
 SPLITS = ("train", "eval")
@@ -30,24 +32,44 @@ _BATCH_CHARACTERS = 2_000_000
 
 @dataclass(frozen=True, kw_only=True)
 class TokenFile:
-    """One split of a tokenised corpus."""
+    """One split of one folder."""
 
     tokens: np.ndarray
     """Token ids of all documents, [N] uint16 or uint32, memory-mapped."""
     offsets: np.ndarray
     """Where each document begins in `tokens`, then N: [documents + 1] int64, memory-mapped."""
+    sentences: np.ndarray | None = None
+    """Where each sentence begins in `tokens`, ascending, [S] uint32, memory-mapped; None where nobody asked."""
 
     def __len__(self) -> int:
         return len(self.tokens)
 
     @classmethod
     def open(cls, folder: Path, split: str, manifest: dict[str, Any]) -> TokenFile:
-        """Map one split of a folder; UserError if its file has not the size that the manifest states."""
+        """Map one split of a folder; UserError if its files have not the sizes that the manifest states."""
         path, dtype, count = folder / f"{split}.bin", np.dtype(manifest["dtype"]), manifest[split]["tokens"]
-        if not path.is_file() or path.stat().st_size != count * dtype.itemsize:
+        try:
+            offsets = np.load(folder / f"{split}_offsets.npy", mmap_mode="r")
+            has_sentences = "sentences_sha256" in manifest[split]
+            sentences = np.load(folder / f"{split}_sentences.npy", mmap_mode="r") if has_sentences else None
+            complete = path.stat().st_size == count * dtype.itemsize and offsets[-1] == count
+        except (OSError, ValueError):  # gone, or cut short
+            complete = False
+        if not complete:
             raise UserError(f"The prepared data in {folder} are damaged; delete that folder and start again.")
         tokens = np.memmap(path, dtype, "r", shape=(count,)) if count else np.zeros(0, dtype)
-        return cls(tokens=tokens, offsets=np.load(folder / f"{split}_offsets.npy", mmap_mode="r"))
+        return cls(tokens=tokens, offsets=offsets, sentences=sentences)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Split:
+    """One split of a corpus: the token files of its shards, read one behind another."""
+
+    files: Sequence[TokenFile]
+    """The shards."""
+
+    def __len__(self) -> int:
+        return sum(map(len, self.files))
 
 
 def write_token_files(
@@ -59,24 +81,27 @@ def write_token_files(
     eval_percent: float,
 ) -> dict[str, Any]:
     """Tokenise documents into `folder`, batches in parallel on all cores; return the manifest's part on the arrays."""
-    dtype = np.dtype(np.uint16 if vocab_size <= 2**16 else np.uint32)
-    writers = {split: _SplitWriter(folder, split, dtype, vocab_size, special.sep) for split in SPLITS}
+    dtype = token_type(vocab_size)
+    writers = {split: SplitWriter(folder, split, dtype, vocab_size) for split in SPLITS}
     for texts in _in_batches(documents):
         encodings = encoder.encode_batch_fast(texts, add_special_tokens=False)
         held_out = [is_held_out(text, eval_percent) for text in texts]
         for split, writer in writers.items():
-            writer.add(
-                [encoding.ids for encoding, out in zip(encodings, held_out, strict=True) if out == (split == "eval")]
-            )
+            ids = [
+                [*encoding.ids, special.sep]
+                for encoding, out in zip(encodings, held_out, strict=True)
+                if out == (split == "eval") and encoding.ids
+            ]
+            tokens = np.fromiter(chain.from_iterable(ids), dtype)
+            writer.add(tokens, np.fromiter(map(len, ids), np.int64, len(ids)))
     splits = {split: writer.close() for split, writer in writers.items()}
     entropy = unigram_entropy(writers["train"].counts, special.every)
     return {"dtype": dtype.name, "vocab_size": vocab_size, **splits, "unigram_entropy": entropy}
 
 
-def is_held_out(text: str, eval_percent: float) -> bool:
-    """Whether a document is for evaluation: decided by its text alone, so a growing corpus never moves one."""
-    digest = blake2b(text.encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "big") < eval_percent / 100 * 2**64
+def token_type(vocab_size: int) -> np.dtype:
+    """The smallest type that holds every id of a vocabulary."""
+    return np.dtype(np.uint16 if vocab_size <= 2**16 else np.uint32)
 
 
 def unigram_entropy(counts: np.ndarray, special: tuple[int, ...]) -> float:
@@ -94,8 +119,24 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
     """Write a JSON file through to the disk."""
     with path.open("w", encoding="utf-8") as file:
         file.write(json.dumps(content, indent=2) + "\n")
-        file.flush()
-        os.fsync(file.fileno())
+        flush(file)
+
+
+def write_array(path: Path, values: np.ndarray) -> str:
+    """Write an array as NumPy's .npy through to the disk; return the sha256 of the file."""
+    with path.open("wb") as file:
+        np.save(file, values)
+        flush(file)
+    return file_sha256(path)
+
+
+def file_sha256(path: Path) -> str:
+    """Return the sha256 of a file."""
+    hashed = sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(2**20):
+            hashed.update(chunk)
+    return hashed.hexdigest()
 
 
 def _in_batches(documents: Iterable[str]) -> Iterator[list[str]]:
@@ -111,43 +152,50 @@ def _in_batches(documents: Iterable[str]) -> Iterator[list[str]]:
         yield batch
 
 
-class _SplitWriter:
-    """Appends documents to one split and counts what it wrote."""
+class SplitWriter:
+    """Appends documents to one split of a folder and counts what it wrote."""
 
-    def __init__(self, folder: Path, split: str, dtype: np.dtype, vocab_size: int, sep: int) -> None:
-        self._path = folder / f"{split}.bin"
-        self._offsets_path = folder / f"{split}_offsets.npy"
-        self._file = self._path.open("wb")
+    def __init__(self, folder: Path, split: str, dtype: np.dtype, vocab_size: int, sentences: bool = False) -> None:
+        self._folder, self._split = folder, split
+        self._file = (folder / f"{split}.bin").open("wb")
         self._hash = sha256()
-        self._dtype, self._sep = dtype, sep
         self._lengths = array("q")
+        self._sentences = array("I") if sentences else None
+        self._dtype = dtype
+        self.size = 0
         self.counts = np.zeros(vocab_size, np.int64)
 
-    def add(self, documents: list[list[int]]) -> None:
-        for ids in filter(None, documents):
-            self._lengths.append(len(ids) + 1)
-            ids.append(self._sep)
-        tokens = np.fromiter(chain.from_iterable(documents), self._dtype)
+    def add(self, tokens: np.ndarray, lengths: np.ndarray, sentences: np.ndarray | None = None) -> None:
+        """Append documents of `lengths` [D] tokens, [SEP] included, and where in `tokens` [N] sentences begin."""
+        self._lengths.frombytes(lengths.astype(np.int64).tobytes())
+        if self._sentences is not None:
+            assert sentences is not None, "a split with sentences gets them for every document"
+            self._sentences.frombytes((sentences + self.size).astype(np.uint32).tobytes())
+        self.size += len(tokens)
         self.counts += np.bincount(tokens, minlength=len(self.counts))
+        tokens = np.ascontiguousarray(tokens, self._dtype)
         self._hash.update(tokens.data)
         self._file.write(tokens.data)
 
     def close(self) -> dict[str, Any]:
+        """Write the rest; return the split's part of the manifest."""
         offsets = np.zeros(len(self._lengths) + 1, np.int64)
         np.cumsum(np.frombuffer(self._lengths, np.int64), out=offsets[1:])
-        with self._offsets_path.open("wb") as file:
-            np.save(file, offsets)
-            _flush(file)
-        _flush(self._file)
+        flush(self._file)
         self._file.close()
-        return {
+        facts = {
             "documents": len(self._lengths),
-            "tokens": int(offsets[-1]),
+            "tokens": self.size,
             "sha256": self._hash.hexdigest(),
-            "offsets_sha256": sha256(offsets.data).hexdigest(),
+            "offsets_sha256": write_array(self._folder / f"{self._split}_offsets.npy", offsets),
         }
+        if self._sentences is not None:
+            starts = np.frombuffer(self._sentences, np.uint32)
+            facts["sentences_sha256"] = write_array(self._folder / f"{self._split}_sentences.npy", starts)
+        return facts
 
 
-def _flush(file: Any) -> None:
+def flush(file: Any) -> None:
+    """Write a file through to the disk."""
     file.flush()
     os.fsync(file.fileno())

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from ds_stacking.data.documentation import _docstrings
-from ds_stacking.data.token_file import TokenFile
+from ds_stacking.data.token_file import Split, TokenFile
 from ds_stacking.data.tokenizer import SpecialIds
 
 
@@ -26,12 +26,12 @@ def special() -> SpecialIds:
 
 
 @pytest.fixture(scope="session")
-def make_token_file(special: SpecialIds) -> Callable[..., TokenFile]:
-    """Return a maker of token files of random ordinary tokens with a [SEP] every so many tokens."""
+def make_split(special: SpecialIds) -> Callable[..., Split]:
+    """Return a maker of splits of random ordinary tokens with a [SEP] every so many tokens."""
 
-    def make(length: int, vocab_size: int = 1000, document_length: int = 50) -> TokenFile:
+    def make(length: int, vocab_size: int = 1000, document_length: int = 50) -> Split:
         tokens = np.random.default_rng(0).integers(5, vocab_size, length).astype(np.uint16)
         tokens[document_length - 1 :: document_length] = special.sep
-        return TokenFile(tokens=tokens, offsets=np.array([0, length]))
+        return Split(files=[TokenFile(tokens=tokens, offsets=np.array([0, length]))])
 
     return make

@@ -14,7 +14,7 @@ from ds_stacking.config import UserError
 from ds_stacking.data import batches as module
 from ds_stacking.data.batches import Batch, EvalBatches, MaskedBatches
 from ds_stacking.data.masking import Masker
-from ds_stacking.data.token_file import TokenFile
+from ds_stacking.data.token_file import Split, TokenFile
 from ds_stacking.data.tokenizer import SpecialIds
 
 SPECIAL = SpecialIds(pad=0, cls=2, sep=3, mask=4, every=(0, 1, 2, 3, 4))
@@ -26,7 +26,7 @@ def make(
     """Batches of a stream in which every token tells its own place: 5, 6, 7, ..."""
     tokens = TokenFile(tokens=np.arange(5, length + 5, dtype=np.uint32), offsets=np.array([0, length]))
     return MaskedBatches(
-        tokens,
+        Split(files=[tokens]),
         sequence_length=sequence_length,
         masking_rate=masking_rate,
         special=SPECIAL,
@@ -124,9 +124,9 @@ def test_order_and_masks_change_with_epoch_and_seed():
     assert len(set(map(tuple, masks))) > 10
 
 
-def test_shapes_and_types(make_token_file: Callable[..., TokenFile]):
+def test_shapes_and_types(make_split: Callable[..., Split]):
     batches = MaskedBatches(
-        make_token_file(5000),
+        make_split(5000),
         sequence_length=32,
         masking_rate=0.2,
         special=SPECIAL,
@@ -145,10 +145,10 @@ def test_shapes_and_types(make_token_file: Callable[..., TokenFile]):
 
 
 @pytest.mark.parametrize("next_sentence", [False, True])
-def test_evaluation_is_fixed_and_its_control_shuffled(make_token_file: Callable[..., TokenFile], next_sentence: bool):
+def test_evaluation_is_fixed_and_its_control_shuffled(make_split: Callable[..., Split], next_sentence: bool):
     def build(blocks: int) -> EvalBatches:
         return EvalBatches(
-            make_token_file(3000),
+            make_split(3000),
             blocks=blocks,
             sequence_length=32,
             masking_rate=0.15,

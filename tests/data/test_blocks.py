@@ -8,15 +8,16 @@ from hypothesis import strategies as st
 from ds_stacking.config import UserError
 from ds_stacking.data.blocks import BlockReader
 from ds_stacking.data.random_numbers import derive_keys
-from ds_stacking.data.token_file import TokenFile
+from ds_stacking.data.token_file import Split, TokenFile
 from ds_stacking.data.tokenizer import SpecialIds
 
 SPECIAL = SpecialIds(pad=0, cls=2, sep=3, mask=4, every=(0, 1, 2, 3, 4))
 
 
-def numbered(length: int) -> TokenFile:
+def numbered(length: int) -> Split:
     """A stream in which every token tells its own place: 5, 6, 7, ..."""
-    return TokenFile(tokens=np.arange(5, length + 5, dtype=np.uint32), offsets=np.array([0, length]))
+    tokens = np.arange(5, length + 5, dtype=np.uint32)
+    return Split(files=[TokenFile(tokens=tokens, offsets=np.array([0, length]))])
 
 
 def read(length: int, sequence_length: int, next_sentence: bool = False, seed: int = 0):
@@ -83,7 +84,8 @@ def test_document_bounds_are_those_of_the_stream(lengths: list[int], sequence_le
     places = sequence_length - 2
     if offsets[-1] < places:
         return
-    stream = TokenFile(tokens=np.arange(5, offsets[-1] + 5, dtype=np.uint32), offsets=offsets)
+    tokens = np.arange(5, offsets[-1] + 5, dtype=np.uint32)
+    stream = Split(files=[TokenFile(tokens=tokens, offsets=offsets)])
     reader = BlockReader(stream, sequence_length=sequence_length, special=SPECIAL, separate_documents=True)
     indices = np.array(data.draw(st.lists(st.integers(0, len(reader) - 1), min_size=1, max_size=5)))
     blocks = reader.read(indices, derive_keys(0, 0, indices))

@@ -49,9 +49,9 @@ def killed(log=lambda message: None):
 
 for begin in ("Reading", "Tokenising", "Prepared"):
     killed(lambda message: message.startswith(begin) and die())
-add, token_file._SplitWriter.add = token_file._SplitWriter.add, die
+add, token_file.SplitWriter.add = token_file.SplitWriter.add, die
 killed()
-token_file._SplitWriter.add = add
+token_file.SplitWriter.add = add
 assert [name for name in os.listdir(cache) if name.startswith(".")]
 assert os.waitpid(child(), 0)[1] == 0
 """
@@ -100,7 +100,7 @@ def test_what_is_prepared(prepared: PreparedData, folder: Path, documents: list[
     assert manifest["train"]["documents"] + manifest["eval"]["documents"] == len(documents)
     assert manifest["skipped"] == {str(folder / "broken.txt"): "not UTF-8 text"}
     assert any("broken.txt" in message for message in messages)
-    assert prepared.train.tokens.dtype == np.uint16 and not prepared.train.tokens.flags.writeable
+    assert (tokens := prepared.train.files[0].tokens).dtype == np.uint16 and not tokens.flags.writeable
     assert 3 < prepared.unigram_entropy < np.log(300)
 
 

@@ -9,7 +9,8 @@ from scipy.stats import entropy
 
 from ds_stacking.config import UserError
 from ds_stacking.data import token_file
-from ds_stacking.data.token_file import TokenFile, is_held_out, unigram_entropy, write_token_files
+from ds_stacking.data.documents import is_held_out
+from ds_stacking.data.token_file import TokenFile, unigram_entropy, write_token_files
 from ds_stacking.data.tokenizer import special_ids, text_encoder, train_tokenizer
 
 

@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 from ds_stacking.config import ModelConfig
 from ds_stacking.data.batches import EvalBatches
-from ds_stacking.data.token_file import TokenFile
+from ds_stacking.data.token_file import Split, TokenFile
 from ds_stacking.data.tokenizer import SpecialIds
 from ds_stacking.evaluation.masked_lm import held_out_loss
 from ds_stacking.models.bert import Bert
@@ -21,9 +21,9 @@ BLOCKS, LENGTH, VOCABULARY = 21, 16, 60
 
 def batches() -> EvalBatches:
     tokens = np.random.default_rng(0).integers(5, VOCABULARY, 2000).astype(np.uint16)
-    file = TokenFile(tokens=tokens, offsets=np.array([0, len(tokens)]))
+    split = Split(files=[TokenFile(tokens=tokens, offsets=np.array([0, len(tokens)]))])
     return EvalBatches(
-        file, blocks=BLOCKS, sequence_length=LENGTH, masking_rate=0.3, special=SPECIAL, vocab_size=VOCABULARY
+        split, blocks=BLOCKS, sequence_length=LENGTH, masking_rate=0.3, special=SPECIAL, vocab_size=VOCABULARY
     )
 
 

@@ -1,0 +1,163 @@
+"""Make the shards of a prepared folder: one process reads and writes, workers clean and tokenise in between.
+
+Results are taken in the order of the source, so the shards are the same for any number of workers. A build that was
+killed goes on behind its last finished shard: the source is read again up to there, but nothing else is done again.
+"""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
+from dataclasses import dataclass, field
+from itertools import islice
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+from transformers import PreTrainedTokenizerBase
+
+from ds_stacking.config import PreparationConfig
+from ds_stacking.data import worker
+from ds_stacking.data.corpus import RawDocument, local_files, raw_documents
+from ds_stacking.data.duplicates import DigestSet, NearDuplicates
+from ds_stacking.data.shards import ShardWriter, find_fault, read_manifest
+from ds_stacking.data.token_file import MANIFEST, SPLITS, token_type
+from ds_stacking.data.tokenizer import count_vocabulary
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+_BATCH_CHARACTERS = 1_000_000
+_SECONDS_BETWEEN_LINES = 10.0
+
+
+@dataclass(kw_only=True)
+class Build:
+    """A build under way."""
+
+    config: PreparationConfig
+    folder: Path
+    log: Callable[[str], None]
+    tokenizer: PreTrainedTokenizerBase
+    shards: list[dict[str, Any]] = field(default_factory=list)
+    """Manifests of the finished shards."""
+    read: int = 0
+    """Documents of the source that the finished shards came from."""
+    skipped: dict[str, str] = field(default_factory=dict)
+    """Files that were left out, and why."""
+    bytes_read: int = 0
+    """Of local files."""
+
+    def __post_init__(self) -> None:
+        self.begin = time.monotonic()
+        self.next_line = self.begin + _SECONDS_BETWEEN_LINES
+        files = [] if self.config.data == "docs" else local_files(self.config.data)
+        self.total_bytes = sum(path.stat().st_size for path in files)
+        self.seen = DigestSet()
+        threshold = self.config.near_duplicates
+        self.near = NearDuplicates(threshold) if threshold else None
+        self.tokens_before = 0
+
+    def adopt_finished_shards(self) -> None:
+        """Take over what an earlier run finished, every byte compared with its hash."""
+        for number in range(10**5):
+            shard = self.folder / f"shard-{number:05d}"
+            if not shard.exists():
+                break
+            if (fault := find_fault(shard)) is not None:
+                self.log(f"{shard.name}/{fault} is damaged; the shards from there on are made again.")
+                for damaged in self.folder.glob("shard-*"):
+                    if damaged.name >= shard.name:
+                        shutil.rmtree(damaged)
+                (self.folder / MANIFEST).unlink(missing_ok=True)
+                break
+            manifest = read_manifest(shard)
+            self.shards.append(manifest)
+            self.read = manifest["read"]
+            self.seen.add(np.load(shard / "digests.npy"))
+            if self.near is not None:
+                rows = np.load(shard / "signatures.npy")
+                self.near.add(rows, np.ones(len(rows), bool))
+        self.tokens_before = sum(shard[split]["tokens"] for shard in self.shards for split in SPLITS)
+
+    def run(self, pool: ProcessPoolExecutor, window: int) -> None:
+        """Make the shards that are missing, with `window` batches of documents under way."""
+        writer, read = self._next_shard(), self.read
+        for count, result in self._results(pool, window):
+            read += count
+            is_new = self.seen.add(result.digests)
+            keep = is_new if self.near is None else self.near.add(result.signatures, is_new)  # type: ignore[arg-type]
+            writer.totals.update(
+                equal=int(np.sum(~is_new)), near=int(np.sum(is_new & ~keep)), empty=count - len(is_new)
+            )
+            writer.add(result, keep)
+            self._show(writer)
+            if writer.tokens >= self.config.shard_tokens:
+                self._finish_shard(writer, read)
+                writer = self._next_shard()
+        if writer.tokens or not self.shards:
+            self._finish_shard(writer, read)
+        else:
+            writer.discard()
+
+    def _next_shard(self) -> ShardWriter:
+        vocab_size = count_vocabulary(self.tokenizer)
+        return ShardWriter(
+            self.folder, len(self.shards), token_type(vocab_size), vocab_size, sentences=self.config.sentences
+        )
+
+    def _finish_shard(self, writer: ShardWriter, read: int) -> None:
+        self.shards.append(writer.close(read))
+
+    def _results(self, pool: ProcessPoolExecutor, window: int) -> Iterator[tuple[int, worker.Tokenised]]:
+        """Batches in the order of the source, each with the number of its raw documents."""
+        source = raw_documents(self.config.data, self.config.corpus, self.skipped, self._count)
+        for batch, result in ahead(pool, worker.tokenise, in_batches(islice(source, self.read, None)), window):
+            yield len(batch), result
+
+    def _count(self, size: int) -> None:
+        self.bytes_read += size
+
+    def _show(self, writer: ShardWriter) -> None:
+        """A line now and then: how far, how fast, how long still."""
+        now = time.monotonic()
+        if now < self.next_line:
+            return
+        self.next_line = now + _SECONDS_BETWEEN_LINES
+        done = sum(shard[split]["tokens"] for shard in self.shards for split in SPLITS) + writer.tokens
+        seconds = now - self.begin
+        line = f"{done:,} tokens, {(done - self.tokens_before) / seconds:,.0f} tokens/s, shard {len(self.shards)}"
+        if self.total_bytes and self.bytes_read:
+            share = min(1.0, self.bytes_read / self.total_bytes)
+            line += f", {share:.0%} of the source read, about {seconds * (1 - share) / share / 60:.0f} min left"
+        self.log(line)
+
+
+def ahead(
+    pool: ProcessPoolExecutor, function: Callable[[Item], Result], items: Iterable[Item], window: int
+) -> Iterator[tuple[Item, Result]]:
+    """Yield every item with `function(item)`, in order, while up to `window` further ones are computed by the pool."""
+    waiting: deque[tuple[Item, Future[Result]]] = deque()
+    for item in items:
+        waiting.append((item, pool.submit(function, item)))
+        if len(waiting) > window:
+            first, future = waiting.popleft()
+            yield first, future.result()
+    for item, future in waiting:
+        yield item, future.result()
+
+
+def in_batches(documents: Iterable[RawDocument]) -> Iterator[list[RawDocument]]:
+    """Group documents to about a million characters, a fraction of a second's work."""
+    batch: list[RawDocument] = []
+    characters = 0
+    for document in documents:
+        batch.append(document)
+        characters += len(document.text)
+        if characters >= _BATCH_CHARACTERS:
+            yield batch
+            batch, characters = [], 0
+    if batch:
+        yield batch
