@@ -21,6 +21,7 @@ import torch
 from transformers import BertTokenizer, DataCollatorForLanguageModeling
 
 from ds_stacking.data.batches import MaskedBatches
+from ds_stacking.data.masking import Masker
 from ds_stacking.data.token_file import Split, TokenFile
 from ds_stacking.data.tokenizer import SPECIAL_TOKENS, special_ids
 
@@ -46,8 +47,8 @@ def main() -> None:
             Split(files=[TokenFile(tokens=tokens, offsets=np.array([0, len(tokens)]))]),
             sequence_length=options.sequence_length,
             masking_rate=0.15,
+            masker=Masker(special=special_ids(tokenizer), vocab_size=VOCAB_SIZE),
             special=special_ids(tokenizer),
-            vocab_size=VOCAB_SIZE,
             seed=1,
         )
         print(json.dumps(compare(ours, tokenizer, options)))

@@ -117,15 +117,19 @@ class CorpusConfig(SourceConfig):
     """Tokens attend to their own document only, and its positions begin at 0; else a block is one sequence."""
     masking_rate: float = 0.15
     """Share of a block's ordinary tokens that are predicted (BERT: 15 %, of which 80/10/10 masked/random/kept)."""
+    masking_rate_end: float | None = None
+    """Rate that masking_rate changes to, linearly over the run; default: masking_rate. Evaluation uses this one."""
+    masking: Literal["token", "word", "span"] = "token"
+    """What is masked together: single tokens, whole words, or spans of words (SpanBERT)."""
     cache_dir: str | None = None
     """Where prepared data are kept; default $DS_STACKING_CACHE, else ~/.cache/ds_stacking."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         _require(self.sequence_length >= 8, f"corpus.sequence_length is {self.sequence_length}; it must be 8 or more.")
-        _require(
-            0 < self.masking_rate < 1, f"corpus.masking_rate is {self.masking_rate}; it must lie between 0 and 1."
-        )
+        for name in ("masking_rate", "masking_rate_end"):
+            rate = getattr(self, name)
+            _require(rate is None or 0 < rate < 1, f"corpus.{name} is {rate}; it must lie between 0 and 1.")
 
 
 @dataclass(kw_only=True)

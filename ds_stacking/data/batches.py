@@ -78,14 +78,23 @@ class MaskedBatches:
         *,
         sequence_length: int,
         masking_rate: float,
+        masker: Masker,
         special: SpecialIds,
-        vocab_size: int,
         seed: int,
         next_sentence: bool = False,
         separate_documents: bool = False,
+        masking_rate_end: float | None = None,
+        samples: int = 0,
     ) -> None:
-        """Raise UserError if the split is shorter than one block or no token of a block would be masked."""
-        require_masked_tokens(sequence_length, masking_rate)
+        """With `masking_rate_end` the rate changes linearly from the first to the last of `samples` samples.
+
+        Raises UserError if the split is shorter than one block or no token of a block would be masked.
+        """
+        self._rate, self._slope = masking_rate, 0.0
+        if masking_rate_end is not None:
+            self._slope = (masking_rate_end - masking_rate) / max(1, samples - 1)
+        for rate in (masking_rate, masking_rate if masking_rate_end is None else masking_rate_end):
+            require_masked_tokens(sequence_length, rate)
         self._reader = BlockReader(
             split,
             sequence_length=sequence_length,
@@ -93,8 +102,9 @@ class MaskedBatches:
             next_sentence=next_sentence,
             separate_documents=separate_documents,
         )
-        self._masker = Masker(rate=masking_rate, special=special, vocab_size=vocab_size)
+        self._masker = masker
         self._seed = seed
+        self._samples = samples
 
     def __len__(self) -> int:
         return len(self._reader)
@@ -108,7 +118,11 @@ class MaskedBatches:
         """Return the samples with these numbers, [B] int64, counted from 0 over all epochs."""
         samples = np.asarray(sample_indices, np.int64)
         blocks = self._reader.read(self.blocks_of(samples), derive_keys(self._seed, _PAIRS, samples))
-        return _masked(blocks, self._masker, derive_keys(self._seed, _MASKING, samples))
+        return _masked(blocks, self._masker, derive_keys(self._seed, _MASKING, samples), self._rates(samples))
+
+    def _rates(self, samples: np.ndarray) -> np.ndarray:
+        """The masking rate of every sample, [B] float64."""
+        return self._rate + self._slope * np.clip(samples, 0, max(0, self._samples - 1))
 
 
 class EvalBatches:
@@ -125,8 +139,8 @@ class EvalBatches:
         blocks: int,
         sequence_length: int,
         masking_rate: float,
+        masker: Masker,
         special: SpecialIds,
-        vocab_size: int,
         next_sentence: bool = False,
         separate_documents: bool = False,
     ) -> None:
@@ -139,7 +153,7 @@ class EvalBatches:
             next_sentence=next_sentence,
             separate_documents=separate_documents,
         )
-        self._masker = Masker(rate=masking_rate, special=special, vocab_size=vocab_size)
+        self._masker, self._rate = masker, masking_rate
         self._count = min(blocks, len(self._reader))
 
     def __len__(self) -> int:
@@ -148,13 +162,13 @@ class EvalBatches:
     def batch(self, indices: np.ndarray) -> Batch:
         """Return blocks by index in [0, len), [B] int64."""
         blocks, keys = self._read(indices)
-        return _masked(blocks, self._masker, keys)
+        return _masked(blocks, self._masker, keys, self._rate)
 
     def shuffled(self, indices: np.ndarray) -> Batch:
         """Return the same blocks with shuffled tokens, masked at the same positions."""
         blocks, keys = self._read(indices)
         shuffled = self._masker.shuffle(blocks.input_ids, keys)
-        return _masked(replace(blocks, input_ids=shuffled), self._masker, keys)
+        return _masked(replace(blocks, input_ids=shuffled), self._masker, keys, self._rate)
 
     def _read(self, indices: np.ndarray) -> tuple[Blocks, np.ndarray]:
         """The blocks and the keys of their masks, which belong to the block, however many others are evaluated."""
@@ -174,8 +188,8 @@ def require_masked_tokens(sequence_length: int, masking_rate: float) -> None:
         )
 
 
-def _masked(blocks: Blocks, masker: Masker, keys: np.ndarray) -> Batch:
-    masked = masker.mask(blocks.input_ids, keys)
+def _masked(blocks: Blocks, masker: Masker, keys: np.ndarray, rates: np.ndarray | float) -> Batch:
+    masked = masker.mask(blocks.input_ids, keys, rates)
     optional = (blocks.token_type_ids, blocks.next_sentence_labels, blocks.cu_seqlens)
     token_type_ids, next_sentence_labels, cu_seqlens = (
         None if array is None else torch.from_numpy(array) for array in optional

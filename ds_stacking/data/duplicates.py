@@ -15,6 +15,8 @@ PERMUTATIONS = 128
 SHINGLE_WORDS = 5
 """Words of a shingle."""
 
+_SCHEME = "affine32"
+
 
 class DigestSet:
     """Set of 64-bit digests at 8 bytes each: sorted arrays, of which two are merged when they are of like size."""
@@ -61,7 +63,7 @@ class NearDuplicates:
     def _add(self, signature: np.ndarray) -> bool:
         from datasketch import LeanMinHash
 
-        minhash = LeanMinHash(seed=1, hashvalues=signature.astype(np.uint64))
+        minhash = LeanMinHash(seed=1, hashvalues=signature, scheme=_SCHEME)
         for key in self._index.query(minhash):
             if np.mean(self._kept[key] == signature) >= self._threshold:
                 return False
@@ -75,7 +77,7 @@ def signatures(texts: Sequence[str]) -> np.ndarray:
     from datasketch import MinHash
 
     rows = np.empty((len(texts), PERMUTATIONS), np.uint32)
-    minhash = MinHash(num_perm=PERMUTATIONS, seed=1)
+    minhash = MinHash(num_perm=PERMUTATIONS, seed=1, scheme=_SCHEME)
     for row, text in zip(rows, texts, strict=True):
         words = text.casefold().split()
         count = max(1, len(words) - SHINGLE_WORDS + 1)

@@ -1,8 +1,9 @@
 """Masking for masked language modelling, a whole batch in one vectorised call.
 
 Devlin et al. 2019, "BERT: Pre-training of Deep Bidirectional Transformers", section 3.1: a share of the tokens is
-predicted; of these 80 % are replaced by [MASK], 10 % by a random token, 10 % are kept. Here the share is exact in
-every block, and random tokens are ordinary ones.
+predicted; of these 80 % are replaced by [MASK], 10 % by a random token, 10 % are kept. Here random tokens are ordinary
+ones. What is chosen together is a token, a whole word (BERT's later release) or a span of words (Joshi et al. 2020,
+"SpanBERT", section 3.1).
 
 Shapes: B blocks of a batch, T tokens of a block, M masked positions of a batch.
 """
@@ -10,12 +11,19 @@ Shapes: B blocks of a batch, T tokens of a block, M masked positions of a batch.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 
 from ds_stacking.data.random_numbers import below, random_bits
 from ds_stacking.data.tokenizer import SpecialIds
 
+Unit = Literal["token", "word", "span"]
+LONGEST_SPAN = 10
+"""Words of a span at most."""
+
+_SPAN_END = 0.2
+"""A span ends after each word with this probability: lengths are geometric, 3.8 words in the mean."""
 _MASKED_SHARE = np.uint64(int(0.8 * 2**32))
 _CHANGED_SHARE = np.uint64(int(0.9 * 2**32))
 _LAST = np.uint64(2**64 - 1)
@@ -36,27 +44,44 @@ class Masked:
 
 
 class Masker:
-    """Masks round(rate * n) of the n ordinary tokens of each block, chosen uniformly.
+    """Masks about rate * n of the n ordinary tokens of each block, chosen uniformly.
 
-    The choice in a block is a pure function of the block's key.
+    The choice in a block is a pure function of the block's key. With the unit `token` the number is round(rate * n);
+    with `word` and `span` words stay whole, and the last one is taken if half of it or more is within the number.
+    Tokens of a span are replaced all in the same way.
     """
 
-    def __init__(self, *, rate: float, special: SpecialIds, vocab_size: int) -> None:
-        self._rate, self._mask_id = rate, special.mask
+    def __init__(
+        self, *, special: SpecialIds, vocab_size: int, unit: Unit = "token", continues: np.ndarray | None = None
+    ) -> None:
+        """`continues` [vocab_size] bool tells the tokens that go on with a word; words and spans need it."""
+        assert unit == "token" or continues is not None, "words are known by the tokens that continue them"
+        self._mask_id, self._unit, self._continues = special.mask, unit, continues
         self._is_ordinary = np.ones(vocab_size, bool)
         self._is_ordinary[list(special.every)] = False
         self._ordinary_ids = np.flatnonzero(self._is_ordinary)
 
-    def mask(self, input_ids: np.ndarray, keys: np.ndarray) -> Masked:
-        """Mask a copy of blocks `input_ids` [B, T] int64, with one key per block, [B] uint64."""
+    def mask(self, input_ids: np.ndarray, keys: np.ndarray, rates: np.ndarray | float) -> Masked:
+        """Mask a copy of blocks `input_ids` [B, T] int64, with one key per block, [B] uint64, and rate, [B] or one."""
         ordinary = self._is_ordinary[input_ids]  # [B, T]
-        chosen = self._choose(ordinary, random_bits(keys, np.array([0])))
+        counts = np.rint(rates * np.count_nonzero(ordinary, axis=1)).astype(np.int64)  # [B]
+        unit_keys = random_bits(keys, np.array([0]))
+        if self._unit == "token":
+            numbers = random_bits(unit_keys[:, None], np.arange(ordinary.shape[1]))  # [B, T], no two of a block equal
+            numbers[~ordinary] = _LAST
+            chosen = _smallest(numbers, ordinary, counts)
+        else:
+            words = self._words(input_ids, ordinary)
+            numbers = self._numbers(ordinary, words, unit_keys)
+            chosen = _smallest_whole(numbers, words, ordinary, counts)
         positions = np.flatnonzero(chosen)
         labels = input_ids.ravel()[positions]
 
         action_keys = np.repeat(random_bits(keys, np.array([1])), np.count_nonzero(chosen, axis=1))  # [M]
         bits = random_bits(action_keys, positions % input_ids.shape[1])
-        action = bits & np.uint64(2**32 - 1)  # the other half of the bits picks the random token
+        # the upper half of the bits picks the random token, the lower half, or the span's number, what is done
+        actions = random_bits(numbers.ravel()[positions], np.array([0])) if self._unit == "span" else bits
+        action = actions & np.uint64(2**32 - 1)
         is_mask = action < _MASKED_SHARE
         random_ids = self._ordinary_ids[below(bits, len(self._ordinary_ids))]
         replaced = np.where(action < _CHANGED_SHARE, random_ids, labels)
@@ -74,13 +99,51 @@ class Masker:
         output[ordinary] = np.take_along_axis(input_ids, order, axis=1)[is_token]
         return output
 
-    def _choose(self, ordinary: np.ndarray, keys: np.ndarray) -> np.ndarray:
-        """Return where to mask, [B, T] bool: the tokens with the smallest random numbers of their block.
+    def _words(self, input_ids: np.ndarray, ordinary: np.ndarray) -> np.ndarray:
+        """The word of every token, counted in its block, [B, T] int64; what is special is a word by itself."""
+        assert self._continues is not None
+        starts = ~(self._continues[input_ids] & ordinary)
+        starts[:, 1:] |= ~ordinary[:, :-1]
+        return np.cumsum(starts, axis=1) - starts[:, :1]
 
-        Under one key no two positions have the same number, so the count is exact.
-        """
-        numbers = random_bits(keys[:, None], np.arange(ordinary.shape[1]))  # [B, T]
-        numbers[~ordinary] = _LAST
-        counts = np.rint(self._rate * np.count_nonzero(ordinary, axis=1)).astype(np.int64)  # [B]
-        threshold = np.take_along_axis(np.sort(numbers, axis=1), np.maximum(counts - 1, 0)[:, None], axis=1)
-        return (numbers <= threshold) & ordinary & (counts > 0)[:, None]
+    def _numbers(self, ordinary: np.ndarray, words: np.ndarray, keys: np.ndarray) -> np.ndarray:
+        """A random number for every token, [B, T] uint64, the same in a word or span; what is special comes last."""
+        numbers = random_bits(keys[:, None], np.arange(ordinary.shape[1]))  # [B, T], of words
+        is_word = np.zeros_like(ordinary)
+        np.put_along_axis(is_word, words, ordinary, axis=1)
+        numbers[~is_word] = _LAST
+        if self._unit == "span":
+            numbers = _spread(numbers, is_word, keys)
+        return np.take_along_axis(numbers, words, axis=1)
+
+
+def _spread(numbers: np.ndarray, is_word: np.ndarray, keys: np.ndarray) -> np.ndarray:
+    """Give every word, [B, W], the smallest number of the spans that cover it; a span ends before what is no word."""
+    uniform = (random_bits(numbers ^ keys[:, None], np.array([1])) >> np.uint64(11)) * 2.0**-53 + 2.0**-54
+    lengths = np.minimum(1 + np.floor(np.log(uniform) / np.log(1 - _SPAN_END)), LONGEST_SPAN)
+    smallest, moved = numbers.copy(), numbers.copy()
+    for distance in range(1, LONGEST_SPAN):
+        moved[:, 1:], lengths[:, 1:] = moved[:, :-1].copy(), lengths[:, :-1].copy()
+        moved[:, 0] = _LAST
+        moved[~is_word | (lengths <= distance)] = _LAST
+        np.minimum(smallest, moved, out=smallest)
+    return smallest
+
+
+def _smallest(numbers: np.ndarray, ordinary: np.ndarray, counts: np.ndarray) -> np.ndarray:
+    """Choose the tokens with the `counts` [B] smallest numbers of their block, all different, [B, T] bool."""
+    threshold = np.take_along_axis(np.sort(numbers, axis=1), np.maximum(counts - 1, 0)[:, None], axis=1)
+    return (numbers <= threshold) & ordinary & (counts > 0)[:, None]
+
+
+def _smallest_whole(numbers: np.ndarray, words: np.ndarray, ordinary: np.ndarray, counts: np.ndarray) -> np.ndarray:
+    """Choose words by ascending number up to `counts` [B] tokens, the last one if half of it or more is within."""
+    order = np.argsort(numbers, axis=1, kind="stable")  # the tokens of a word stay together
+    within = np.zeros_like(ordinary)
+    np.put_along_axis(within, order, np.arange(numbers.shape[1]) < counts[:, None], axis=1)
+    within &= ordinary
+    whole = (words + np.arange(len(words))[:, None] * words.shape[1]).ravel()  # a number of its own for every word
+    inside = np.bincount(whole, within.ravel(), minlength=words.size)
+    sizes = np.bincount(whole, minlength=words.size)
+    taken = (inside > 0) & (2 * inside >= sizes)
+    return taken[whole].reshape(words.shape) & ordinary

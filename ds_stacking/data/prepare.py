@@ -20,6 +20,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import tokenizers
 from filelock import FileLock, Timeout
 from transformers import PreTrainedTokenizerBase
@@ -31,6 +32,7 @@ from ds_stacking.data.token_file import MANIFEST, SPLITS, Split, TokenFile, writ
 from ds_stacking.data.tokenizer import (
     TRAINING_CHARACTERS,
     SpecialIds,
+    continuing_tokens,
     count_vocabulary,
     load_tokenizer,
     special_ids,
@@ -61,6 +63,8 @@ class PreparedData:
     """Held-out split."""
     unigram_entropy: float
     """Entropy in nats of the ordinary train tokens: the loss of guessing by frequency alone."""
+    continuing: np.ndarray | None
+    """Which tokens go on with a word, [vocab_size] bool; None where single tokens are masked."""
     fingerprint: str
     """Digest of the arrays and the tokenizer: equal on two machines exactly if they hold the same data."""
     manifest: dict[str, Any]
@@ -211,11 +215,13 @@ def _prepared(folder: Path, manifest: dict[str, Any], splits: dict[str, Split], 
         _require_one_block(split, manifest[split]["tokens"], config)
     digests = [manifest["tokenizer_sha256"], *(manifest[split]["sha256"] for split in SPLITS)]
     tokenizer_dir = folder / TOKENIZER
+    tokenizer = load_tokenizer(str(tokenizer_dir))
     return PreparedData(
         folder=folder,
         tokenizer_dir=tokenizer_dir,
         vocab_size=manifest["vocab_size"],
-        special=special_ids(load_tokenizer(str(tokenizer_dir))),
+        special=special_ids(tokenizer),
+        continuing=None if config.masking == "token" else continuing_tokens(tokenizer),
         train=splits["train"],
         eval=splits["eval"],
         unigram_entropy=manifest["unigram_entropy"],

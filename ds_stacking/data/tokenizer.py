@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
 
+import numpy as np
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
 from transformers import AutoTokenizer, BertTokenizer, PreTrainedTokenizerBase
 
@@ -20,6 +21,7 @@ TRAINING_CHARACTERS = 200_000_000
 """Characters of the corpus, from its beginning, that a tokenizer is trained on at most."""
 
 _MAX_POSITIONS = 512
+_WORD_MARKS = ("\u0120", "\u2581")  # a blank before the token, in byte-level BPE and in SentencePiece
 _MAX_ALPHABET = 1000
 
 
@@ -108,6 +110,27 @@ def special_ids(tokenizer: PreTrainedTokenizerBase) -> SpecialIds:
 def count_vocabulary(tokenizer: PreTrainedTokenizerBase) -> int:
     """Return the rows that an embedding needs: the largest id plus one, since a vocabulary may have gaps."""
     return max(tokenizer.get_vocab().values()) + 1
+
+
+def continuing_tokens(tokenizer: PreTrainedTokenizerBase) -> np.ndarray:
+    """Return which ids go on with a word that another began, [vocabulary] bool.
+
+    Known are WordPiece's prefix and the marks of a blank in front, of byte pairs and of SentencePiece. Raises
+    UserError for a tokenizer with neither.
+    """
+    vocabulary = tokenizer.get_vocab()
+    continues = np.zeros(count_vocabulary(tokenizer), bool)
+    prefix = getattr(tokenizer.backend_tokenizer.model, "continuing_subword_prefix", None)
+    mark = next((mark for mark in _WORD_MARKS if any(token.startswith(mark) for token in vocabulary)), None)
+    if prefix:
+        continues[[i for token, i in vocabulary.items() if token.startswith(prefix)]] = True
+    elif mark:
+        continues[[i for token, i in vocabulary.items() if not token.startswith(mark)]] = True
+    else:
+        raise UserError(
+            f"The tokenizer {tokenizer.name_or_path!r} does not tell where words begin; set corpus.masking to token."
+        )
+    return continues
 
 
 def text_encoder(tokenizer: PreTrainedTokenizerBase) -> Tokenizer:

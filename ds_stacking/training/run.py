@@ -17,6 +17,7 @@ import torch.distributed as dist
 from ds_stacking.checkpoint.select import Found
 from ds_stacking.config import ModelConfig, RunConfig, StageConfig, UserError
 from ds_stacking.data.batches import EvalBatches, MaskedBatches
+from ds_stacking.data.masking import Masker
 from ds_stacking.data.prepare import PreparedData, prepare
 from ds_stacking.engine.ds_config import load_ds_config, resolve_ds_config
 from ds_stacking.engine.factory import EngineFactory, device, init_distributed, native_bf16
@@ -157,11 +158,13 @@ def _build(
     bf16: bool,
 ) -> Pretraining:
     rank = dist.get_rank()
+    corpus = config.corpus
     shared: dict[str, Any] = {
-        "sequence_length": config.corpus.sequence_length,
-        "masking_rate": config.corpus.masking_rate,
+        "sequence_length": corpus.sequence_length,
+        "masker": Masker(
+            special=data.special, vocab_size=data.vocab_size, unit=corpus.masking, continues=data.continuing
+        ),
         "special": data.special,
-        "vocab_size": data.vocab_size,
         "next_sentence": config.model.next_sentence,
         "separate_documents": config.corpus.separate_documents,
     }
@@ -171,8 +174,17 @@ def _build(
         optimizer=config.optimizer,
         bf16=bf16,
     )
-    batches = MaskedBatches(data.train, seed=config.seed, **shared)
-    held_out = EvalBatches(data.eval, blocks=config.eval_blocks, **shared)
+    batches = MaskedBatches(
+        data.train,
+        seed=config.seed,
+        masking_rate=corpus.masking_rate,
+        masking_rate_end=corpus.masking_rate_end,
+        samples=_samples(config, plans),
+        **shared,
+    )
+    held_out = EvalBatches(
+        data.eval, blocks=config.eval_blocks, masking_rate=corpus.masking_rate_end or corpus.masking_rate, **shared
+    )
     run_dir = Path(config.run_dir)
     if rank == 0:
         claim_run_directory(config, _record(config, data), keep=found is not None)
@@ -199,6 +211,12 @@ def _peak() -> float | None:
     """Dense bf16 peak of all GPUs of the run, if the part is known."""
     part = part_of(torch.cuda.get_device_name()) if device().type == "cuda" else None
     return part.bf16 * dist.get_world_size() if part else None
+
+
+def _samples(config: RunConfig, plans: list[BatchPlan]) -> int:
+    """Training samples of the whole run."""
+    assert isinstance(config.stages, list)
+    return sum(plan.sequences * stage.steps for plan, stage in zip(plans, config.stages, strict=True))
 
 
 def _record(config: RunConfig, data: PreparedData) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from ds_stacking.config import UserError
 from ds_stacking.data import batches as module
 from ds_stacking.data.batches import Batch, EvalBatches, MaskedBatches
-from ds_stacking.data.masking import Masker
+from ds_stacking.data.masking import Masked, Masker
 from ds_stacking.data.token_file import Split, TokenFile
 from ds_stacking.data.tokenizer import SpecialIds
 
@@ -29,8 +29,8 @@ def make(
         Split(files=[tokens]),
         sequence_length=sequence_length,
         masking_rate=masking_rate,
+        masker=Masker(special=SPECIAL, vocab_size=length + 5),
         special=SPECIAL,
-        vocab_size=length + 5,
         seed=seed,
         **options,  # type: ignore[arg-type]
     )
@@ -103,12 +103,12 @@ def test_a_sample_is_the_same_in_any_grouping(next_sentence: bool, cuts: list[in
 
 def test_the_grouping_test_sees_a_generator_with_a_state(monkeypatch: pytest.MonkeyPatch):
     generator = np.random.default_rng(0)
-    choose = Masker._choose
-    monkeypatch.setattr(
-        Masker,
-        "_choose",
-        lambda self, ordinary, keys: choose(self, ordinary, generator.integers(0, 2**63, len(keys)).astype(np.uint64)),
-    )
+    mask = Masker.mask
+
+    def with_state(self: Masker, input_ids: np.ndarray, keys: np.ndarray, rates: np.ndarray) -> Masked:
+        return mask(self, input_ids, generator.integers(0, 2**63, len(keys)).astype(np.uint64), rates)
+
+    monkeypatch.setattr(Masker, "mask", with_state)
     assert not regrouped_equals_whole(make(500), np.arange(60), [20, 40])
 
 
@@ -129,8 +129,8 @@ def test_shapes_and_types(make_split: Callable[..., Split]):
         make_split(5000),
         sequence_length=32,
         masking_rate=0.2,
+        masker=Masker(special=SPECIAL, vocab_size=1000),
         special=SPECIAL,
-        vocab_size=1000,
         seed=1,
         next_sentence=True,
     )
@@ -152,8 +152,8 @@ def test_evaluation_is_fixed_and_its_control_shuffled(make_split: Callable[..., 
             blocks=blocks,
             sequence_length=32,
             masking_rate=0.15,
+            masker=Masker(special=SPECIAL, vocab_size=1000),
             special=SPECIAL,
-            vocab_size=1000,
             next_sentence=next_sentence,
         )
 

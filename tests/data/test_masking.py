@@ -23,12 +23,12 @@ def input_ids() -> np.ndarray:
 
 @pytest.fixture(scope="module")
 def masker(special) -> Masker:
-    return Masker(rate=0.15, special=special, vocab_size=VOCAB)
+    return Masker(special=special, vocab_size=VOCAB)
 
 
 @pytest.fixture(scope="module")
 def masked(masker: Masker, input_ids: np.ndarray):
-    return masker.mask(input_ids, derive_keys(1, 0, np.arange(BLOCKS)))
+    return masker.mask(input_ids, derive_keys(1, 0, np.arange(BLOCKS)), 0.15)
 
 
 def test_the_count_is_exact_in_every_block(masked, input_ids: np.ndarray):
@@ -62,7 +62,7 @@ def test_eighty_ten_ten(masked):
 def test_every_ordinary_place_is_equally_likely(masker: Masker):
     ids = np.full((20_000, 22), 7)
     ids[:, 0], ids[:, -1] = 2, 3
-    masked = masker.mask(ids, derive_keys(2, 0, np.arange(20_000)))
+    masked = masker.mask(ids, derive_keys(2, 0, np.arange(20_000)), 0.15)
     counts = np.bincount(masked.positions % 22, minlength=22)
     assert counts[0] == counts[-1] == 0
     assert counts[1:-1].sum() == 3 * 20_000
@@ -72,7 +72,7 @@ def test_every_ordinary_place_is_equally_likely(masker: Masker):
 def test_pairs_of_places_are_independent_of_their_distance(masker: Masker):
     ids = np.full((20_000, 22), 7)
     ids[:, 0], ids[:, -1] = 2, 3
-    masked = masker.mask(ids, derive_keys(3, 0, np.arange(20_000)))
+    masked = masker.mask(ids, derive_keys(3, 0, np.arange(20_000)), 0.15)
     places = np.sort((masked.positions % 22).reshape(-1, 3), axis=1)
     triples = np.unique(places, axis=0, return_counts=True)[1]
     assert len(triples) == 20 * 19 * 18 // 6
@@ -82,13 +82,13 @@ def test_pairs_of_places_are_independent_of_their_distance(masker: Masker):
 def test_a_block_is_masked_alike_whatever_stands_beside_it(masker: Masker, input_ids: np.ndarray, masked):
     keys = derive_keys(1, 0, np.arange(BLOCKS))
     order = np.random.default_rng(0).permutation(BLOCKS)[:50]
-    alone = np.concatenate([masker.mask(input_ids[i : i + 1], keys[i : i + 1]).input_ids for i in order])
+    alone = np.concatenate([masker.mask(input_ids[i : i + 1], keys[i : i + 1], 0.15).input_ids for i in order])
     assert (alone == masked.input_ids[order]).all()
 
 
 def test_blocks_without_ordinary_tokens_pass_through(masker: Masker):
     ids = np.array([[2, 3, 0, 0, 0, 0, 0, 0], [2, 9, 3, 0, 0, 0, 0, 0]])
-    masked = masker.mask(ids, derive_keys(1, 0, np.arange(2)))
+    masked = masker.mask(ids, derive_keys(1, 0, np.arange(2)), 0.15)
     assert (masked.input_ids == ids).all() and masked.positions.size == 0
 
 

@@ -9,6 +9,7 @@ from torch.nn import functional as F
 
 from ds_stacking.config import ModelConfig
 from ds_stacking.data.batches import EvalBatches
+from ds_stacking.data.masking import Masker
 from ds_stacking.data.token_file import Split, TokenFile
 from ds_stacking.data.tokenizer import SpecialIds
 from ds_stacking.evaluation.masked_lm import held_out_loss
@@ -23,7 +24,12 @@ def batches() -> EvalBatches:
     tokens = np.random.default_rng(0).integers(5, VOCABULARY, 2000).astype(np.uint16)
     split = Split(files=[TokenFile(tokens=tokens, offsets=np.array([0, len(tokens)]))])
     return EvalBatches(
-        split, blocks=BLOCKS, sequence_length=LENGTH, masking_rate=0.3, special=SPECIAL, vocab_size=VOCABULARY
+        split,
+        blocks=BLOCKS,
+        sequence_length=LENGTH,
+        masking_rate=0.3,
+        masker=Masker(special=SPECIAL, vocab_size=VOCABULARY),
+        special=SPECIAL,
     )
 
 
