@@ -16,10 +16,9 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from ds_stacking.config import ModelConfig, UserError
-from ds_stacking.kernels import embedding_norm, inverse_index, runs_kernels
 from ds_stacking.models.blocks import Block, Embedding, LayerNorm, Rows, Sequences
 from ds_stacking.models.heads import MaskedLMHead, NextSentenceHead
-from ds_stacking.models.ops import Dropout
+from ds_stacking.models.ops import Dropout, kernels
 
 TOKEN_TYPES = 2
 """Segments that BERT tells apart."""
@@ -66,7 +65,7 @@ class Embeddings(nn.Module):
         return self.dropout(x if self.norm is None else self.norm(x))
 
     def _fused(self, norm: LayerNorm, input_ids: Tensor, positions: Tensor, token_type_ids: Tensor | None) -> Tensor:
-        x = embedding_norm(
+        x = kernels().embedding_norm(
             input_ids.flatten(),
             positions.expand_as(input_ids).flatten(),
             torch.zeros_like(input_ids).flatten() if token_type_ids is None else token_type_ids.flatten(),
@@ -176,7 +175,7 @@ class Bert(nn.Module):
         if masked is not None and self.next_sentence_head is not None:
             indices = torch.cat((torch.arange(0, batch * length, length, device=x.device), masked))
         if indices is not None:
-            rows = Rows(indices, inverse_index(indices, batch * length) if self.fused else None)
+            rows = Rows(indices, kernels().inverse_index(indices, batch * length) if self.fused else None)
         last = len(self.blocks) - 1
         for index, block in enumerate(self.blocks):
             x = self._run(block, x, sequences, rows if index == last else None)
@@ -195,7 +194,7 @@ class Bert(nn.Module):
 
 def has_kernels(device: torch.device) -> bool:
     """Whether `device` runs the fused kernels themselves rather than their references: NVIDIA from Ampere, MI300."""
-    return runs_kernels(torch.empty(0, device=device))
+    return device.type == "cuda" and kernels().runs_kernels(torch.empty(0, device=device))
 
 
 def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:  # [N, V], [N] -> [N]

@@ -15,9 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ds_stacking import kernels
 from ds_stacking.config import ModelConfig
-from ds_stacking.models.ops import Dropout, attention, linear, selected_attention
+from ds_stacking.models.ops import Dropout, attention, kernels, linear, selected_attention
 
 
 class Sequences(NamedTuple):
@@ -81,12 +80,12 @@ class LayerNorm(nn.LayerNorm):
 
     def forward(self, x: Tensor) -> Tensor:  # [..., D] -> [..., D]
         if self.fused:
-            return cast(Tensor, kernels.add_layer_norm(x, self.weight, self.bias, eps=self.eps))
+            return cast(Tensor, kernels().add_layer_norm(x, self.weight, self.bias, eps=self.eps))
         return super().forward(x)
 
     def join(self, x: Tensor, residual: Tensor, bias: Tensor, p: float) -> tuple[Tensor, Tensor]:
         """Return LayerNorm(z) and z = residual + dropout(x + bias), all [..., D]; fused only."""
-        y = kernels.add_layer_norm(
+        y = kernels().add_layer_norm(
             x, self.weight, self.bias, residual=residual, bias=bias, dropout=p, eps=self.eps, return_sum=True
         )
         return cast(tuple[Tensor, Tensor], y)
@@ -102,7 +101,7 @@ def select_rows(x: Tensor, rows: Rows | None) -> Tensor:
     if rows is None:
         return x
     if rows.inverse is not None:
-        return kernels.gather_rows(x.flatten(0, 1), rows.indices, rows.inverse)
+        return kernels().gather_rows(x.flatten(0, 1), rows.indices, rows.inverse)
     return x.flatten(0, 1).index_select(0, rows.indices)
 
 
@@ -129,7 +128,7 @@ class Attention(nn.Module):
         packed = self.qkv(x).unflatten(-1, (3, self.num_heads, -1))  # [B, T, 3, H, E]
         if sequences.cu_seqlens is not None:
             tokens = packed.flatten(0, 1)
-            context = kernels.attention(tokens, sequences.cu_seqlens, sequences.longest, dropout=p)  # [N, H, E]
+            context = kernels().attention(tokens, sequences.cu_seqlens, sequences.longest, dropout=p)  # [N, H, E]
             context = context.view_as(x)
         else:
             query, key, value = packed.permute(2, 0, 3, 1, 4)  # 3 x [B, H, T, E]
@@ -159,7 +158,7 @@ class FeedForward(nn.Module):
         if not self.fused:
             return self.down(activation(self.up(x), self.activation))
         form: Literal["tanh", "none"] = "tanh" if self.activation == "gelu_tanh" else "none"
-        return self.down(kernels.bias_gelu(self.up(x, biased=False), self.up.bias, approximate=form), biased=biased)
+        return self.down(kernels().bias_gelu(self.up(x, biased=False), self.up.bias, approximate=form), biased=biased)
 
 
 class Block(nn.Module):

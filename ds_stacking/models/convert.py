@@ -13,36 +13,29 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
+import transformers
 from safetensors.torch import save_file
 from torch import Tensor
-from transformers import (
-    AutoConfig,
-    BertConfig,
-    BertForMaskedLM,
-    BertForPreTraining,
-    MegatronBertConfig,
-    MegatronBertForMaskedLM,
-    MegatronBertForPreTraining,
-    PreTrainedConfig,
-    PreTrainedModel,
-)
 
 from ds_stacking.config import ModelConfig, UserError
 from ds_stacking.models.bert import TOKEN_TYPES, Bert
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedModel
+
 Norm = Literal["pre", "post"]
 Activation = Literal["gelu", "gelu_tanh"]
 
-ARCHITECTURES: dict[tuple[Norm, bool], type[PreTrainedModel]] = {
-    ("post", False): BertForMaskedLM,
-    ("post", True): BertForPreTraining,
-    ("pre", False): MegatronBertForMaskedLM,
-    ("pre", True): MegatronBertForPreTraining,
+ARCHITECTURES: dict[tuple[Norm, bool], str] = {
+    ("post", False): "BertForMaskedLM",
+    ("post", True): "BertForPreTraining",
+    ("pre", False): "MegatronBertForMaskedLM",
+    ("pre", True): "MegatronBertForPreTraining",
 }
-"""The transformers class for (ModelConfig.norm, ModelConfig.next_sentence)."""
+"""The transformers class for (ModelConfig.norm, ModelConfig.next_sentence), whose import takes seconds."""
 
 ACTIVATIONS: dict[str, Activation] = {
     "gelu": "gelu",
@@ -149,7 +142,7 @@ def from_huggingface(source: str | Path | PreTrainedModel) -> tuple[ModelConfig,
 
     The state dict is fp32 on the CPU. Raises UserError for an architecture that `Bert` cannot represent.
     """
-    model = source if isinstance(source, PreTrainedModel) else _load(source)
+    model = _load(source) if isinstance(source, str | Path) else source
     norm, next_sentence = _architecture(type(model).__name__)
     config = _model_config(model.config, norm, next_sentence)
     num_layers = model.config.num_hidden_layers
@@ -165,9 +158,9 @@ def from_huggingface(source: str | Path | PreTrainedModel) -> tuple[ModelConfig,
 def _huggingface_config(
     config: ModelConfig, num_layers: int, dtype: torch.dtype, pad_token_id: int
 ) -> PreTrainedConfig:
-    config_class = MegatronBertConfig if config.norm == "pre" else BertConfig
+    config_class = transformers.MegatronBertConfig if config.norm == "pre" else transformers.BertConfig
     return config_class(
-        architectures=[ARCHITECTURES[config.norm, config.next_sentence].__name__],
+        architectures=[ARCHITECTURES[config.norm, config.next_sentence]],
         dtype=str(dtype).removeprefix("torch."),
         vocab_size=config.vocab_size,
         hidden_size=config.hidden_size,
@@ -216,21 +209,22 @@ def _model_config(hf_config: PreTrainedConfig, norm: Norm, next_sentence: bool) 
 
 
 def _architecture(name: str) -> tuple[Norm, bool]:
-    for key, model_class in ARCHITECTURES.items():
-        if model_class.__name__ == name:
+    for key, known in ARCHITECTURES.items():
+        if known == name:
             return key
-    known = ", ".join(model_class.__name__ for model_class in ARCHITECTURES.values())
-    raise UserError(f"The model is a {name}, which cannot be converted; give one of {known}.")
+    raise UserError(
+        f"The model is a {name}, which cannot be converted; give one of {', '.join(ARCHITECTURES.values())}."
+    )
 
 
 def _load(source: str | Path) -> PreTrainedModel:
     try:
-        hf_config = AutoConfig.from_pretrained(source)
+        hf_config = transformers.AutoConfig.from_pretrained(source)
     except (OSError, ValueError) as error:
         raise UserError(f"{source} holds no transformers model: {error}") from error
     architecture = (hf_config.architectures or [type(hf_config).__name__])[0]
     # Any: transformers' annotation leaves out that loading info makes the result a pair.
-    model_class: Any = ARCHITECTURES[_architecture(architecture)]
+    model_class: Any = getattr(transformers, ARCHITECTURES[_architecture(architecture)])
     options = {"dtype": torch.float32, "use_safetensors": True, "output_loading_info": True}
     try:
         model, info = model_class.from_pretrained(source, **options)

@@ -9,9 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from ds_stacking.config import ModelConfig
-from ds_stacking.kernels import linear_cross_entropy
 from ds_stacking.models.blocks import LayerNorm, Linear, activation
-from ds_stacking.models.ops import linear
+from ds_stacking.models.ops import kernels, linear
 
 
 class MaskedLMHead(nn.Module):
@@ -33,7 +32,7 @@ class MaskedLMHead(nn.Module):
         """
         hidden = self.norm(activation(self.dense(hidden), self.activation))
         if labels is not None:
-            return linear_cross_entropy(hidden, word_embedding, self.bias, labels)
+            return kernels().linear_cross_entropy(hidden, word_embedding, self.bias, labels)
         return linear(hidden, word_embedding, self.bias)
 
 

@@ -11,6 +11,7 @@ Shapes: B rows of T tokens, H heads, E head size, R selected ones of the B*T tok
 from __future__ import annotations
 
 import math
+from types import ModuleType
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +26,13 @@ _CPU_MULTIPLIES_BF16 = torch.backends.mkldnn.is_available() and torch.ops.mkldnn
 
 def _needs_fp32(x: Tensor) -> bool:
     return x.is_cpu and x.dtype == torch.bfloat16 and not _CPU_MULTIPLIES_BF16
+
+
+def kernels() -> ModuleType:
+    """The package of the fused kernels, whose import takes seconds: only a model that uses them pays."""
+    from ds_stacking import kernels
+
+    return kernels
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:  # [..., K], [N, K], [N] -> [..., N]

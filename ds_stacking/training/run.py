@@ -27,9 +27,6 @@ from ds_stacking.growth.operators import layer_map, parse_operator
 from ds_stacking.models.bert import Bert, has_kernels
 from ds_stacking.models.compiling import compile_parts
 from ds_stacking.planning.parts import part_of
-from ds_stacking.reports.curves import draw_curves
-from ds_stacking.reports.growth_figure import draw_growths
-from ds_stacking.reports.run_report import write_report
 from ds_stacking.training.batching import BatchPlan, plan_batch
 from ds_stacking.training.checkpointing import cut_metrics, find_checkpoint, identity, make_writer, restore
 from ds_stacking.training.export import finish_export
@@ -281,6 +278,11 @@ def _finish(run: Pretraining) -> None:
         "stages": ledger.stage_rows(),
         "growths": [asdict(record) for record in run.growths],
     }
+    # matplotlib takes a second to import
+    from ds_stacking.reports.curves import draw_curves
+    from ds_stacking.reports.growth_figure import draw_growths
+    from ds_stacking.reports.run_report import write_report
+
     last = run.stages[-1]
     exported = run.run_dir / "export" / f"stage-{len(run.stages)}-{last.layers}L"
     finish_export(exported, summary=summary, config=run.config.to_dict())
