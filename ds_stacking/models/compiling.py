@@ -17,7 +17,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch._dynamo.utils import counters
 
 from ds_stacking.models.bert import Bert
 
@@ -51,6 +50,8 @@ def keep_compiled_code() -> None:
 
 def compilations() -> Compilations:
     """Count what has been compiled so far."""
+    from torch._dynamo.utils import counters  # seconds to import
+
     cached = counters["aot_autograd"]["autograd_cache_hit"] + counters["inductor"]["fxgraph_cache_hit"]
     return Compilations(graphs=counters["stats"]["unique_graphs"], cached=cached)
 
