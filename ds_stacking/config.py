@@ -207,8 +207,8 @@ class StageConfig:
     """Linear warm-up at the start of this stage; needs lr."""
     tokens_per_step: int | None = None
     """Tokens of one optimizer step over all ranks."""
-    micro_batch_size: int | None = None
-    """Largest number of sequences that one rank holds at a time."""
+    micro_batch_size: int | Literal["auto"] | None = None
+    """Largest number of sequences that one rank holds at a time, or auto."""
     zero_stage: int | None = None
     """ZeRO stage of this stage's engine; default: that of the DeepSpeed configuration."""
     operator: str | None = None
@@ -230,7 +230,7 @@ class StageConfig:
             _require(value is None or value >= 0, f"{where}: {name} is {value}; it must not be negative.")
         for name in ("lr_steps", "tokens_per_step", "micro_batch_size"):
             value = getattr(self, name)
-            _require(value is None or value > 0, f"{where}: {name} is {value}; it must be positive.")
+            _require(value in (None, "auto") or value > 0, f"{where}: {name} is {value}; it must be positive.")
         span = min(self.steps, self.lr_steps or self.steps)
         _require(
             self.warmup_steps <= span,
@@ -291,8 +291,9 @@ class RunConfig:
     """torch.compile what the kernels leave over: embeddings, blocks and head; ZeRO stages 0 to 2."""
     tokens_per_step: int = 2048
     """Tokens of one optimizer step over all ranks and micro-batches."""
-    micro_batch_size: int = 32
-    """Largest number of sequences that one rank holds at a time; the rest is gradient accumulation."""
+    micro_batch_size: int | Literal["auto"] = 32
+    """Largest number of sequences that one rank holds at a time; the rest is gradient accumulation. auto: what fits
+    and is fastest, measured for each stage before the first."""
     lr: float = 2e-3
     """Peak learning rate."""
     schedule: Literal["wsd", "linear", "constant"] = "wsd"
@@ -337,7 +338,8 @@ class RunConfig:
             self.stages = parse_stages(self.stages)
         _require(self.stages, "stages is empty; give at least one, such as 2:100.")
         for name in ("tokens_per_step", "micro_batch_size", "eval_blocks", "log_every", "checkpoint_keep"):
-            _require(getattr(self, name) > 0, f"{name} is {getattr(self, name)}; it must be positive.")
+            value = getattr(self, name)
+            _require(value == "auto" or value > 0, f"{name} is {getattr(self, name)}; it must be positive.")
         for name in (
             *("lr", "warmup_steps", "eval_every", "eval_after_growth", "checkpoint_every", "seed"),
             *("max_skipped_steps", "skip_above_sigma", "hang_timeout"),

@@ -52,7 +52,7 @@ def compilations() -> Compilations:
     """Count what has been compiled so far."""
     from torch._dynamo.utils import counters  # seconds to import
 
-    cached = counters["aot_autograd"]["autograd_cache_hit"] + counters["inductor"]["fxgraph_cache_hit"]
+    cached = counters["aot_autograd"]["autograd_cache_hit"]
     return Compilations(graphs=counters["stats"]["unique_graphs"], cached=cached)
 
 

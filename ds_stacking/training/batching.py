@@ -41,7 +41,7 @@ class BatchPlan:
 
 
 def plan_batch(config: RunConfig, stage: StageConfig, world_size: int) -> BatchPlan:
-    """The batch of a stage: the largest micro-batch within the limit that divides a rank's share.
+    """The batch of a stage: the largest micro-batch within the limit that divides a rank's share; "auto" is no limit.
 
     Raises UserError where the sequences of a step do not divide by the ranks.
     """
@@ -56,6 +56,7 @@ def plan_batch(config: RunConfig, stage: StageConfig, world_size: int) -> BatchP
             f"share equally; {nearest} tokens would do."
         )
     share = sequences // world_size
-    limit = min(stage.micro_batch_size or config.micro_batch_size, share)
+    asked = stage.micro_batch_size or config.micro_batch_size
+    limit = share if asked == "auto" else min(asked, share)
     micro = max(size for size in range(1, limit + 1) if share % size == 0)
     return BatchPlan(sequences=sequences, micro_batch_size=micro, accumulation=share // micro, world_size=world_size)

@@ -294,6 +294,7 @@ class Pretraining:
 
     def _held_out_loss(self, *, shuffled: bool = False) -> HeldOutLoss:
         size = self.config.micro_batch_size
+        assert size != "auto", "chosen before the first stage"
         with self.ledger.clock("evaluation"):
             return held_out_loss(
                 self.engine,

@@ -32,6 +32,7 @@ from ds_stacking.training.checkpointing import cut_metrics, find_checkpoint, ide
 from ds_stacking.training.export import finish_export
 from ds_stacking.training.ledger import Ledger
 from ds_stacking.training.loop import Pretraining
+from ds_stacking.training.micro_batch import choose_micro_batches, recorded_micro_batches
 from ds_stacking.training.preemption import StopRequest
 from ds_stacking.training.progress import make_console
 from ds_stacking.training.run_directory import (
@@ -65,6 +66,8 @@ def pretrain(config: RunConfig) -> None:
         config = replace(config, kernels="fused" if has_kernels(device()) else "torch")
     expected = identity(config, data.fingerprint)
     found = find_checkpoint(config, expected)
+    config = _micro_batches(config, data, plans, ds_config, bf16=bf16, resumed=found is not None)
+    plans = check_stages(config, ds_config, bf16=bf16, world_size=world_size)
     run = _build(config, data, plans, ds_config, expected, found, bf16=bf16)
     console.resolved(_resolved(run, why))
     try:
@@ -144,6 +147,56 @@ def _model(config: RunConfig, layers: int, initialize: bool) -> Bert:
     return model
 
 
+def _blocks(config: RunConfig, data: PreparedData) -> dict[str, Any]:
+    """What the batches of both splits share."""
+    corpus = config.corpus
+    return {
+        "sequence_length": corpus.sequence_length,
+        "masker": Masker(
+            special=data.special, vocab_size=data.vocab_size, unit=corpus.masking, continues=data.continuing
+        ),
+        "special": data.special,
+        "next_sentence": config.model.next_sentence,
+        "separate_documents": corpus.separate_documents,
+    }
+
+
+def _batches(config: RunConfig, data: PreparedData, plans: list[BatchPlan]) -> MaskedBatches:
+    """The training batches."""
+    return MaskedBatches(
+        data.train,
+        seed=config.seed,
+        masking_rate=config.corpus.masking_rate,
+        masking_rate_end=config.corpus.masking_rate_end,
+        samples=_samples(config, plans),
+        **_blocks(config, data),
+    )
+
+
+def _micro_batches(
+    config: RunConfig,
+    data: PreparedData,
+    plans: list[BatchPlan],
+    ds_config: Mapping[str, Any],
+    *,
+    bf16: bool,
+    resumed: bool,
+) -> RunConfig:
+    """The configuration with a number for every micro-batch: recorded by the run, or measured now."""
+    assert isinstance(config.stages, list)
+    if "auto" not in [config.micro_batch_size, *(stage.micro_batch_size for stage in config.stages)]:
+        return config
+    known = recorded_micro_batches(config, device()) if resumed else None
+    return known or choose_micro_batches(
+        config,
+        partial(_model, config),
+        _batches(config, data, plans).batch,
+        zero_stage=ds_config["zero_optimization"]["stage"],
+        bf16=bf16,
+        device=device(),
+    )
+
+
 def _build(
     config: RunConfig,
     data: PreparedData,
@@ -155,32 +208,18 @@ def _build(
     bf16: bool,
 ) -> Pretraining:
     rank = dist.get_rank()
-    corpus = config.corpus
-    shared: dict[str, Any] = {
-        "sequence_length": corpus.sequence_length,
-        "masker": Masker(
-            special=data.special, vocab_size=data.vocab_size, unit=corpus.masking, continues=data.continuing
-        ),
-        "special": data.special,
-        "next_sentence": config.model.next_sentence,
-        "separate_documents": config.corpus.separate_documents,
-    }
     factory = EngineFactory(
         build_model=partial(_model, config),
         ds_config=ds_config,
         optimizer=config.optimizer,
         bf16=bf16,
     )
-    batches = MaskedBatches(
-        data.train,
-        seed=config.seed,
-        masking_rate=corpus.masking_rate,
-        masking_rate_end=corpus.masking_rate_end,
-        samples=_samples(config, plans),
-        **shared,
-    )
+    batches = _batches(config, data, plans)
     held_out = EvalBatches(
-        data.eval, blocks=config.eval_blocks, masking_rate=corpus.masking_rate_end or corpus.masking_rate, **shared
+        data.eval,
+        blocks=config.eval_blocks,
+        masking_rate=config.corpus.masking_rate_end or config.corpus.masking_rate,
+        **_blocks(config, data),
     )
     run_dir = Path(config.run_dir)
     if rank == 0:

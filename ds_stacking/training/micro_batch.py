@@ -1,0 +1,160 @@
+"""`micro_batch_size` "auto": of the sizes that fit, the fastest for each stage, measured once before the first stage.
+
+Shallow stages keep less for the backward pass and take larger micro-batches; the global batch stays what the recipe
+says. Measured are forward and backward passes on real blocks; that the engine's states fit beside them is computed.
+What was chosen stands in the run's config.json, from which a resumed run takes it.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from ds_stacking.config import RunConfig, StageConfig
+from ds_stacking.data.batches import Batch
+from ds_stacking.models.bert import Bert
+from ds_stacking.planning.memory import state_bytes
+from ds_stacking.training.run_directory import CONFIG
+
+FREE = 0.1
+"""Share of the device's memory that stays free."""
+REPEATS = 5
+"""Passes per size, the first two of which warm up."""
+PATIENCE = 2
+"""Sizes in a row that may be slower before no larger one is tried."""
+
+
+def sizes_to_try(share: int) -> list[int]:
+    """Divisors of a rank's sequences per step, each at least half as large again as the one before."""
+    chosen: list[int] = []
+    for size in range(1, share + 1):
+        if share % size == 0 and (not chosen or size >= 1.5 * chosen[-1] or size == share):
+            chosen.append(size)
+    return chosen
+
+
+def fastest(rate_of: Callable[[int], float], sizes: list[int]) -> int:
+    """The size of the highest rate; `rate_of` returns 0 where a size does not fit, and no larger one is tried."""
+    rates: dict[int, float] = {}
+    slower = 0
+    for size in sizes:
+        rate = rate_of(size)
+        if not rate:
+            break
+        slower = slower + 1 if rates and rate <= max(rates.values()) else 0
+        rates[size] = rate
+        if slower == PATIENCE:
+            break
+    return max(rates, key=lambda size: rates[size]) if rates else sizes[0]
+
+
+def choose_micro_batches(
+    config: RunConfig,
+    build_model: Callable[[int, bool], Bert],
+    read: Callable[[np.ndarray], Batch],
+    *,
+    zero_stage: int,
+    bf16: bool,
+    device: torch.device,
+) -> RunConfig:
+    """The configuration with a number in place of every "auto". All ranks call it together and get the same."""
+    assert isinstance(config.stages, list)
+    stages = []
+    for stage in config.stages:
+        asked = stage.micro_batch_size or config.micro_batch_size
+        if asked == "auto":
+            share = (stage.tokens_per_step or config.tokens_per_step) // config.corpus.sequence_length
+            sizes = sizes_to_try(share // dist.get_world_size())
+            model = build_model(stage.layers, True).to(device, torch.bfloat16 if bf16 else torch.float32).train()
+            stage_zero = zero_stage if stage.zero_stage is None else stage.zero_stage
+            states = state_bytes(
+                model.num_parameters, zero_stage=stage_zero, world_size=dist.get_world_size(), item=2 if bf16 else 4
+            )
+            asked = fastest(partial(_rate, model, read, states, device), sizes)
+            del model
+        stages.append(replace(stage, micro_batch_size=asked))
+    largest = max(int(stage.micro_batch_size or 0) for stage in stages)
+    return replace(config, stages=stages, micro_batch_size=largest)
+
+
+def recorded_micro_batches(config: RunConfig, device: torch.device) -> RunConfig | None:
+    """The configuration with the sizes that the run chose before it stopped; None where its config.json has none."""
+    assert isinstance(config.stages, list)
+    read = _read(Path(config.run_dir) / CONFIG, config.stages) if dist.get_rank() == 0 else [0] * len(config.stages)
+    sizes = torch.tensor(read, device=device)
+    dist.broadcast(sizes, 0)
+    if not sizes.all():
+        return None
+    stages = [replace(stage, micro_batch_size=int(size)) for stage, size in zip(config.stages, sizes, strict=True)]
+    return replace(config, stages=stages, micro_batch_size=int(sizes.max()))
+
+
+def _read(path: Path, stages: list[StageConfig]) -> list[int]:
+    """Sizes in a config.json; zeros where it has none for these stages."""
+    try:
+        found = [stage["micro_batch_size"] for stage in json.loads(path.read_text())["stages"]]
+    except (OSError, ValueError, KeyError, TypeError):
+        return [0] * len(stages)
+    fine = len(found) == len(stages) and all(isinstance(size, int) for size in found)
+    return found if fine else [0] * len(stages)
+
+
+def _rate(model: Bert, read: Callable[[np.ndarray], Batch], states: float, device: torch.device, size: int) -> float:
+    """Sequences per second of the slowest rank; 0 where a rank runs out of memory."""
+    seconds, fits = float("inf"), True
+    try:
+        seconds = _seconds(model, read(np.arange(size)).to(device), device)
+        fits = _peak(device) + states <= (1 - FREE) * _capacity(device)
+    except (torch.OutOfMemoryError, RuntimeError) as error:
+        if not isinstance(error, torch.OutOfMemoryError) and "alloc" not in str(error).lower():
+            raise
+        fits = False
+    model.zero_grad()
+    slowest = torch.tensor([seconds if fits else float("inf")], dtype=torch.float64, device=device)
+    dist.all_reduce(slowest, dist.ReduceOp.MAX)
+    return size / float(slowest)
+
+
+def _seconds(model: Bert, batch: Batch, device: torch.device) -> float:
+    """Median seconds of a forward and backward pass."""
+    times = []
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    for _ in range(REPEATS):
+        start = time.perf_counter()
+        _passes(model, batch)
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        times.append(time.perf_counter() - start)
+    return statistics.median(times[2:])
+
+
+def _passes(model: Bert, batch: Batch) -> Tensor:
+    loss = model(
+        batch.input_ids,
+        masked_positions=batch.masked_positions,
+        labels=batch.labels,
+        token_type_ids=batch.token_type_ids,
+        cu_seqlens=batch.cu_seqlens,
+        next_sentence_labels=batch.next_sentence_labels,
+    ).loss_sum
+    loss.backward()
+    return loss
+
+
+def _peak(device: torch.device) -> int:
+    return torch.cuda.max_memory_allocated() if device.type == "cuda" else 0
+
+
+def _capacity(device: torch.device) -> float:
+    return torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else float("inf")
