@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from torch import Tensor, nn
 from transformers import AutoModel, PreTrainedModel
 
@@ -20,6 +19,7 @@ from ds_stacking.data.corpus import iterate_documents
 from ds_stacking.data.tokenizer import load_tokenizer, special_ids
 from ds_stacking.evaluation.attention import TARGETS, AttentionMaps, measure
 from ds_stacking.evaluation.attention_config import AttentionConfig
+from ds_stacking.evaluation.encoders import load_model, quiet
 from ds_stacking.growth.blocks import find_blocks
 
 LENGTH = 128
@@ -50,15 +50,14 @@ class Subject:
 
 def analyse(config: AttentionConfig) -> Path:
     """Write attention.json into the output folder and return that folder. Raises UserError for bad input."""
-    transformers.logging.set_verbosity_error()  # else a report of the heads that maps do not need
-    transformers.logging.disable_progress_bar()
+    quiet()
     subject = resolve(config)
     blocks = read_blocks(subject, config.blocks)
     stages: dict[str, AttentionMaps] = {}
     as_grown: dict[str, AttentionMaps] = {}
     names = list(subject.models)
     for index, name in enumerate(names):
-        model = load_model(subject.models[name], subject.length)
+        model = load_with_maps(subject.models[name], subject.length)
         if int(blocks.max()) >= model.config.vocab_size:
             raise UserError(
                 f"The tokenizer of {subject.tokenizer} is not that of {name}; give its own with --tokenizer."
@@ -142,24 +141,10 @@ def read_blocks(subject: Subject, number: int) -> Tensor:
     return torch.cat([special.cls * edge, inner, special.sep * edge], 1)
 
 
-def load_model(source: str | Path, length: int) -> PreTrainedModel:
+def load_with_maps(source: str | Path, length: int) -> PreTrainedModel:
     """An encoder that gives its attention maps. Raises UserError where there is none or it knows too few positions."""
-    try:
-        model, info = AutoModel.from_pretrained(
-            source,
-            trust_remote_code=False,
-            use_safetensors=True,
-            dtype=torch.float32,
-            attn_implementation="eager",  # the others never have the maps in memory
-            output_loading_info=True,
-        )
-    except (OSError, ValueError) as error:
-        raise UserError(
-            f"{source} holds no encoder ({str(error).strip().splitlines()[0]}); give --model another."
-        ) from None
-    missing = sorted(name for name in info["missing_keys"] if "pooler" not in name)
-    if missing:
-        raise UserError(f"{source} lacks {missing[0]} ({len(missing)} weights in all); give complete weights.")
+    # the other implementations never have the maps in memory
+    model = load_model(AutoModel, source, attn_implementation="eager")
     positions = getattr(model.config, "max_position_embeddings", None) or length
     if model.config.is_encoder_decoder or length > positions:
         wrong = "is an encoder-decoder" if model.config.is_encoder_decoder else f"knows {positions} positions only"

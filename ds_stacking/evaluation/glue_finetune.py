@@ -15,16 +15,16 @@ from typing import Any
 
 import numpy as np
 import torch
-import transformers
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrainedConfig, PreTrainedTokenizerBase
+from transformers import AutoModelForSequenceClassification, PreTrainedConfig, PreTrainedTokenizerBase
 
 from ds_stacking.config import OptimizerConfig, UserError
 from ds_stacking.data.tokenizer import count_vocabulary, load_tokenizer
 from ds_stacking.engine.factory import Engine, EngineFactory, EngineSpec, device
 from ds_stacking.engine.release import collect, release
 from ds_stacking.engine.stepping import guarded_step
+from ds_stacking.evaluation.encoders import load_config, load_model, quiet
 from ds_stacking.evaluation.glue_config import Job
 from ds_stacking.evaluation.glue_data import Examples, TaskData
 from ds_stacking.evaluation.glue_metrics import evaluate
@@ -67,16 +67,10 @@ def load_encoder(source: str, tokenizer: str | None, max_length: int) -> Encoder
 
     Raises UserError where one of them is missing or they disagree.
     """
-    transformers.logging.set_verbosity_error()  # else a report of the missing head for every job
-    transformers.logging.disable_progress_bar()
+    quiet()
     final = Path(source) / "export" / "final"
     source = str(final) if final.is_dir() else source
-    try:
-        config = AutoConfig.from_pretrained(source, trust_remote_code=False)
-    except (OSError, ValueError) as error:
-        raise UserError(
-            f"{source} holds no transformers model ({_first_line(error)}); give --model another."
-        ) from None
+    config = load_config(source)
     loaded = load_tokenizer(tokenizer or source)
     check_vocabulary(tokenizer or source, count_vocabulary(loaded), config)
     positions = getattr(config, "max_position_embeddings", None) or max_length
@@ -99,21 +93,10 @@ def build_classifier(source: str, classes: int, *, untrained: bool) -> nn.Module
 
     `untrained` makes every weight fresh. Raises UserError where weights of the encoder itself are missing.
     """
-    options: dict[str, Any] = {"num_labels": classes, "trust_remote_code": False}
     if untrained:
-        config = AutoConfig.from_pretrained(source, **options)
+        config = load_config(source, num_labels=classes)
         return AutoModelForSequenceClassification.from_config(config, dtype=torch.float32)
-    try:
-        model, info = AutoModelForSequenceClassification.from_pretrained(
-            source, dtype=torch.float32, use_safetensors=True, output_loading_info=True, **options
-        )
-    except (OSError, ValueError) as error:
-        raise UserError(f"{source} cannot be fine-tuned ({_first_line(error)}); give another --model.") from None
-    encoder = f"{model.base_model_prefix}."
-    missing = sorted(name for name in info["missing_keys"] if name.startswith(encoder) and "pooler" not in name)
-    if missing:
-        raise UserError(f"{source} lacks {missing[0]} ({len(missing)} weights in all); give complete weights.")
-    return model
+    return load_model(AutoModelForSequenceClassification, source, num_labels=classes)
 
 
 def finetune(job: Job, data: TaskData, encoder: Encoder, ds_config: Mapping[str, Any], *, bf16: bool) -> Outcome:
@@ -222,7 +205,3 @@ def predict(engine: Engine, task: Task, split: Examples, encoder: Encoder) -> np
         logits = engine(**inputs).logits.float().cpu()
         predictions[rows] = (logits.squeeze(-1) if task.regression else logits.argmax(-1)).numpy()
     return predictions if task.regression else predictions.astype(int)
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().split("\n")[0].rstrip(".") or type(error).__name__

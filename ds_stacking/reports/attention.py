@@ -20,6 +20,8 @@ from ds_stacking.config import UserError
 Record = Mapping[str, Any]
 DARK, BLUE, ORANGE, GREY = "#333333", "#0072B2", "#D55E00", "#999999"
 MASS_TITLES = {"cls": "on [CLS]", "sep": "on [SEP]", "self": "on itself", "neighbours": "on neighbours"}
+SMALLEST_SCALE = 0.1
+"""Bits at the dark end of the colours at least, so that rounding between equal layers does not look like a pattern."""
 LAYER_COLOURS = matplotlib.colormaps["viridis"]
 
 
@@ -89,7 +91,7 @@ def draw_layers(stages: Sequence[Record]) -> Figure:
     """Jensen-Shannon divergence of every pair of layers, a panel for each stage, all with the same colours."""
     figure = Figure(figsize=(1.6 + 3.0 * len(stages), 3.3), dpi=160, layout="constrained")
     panels = figure.subplots(1, len(stages), squeeze=False)[0]
-    largest = max(np.max(stage["js_divergence"]) for stage in stages) or 1.0
+    largest = max(SMALLEST_SCALE, *(np.max(stage["js_divergence"]) for stage in stages))
     for axes, stage in zip(panels, stages, strict=True):
         matrix = np.array(stage["js_divergence"])
         image = axes.imshow(matrix, vmin=0, vmax=largest, cmap="magma_r", origin="lower")
@@ -139,7 +141,7 @@ def _draw_pairs(axes: Axes, growth: Record, key: str) -> None:
 
 def _whole_ticks(axes: Axes, across: int, up: int) -> None:
     """Ticks at whole numbers, few enough to be read."""
-    axes.set_xticks(range(0, across, 1 + across // 13))
+    axes.set_xticks(range(0, across, 1 + across // 11))
     axes.set_yticks(range(0, up, 1 + up // 13))
     axes.tick_params(labelsize=7, length=2)
 

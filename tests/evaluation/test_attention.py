@@ -18,7 +18,7 @@ from ds_stacking.config import CorpusConfig, ModelConfig, UserError
 from ds_stacking.evaluation import attention
 from ds_stacking.evaluation.attention import TARGETS, measure
 from ds_stacking.evaluation.attention_config import AttentionConfig
-from ds_stacking.evaluation.attention_run import analyse, copy_blocks, load_model, partings
+from ds_stacking.evaluation.attention_run import analyse, copy_blocks, load_with_maps, partings
 from ds_stacking.growth.operators import layer_map
 from ds_stacking.models.bert import Bert
 from ds_stacking.models.convert import save_huggingface
@@ -87,7 +87,7 @@ def test_a_local_head_and_a_head_on_cls_are_counted() -> None:
 
 
 def test_a_copied_block_is_what_a_growth_makes(tmp_path: Path) -> None:
-    model = load_model(write_encoder(tmp_path / "m", layers=2), 16)
+    model = load_with_maps(write_encoder(tmp_path / "m", layers=2), 16)
     grown = copy_blocks(model, (0, 1, 0, 1))
     deep = AutoModel.from_config(grown.config, attn_implementation="eager")
     names = {
@@ -175,7 +175,7 @@ def test_any_encoder_is_analysed_and_bad_input_is_one_sentence(tmp_path: Path) -
     assert stage["distances"] == list(range(-21, 22)) and math.isfinite(np.sum(stage["profile"]))
     for model, extra, message in (
         (tmp_path / "roberta", {"sequence_length": 64}, "knows 40 positions only"),
-        (tmp_path / "nowhere", {}, "holds no encoder"),
+        (tmp_path / "nowhere", {}, "nowhere does not exist"),
         (tmp_path / "roberta", {"tokenizer": str(tmp_path / "none")}, "tokenizer"),
         (tmp_path / "roberta", {"sequence_length": 4000}, "fewer than 3998 tokens"),
     ):

@@ -93,7 +93,7 @@ def test_a_bad_model_is_one_sentence(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="give the model's own"):
         load_encoder(str(bare), str(large), 128)
     assert load_encoder(str(bare), str(good), 128).source == str(bare)
-    with pytest.raises(UserError, match="no transformers model"):
+    with pytest.raises(UserError, match="nowhere does not exist"):
         load_encoder(str(tmp_path / "nowhere"), None, 128)
     weights = load_file(bare / "model.safetensors")
     del weights["bert.encoder.layer.0.output.dense.weight"]

@@ -1,0 +1,54 @@
+"""Hugging Face encoders: loaded whole, in fp32 and without running code that comes with them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
+
+from ds_stacking.config import UserError
+from ds_stacking.data.text_files import first_line
+
+
+def quiet() -> None:
+    """Keep transformers from a progress bar and a report of missing heads for every model."""
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+
+
+def load_config(source: str | Path, **options: Any) -> PreTrainedConfig:
+    """The configuration of a model in a folder or on the hub. Raises UserError where there is none."""
+    text = str(source)
+    if (text.startswith((".", "/", "~")) or text.count("/") > 1) and not Path(text).is_dir():
+        raise UserError(f"The folder {text} does not exist; give --model a folder or a hub name.")
+    try:
+        return AutoConfig.from_pretrained(source, trust_remote_code=False, **options)
+    except (OSError, ValueError) as error:
+        raise UserError(f"{text} holds no transformers model ({first_line(error)}); give --model another.") from None
+
+
+def load_model(auto: Any, source: str | Path, **options: Any) -> PreTrainedModel:
+    """The model of `auto`, a class such as AutoModel; a head that has no weights is fresh by the random state.
+
+    Raises UserError where there is no such model, or weights of the encoder itself are missing.
+    """
+    load_config(source)
+    try:
+        model, info = auto.from_pretrained(
+            source,
+            trust_remote_code=False,
+            use_safetensors=True,
+            dtype=torch.float32,
+            output_loading_info=True,
+            **options,
+        )
+    except (OSError, ValueError) as error:
+        raise UserError(f"{source} cannot be loaded ({first_line(error)}); give --model another.") from None
+    encoder = f"{model.base_model_prefix}." if hasattr(model, model.base_model_prefix) else ""
+    missing = sorted(name for name in info["missing_keys"] if name.startswith(encoder) and "pooler" not in name)
+    if missing:
+        raise UserError(f"{source} lacks {missing[0]} ({len(missing)} weights in all); give complete weights.")
+    return model
