@@ -8,9 +8,8 @@ from dataclasses import dataclass
 from typing import Literal, TypeVar
 
 from ds_stacking.config import UserError
-from ds_stacking.evaluation.glue_tasks import Task, select_tasks
+from ds_stacking.evaluation.glue_tasks import HUB_DATA, Task, select_tasks
 
-HUB_DATA = "nyu-mll/glue"
 BESIDE = ("untrained", "bag_of_words")
 Number = TypeVar("Number", int, float)
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from ds_stacking.config import UserError
-from ds_stacking.evaluation.glue_tasks import Task
+from ds_stacking.data.text_files import first_line
+from ds_stacking.evaluation.glue_tasks import HUB_DATA, Task
 
 HIGHEST_SCORE = 5.0
 """Largest label of a task that predicts a score."""
@@ -150,39 +151,45 @@ def _check_torn(path: Path, torn: Sequence[int], lines: int, *, test: bool) -> s
 
 
 def _from_hub(task: Task, name: str) -> TaskData:
+    splits = _load_hub(name, task.hub)
+    others = {"AX": _load_hub(name, "ax")} if "AX" in task.test else {}
+    try:
+        return TaskData(
+            train=_convert(splits["train"], task),
+            dev={key: _convert(splits[split], task) for key, (_, split) in task.dev.items()},
+            test={
+                key: _convert(others.get(key, splits)[split], task, test=True) for key, (_, split) in task.test.items()
+            },
+            notes=[],
+        )
+    except KeyError as error:
+        raise UserError(
+            f"The hub's {name!r} has no {error} for {task.name}; give --data {HUB_DATA} or a folder."
+        ) from None
+
+
+def _load_hub(name: str, config: str) -> Any:
     from datasets import load_dataset
 
-    def load(config: str) -> Any:
-        try:
-            return load_dataset(name, config)
-        except Exception as error:  # no network, no such data set, a broken cache: each a class of its own
-            first = str(error).strip().split("\n")[0]
-            raise UserError(
-                f"GLUE's {config} cannot be loaded from the hub's {name!r} ({first}); "
-                f"give --data a folder with GLUE's TSV files."
-            ) from error
-
-    splits = load(task.hub)
-    test = {name: splits[split] for name, (_, split) in task.test.items() if name != "AX"}
-    if "AX" in task.test:
-        test["AX"] = load("ax")["test"]
-    convert = _hub_converter(task)
-    return TaskData(
-        train=convert(splits["train"], False),
-        dev={name: convert(splits[split], False) for name, (_, split) in task.dev.items()},
-        test={name: convert(rows, True) for name, rows in test.items()},
-        notes=[],
-    )
+    try:
+        return load_dataset(name, config)
+    except Exception as error:  # no network, no such data set, a broken cache: each a class of its own
+        raise UserError(
+            f"GLUE's {config} cannot be loaded from the hub's {name!r} ({first_line(error)}); "
+            f"give --data a folder with GLUE's TSV files."
+        ) from error
 
 
-def _hub_converter(task: Task) -> Callable[[Any, bool], Examples]:
-    def convert(rows: Any, test: bool) -> Examples:
-        texts = tuple(list(rows[column]) for column in task.hub_columns)
-        ids: Iterable[object] = rows["idx"] if test else ()
-        return Examples(
-            texts=texts,
-            labels=[] if test else [float(label) for label in rows["label"]],
-            ids=[str(index) for index in ids],
+def _convert(rows: Any, task: Task, *, test: bool = False) -> Examples:
+    """One split of the hub's data set, whose test labels are all -1."""
+    texts = tuple(list(rows[column]) for column in task.hub_columns)
+    if test:
+        return Examples(texts=texts, ids=[str(index) for index in rows["idx"]])
+    labels = [float(label) for label in rows["label"]]
+    highest = HIGHEST_SCORE if task.regression else len(task.labels) - 1
+    wrong = next((row for row, label in enumerate(labels) if not 0 <= label <= highest), None)
+    if wrong is not None:
+        raise UserError(
+            f"Row {wrong} of the hub's {task.hub} has the label {labels[wrong]:g}; it must be 0 to {highest:g}."
         )
-
-    return convert
+    return Examples(texts=texts, labels=labels)

@@ -56,6 +56,8 @@ def _test(name: str) -> dict[str, tuple[str, str]]:
     return {name: ("test.tsv", "test")}
 
 
+HUB_DATA = "nyu-mll/glue"
+"""GLUE on the hub."""
 ENTAILMENT = ("entailment", "not_entailment")
 _TASKS = (
     Task(
