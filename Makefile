@@ -2,7 +2,8 @@
 # make test       set up, then all tests
 # make soak       200 kills at random times, each survived; a quarter of an hour
 # make check      format, lint and types, as CI runs them
-# make gpu-check  on a GPU host, in its own Python: every kernel's correctness and speed beside its peers; OUT=folder
+# make gpu-check  on a GPU host, in its own Python: every kernel's correctness and speed beside its peers; OUT=folder;
+#                 PART=model: training steps of BERT-base and -large in engines beside transformers' instead
 #
 # PYTHON      the Python that makes the environment (3.11 or newer)
 # TORCH_PIP   extra pip options for torch, such as the index of a CUDA build:  make install TORCH_PIP="--index-url URL"
@@ -53,12 +54,12 @@ format: $(INSTALLED)
 	$(BIN)/ruff check --fix .
 
 bench: $(INSTALLED)
-	$(BIN)/python benchmarks/throughput.py
+	$(BIN)/python -m benchmarks.throughput
 	$(BIN)/python benchmarks/data.py
 
 # No set-up here: a GPU host has its own PyTorch, often no network (pip install --no-deps --no-build-isolation -e .).
 gpu-check:
-	OUT=$${OUT:-benchmarks/results} timeout 540 $(PYTHON) -m benchmarks.gpu_check
+	OUT=$${OUT:-benchmarks/results} timeout 540 $(PYTHON) -m benchmarks.gpu_check$(if $(filter model,$(PART)),.model)
 
 clean:
 	rm -rf $(VENV) build *.egg-info

@@ -1,10 +1,12 @@
 """Training steps in a ZeRO engine: our Bert beside transformers' BertForMaskedLM, same weights, same process.
 
-    python benchmarks/throughput.py
+    python -m benchmarks.throughput
+    python -m benchmarks.throughput --padded --fused --length 128
+    python -m benchmarks.throughput --sides ours bare --layers 8 --accumulation 16
 
-Prints one JSON line: per depth the tokens/s of both (medians over interleaved optimizer steps) and their ratio. The
-peer uses SDPA attention and -100 as the label of tokens that are not masked, as its users do. On a CPU the size is the
-quickstart's and one thread computes.
+Prints one JSON line: per depth the real tokens/s of every side (medians over interleaved optimizer steps), MFU where
+the part's peak is known, peak memory on a GPU, and how often ours is faster. Sides: ours, ours compiled, bare (a plain
+PyTorch loop around our model), peer, peer compiled. On a CPU the size is the quickstart's and one thread computes.
 """
 
 from __future__ import annotations
@@ -16,116 +18,109 @@ import json
 import platform
 import statistics
 import time
-from collections.abc import Callable
 from typing import Any
 
 import torch
 import transformers
-from torch import Tensor, nn
-from transformers import BertForMaskedLM
 
-from ds_stacking.config import ModelConfig, OptimizerConfig
-from ds_stacking.engine.factory import EngineFactory, EngineSpec, device, init_distributed
-from ds_stacking.engine.host import keep_freed_memory
-from ds_stacking.models.bert import Bert
-from ds_stacking.models.convert import to_huggingface
+from benchmarks.sides import MASKING_RATE, Case, make_side
+from ds_stacking.config import ModelConfig
+from ds_stacking.engine.factory import device, init_distributed
+from ds_stacking.models.flops import training_flops
+from ds_stacking.planning.parts import part_of
+from ds_stacking.training.run import keep_freed_memory
 
-MASKING_RATE = 0.15
-
-
-def build(make_model: Callable[[int, bool], nn.Module], layers: int, options: argparse.Namespace) -> Any:
-    """The engine of one side."""
-    factory = EngineFactory(
-        build_model=make_model,
-        ds_config={"zero_optimization": {"stage": options.zero_stage}},
-        optimizer=OptimizerConfig(),
-        bf16=options.bf16,
-    )
-    engine = factory.build(EngineSpec(layers=layers, micro_batch_size=options.sequences))
-    for group in engine.optimizer.param_groups:
-        group["lr"] = 1e-4
-    return engine
+WARM_UP = 2
 
 
-def our_step(engine: Any, input_ids: Tensor, masked: Tensor, labels: Tensor) -> Tensor:
-    loss = engine(input_ids, masked_positions=masked, labels=labels).loss_sum / len(masked)
-    engine.backward(loss)
-    engine.step()
-    return loss.detach()
+def compare(case: Case, sides: list[str], repeats: int) -> dict[str, Any]:
+    """Time all sides in turn, after checking that first losses agree; a side that cannot run is named with its reason.
 
-
-def their_step(engine: Any, input_ids: Tensor, labels: Tensor) -> Tensor:
-    loss = engine(input_ids=input_ids, labels=labels).loss
-    engine.backward(loss)
-    engine.step()
-    return loss.detach()
-
-
-def seconds(steps: list[Callable[[], Tensor]], repeats: int) -> list[float]:
-    """Median seconds of each step, run in turn so that a change of the machine's speed meets all of them."""
-    times: list[list[float]] = [[] for _ in steps]
-    for repeat in range(repeats + 2):
-        for index, step in enumerate(steps):
+    Each side's peak memory is taken over its own steps and counts from what the process holds beside it.
+    """
+    found: dict[str, Any] = {}
+    running = {}
+    for name in sides:
+        try:
+            before = _allocated()
+            running[name] = make_side(name, case)
+            loss = running[name].step().item()
+            found[name] = {"loss": loss, "bytes": _peak() - before}
+        except Exception as error:  # noqa: BLE001 one side's failure must not cost the others
+            found[name] = {"absent": f"{type(error).__name__}: {str(error)[:150]}"}
+            running.pop(name, None)
+    if not case.model.dropout:
+        losses = [entry["loss"] for entry in found.values() if "loss" in entry]
+        assert max(losses) - min(losses) < (2e-2 if case.bf16 else 1e-3) * losses[0], found
+    times: dict[str, list[float]] = {name: [] for name in running}
+    for repeat in range(repeats + WARM_UP):
+        for name, side in running.items():
             start = time.perf_counter()
-            step().item()  # the host waits for the device here
-            if repeat >= 2:  # the first runs warm up
-                times[index].append(time.perf_counter() - start)
-    return [statistics.median(values) for values in times]
+            side.step().item()  # the host waits for the device here
+            if repeat >= WARM_UP:
+                times[name].append(time.perf_counter() - start)
+    for name, side in running.items():
+        side.close()
+        found[name] |= _figures(case, statistics.median(times[name]))
+    ours = found.get("ours", {}).get("seconds")
+    for name in running:
+        if ours and name != "ours":
+            found[name]["ours_is_faster"] = round(found[name]["seconds"] / ours, 3)
+    return found
 
 
-def compare(config: ModelConfig, layers: int, options: argparse.Namespace) -> dict[str, float]:
-    """Time both engines on one batch, after checking that their first losses agree."""
-    torch.manual_seed(0)
-    hf_config, state = to_huggingface(Bert(config, layers).named_parameters(), config, layers)
+def _figures(case: Case, seconds: float) -> dict[str, float]:
+    figures = {"seconds": seconds, "tokens_per_second": round(case.tokens / seconds)}
+    part = part_of(torch.cuda.get_device_name()) if device().type == "cuda" else None
+    if part:
+        masked = MASKING_RATE * case.tokens
+        lengths = case.bounds.diff().double()
+        pairs = float(lengths.square().sum()) * case.accumulation
+        flops = training_flops(
+            case.model,
+            case.layers,
+            sequences=case.tokens / case.length,
+            length=case.length,
+            masked=masked,
+            pairs=pairs,
+            masked_pairs=pairs * masked / case.tokens,
+        )
+        figures["mfu"] = round(flops / seconds / part.bf16, 4)
+    return figures
 
-    def ours(layers: int, initialize: bool) -> nn.Module:
-        torch.manual_seed(0)
-        return Bert(config, layers, initialize=initialize)
 
-    def theirs(layers: int, initialize: bool) -> nn.Module:
-        model = BertForMaskedLM._from_config(hf_config, attn_implementation="sdpa")
-        model.load_state_dict(state, strict=False)  # the tied decoder has no entry of its own
-        return model.train()
+def _allocated() -> int:
+    if device().type != "cuda":
+        return 0
+    torch.cuda.reset_peak_memory_stats()
+    return torch.cuda.memory_allocated()
 
-    input_ids = torch.randint(1, config.vocab_size, (options.sequences, options.length), device=device())
-    masked = (
-        torch.randperm(input_ids.numel(), device=device())[: round(MASKING_RATE * input_ids.numel())].sort().values
-    )
-    labels = torch.full_like(input_ids, -100)
-    labels.view(-1)[masked] = input_ids.view(-1)[masked]
-    engines = [build(make, layers, options) for make in (ours, theirs)]
-    steps = [
-        lambda: our_step(engines[0], input_ids, masked, input_ids.view(-1)[masked]),
-        lambda: their_step(engines[1], input_ids, labels),
-    ]
-    if options.dropout == 0:
-        first, second = (step().item() for step in steps)
-        assert abs(first - second) < 1e-3 * second, (first, second)
-    our_seconds, their_seconds = seconds(steps, options.repeats)
-    return {
-        "ours_tokens_per_second": round(input_ids.numel() / our_seconds),
-        "theirs_tokens_per_second": round(input_ids.numel() / their_seconds),
-        "ratio": round(their_seconds / our_seconds, 3),
-    }
+
+def _peak() -> int:
+    return torch.cuda.max_memory_allocated() if device().type == "cuda" else 0
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--sides", nargs="+", default=["ours", "peer"])
     parser.add_argument("--repeats", type=int, default=15)
     parser.add_argument("--dropout", type=float, default=0.1)
     parser.add_argument("--layers", type=int, nargs="+", default=[2, 4, 8])
     parser.add_argument("--sequences", type=int, default=32)
     parser.add_argument("--length", type=int, default=64)
+    parser.add_argument("--accumulation", type=int, default=1)
     parser.add_argument("--hidden_size", type=int, default=128)
     parser.add_argument("--vocab_size", type=int, default=4096)
     parser.add_argument("--zero_stage", type=int, default=2)
     parser.add_argument("--bf16", action="store_true")
+    parser.add_argument("--fused", action="store_true", help="our kernels, on a CPU their references")
+    parser.add_argument("--padded", action="store_true", help="documents of random lengths: padded there, packed here")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    keep_freed_memory()  # for both sides, as pretrain.py does
+    keep_freed_memory()  # for all sides, as pretrain.py does
     with contextlib.redirect_stdout(io.StringIO()):  # DeepSpeed speaks there; one JSON line is promised
         init_distributed()
-        config = ModelConfig(
+        model = ModelConfig(
             hidden_size=options.hidden_size,
             num_heads=options.hidden_size // 64,
             vocab_size=options.vocab_size,
@@ -134,7 +129,12 @@ def main() -> None:
             attention_dropout=options.dropout,
             max_positions=options.length,
         )
-        layers = {str(layers): compare(config, layers, options) for layers in options.layers}
+        shared = {name: getattr(options, name) for name in ("sequences", "length", "accumulation", "zero_stage")}
+        shared |= {name: getattr(options, name) for name in ("bf16", "fused", "padded")}
+        layers = {
+            str(layers): compare(Case(model=model, layers=layers, **shared), options.sides, options.repeats)
+            for layers in options.layers
+        }
     result = {
         "benchmark": "throughput",
         **vars(options),
