@@ -182,6 +182,9 @@ def _load_hub(name: str, config: str) -> Any:
 
 def _convert(rows: Any, task: Task, *, test: bool = False) -> Examples:
     """One split of the hub's data set, whose test labels are all -1."""
+    for column in task.hub_columns:
+        if column not in rows.column_names:
+            raise KeyError(column)
     texts = tuple(list(rows[column]) for column in task.hub_columns)
     if test:
         return Examples(texts=texts, ids=[str(index) for index in rows["idx"]])

@@ -56,7 +56,7 @@ def test_the_hub_gives_the_same_examples(tmp_path: Path, monkeypatch: pytest.Mon
     assert hub.train == own.train and hub.dev == own.dev
     assert {name: split.texts for name, split in hub.test.items()} == {n: s.texts for n, s in own.test.items()}
     assert hub.test["AX"].ids == ["0", "1", "2", "3", "4"]
-    with pytest.raises(UserError, match="no 'validation' for RTE"):
+    with pytest.raises(UserError, match="no 'sentence1' for RTE"):
         load_task(TASKS["RTE"], "some/glue")
     own.train.labels[7] = 3
     with pytest.raises(UserError, match="Row 7 of the hub's mnli has the label 3; it must be 0 to 2"):
