@@ -275,6 +275,9 @@ class RunConfig:
     """`train` (WordPiece on the corpus), a folder with a tokenizer, or a hub name."""
     stages: list[StageConfig] | str = "2:450,4:450,8:400"
     """Stages as LAYERS:STEPS,... or, in a recipe, as a list of objects."""
+    trigger: str = "steps"
+    """When it grows: after the stages' steps, or tokens:N,... flops:N,... prop:A, gstack, plateau:SLOPE; or
+    trial:stack,interleave:20, the stages' steps with the operator chosen by a trial (docs/growth.md)."""
     operator: str = "stack"
     """How blocks are copied at a growth: stack (ABAB), interleave (AABB), middle, last, fresh or a list (0,1,1,0), if
     wanted on some blocks only (stack[1:-1]) and with modifiers of the copies (+zero_output, +scale:C, +noise:C)."""

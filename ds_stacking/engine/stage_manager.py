@@ -6,7 +6,8 @@ generator is as it was before the growth.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Literal
 
@@ -15,13 +16,14 @@ from deepspeed.runtime.engine import DeepSpeedEngine
 from ds_stacking.engine.factory import EngineFactory, EngineSpec, device
 from ds_stacking.engine.handover import Handover, Undone, hand_over, hand_over_parked, isolated_generators
 from ds_stacking.engine.record import GrowthRecord, growth_record
+from ds_stacking.engine.release import collect, release
 from ds_stacking.engine.zero_state import LiveState
 from ds_stacking.growth.blocks import find_blocks
 from ds_stacking.growth.exchange import make_exchange
 from ds_stacking.growth.executor import execute
 from ds_stacking.growth.operators import layer_map, parse_operator
 from ds_stacking.growth.plan import GrowthPlan, ParameterInfo, copy_plan, make_plan
-from ds_stacking.growth.state import StateReader
+from ds_stacking.growth.state import ParkedState, StateReader
 
 Evaluate = Callable[[DeepSpeedEngine], float]
 
@@ -69,6 +71,20 @@ class StageManager:
         execute(plan, source, LiveState(self._engine), make_exchange(device()))
         self.parameters, self.stage = dict(parameters), stage
         return self._engine
+
+    @contextmanager
+    def trial(self) -> Iterator[None]:
+        """Whatever is done inside, afterwards an engine with the present depth and state is the current one.
+
+        Each rank keeps its part of the state on the host meanwhile. Where the body fails, nothing is undone.
+        """
+        state, parameters = ParkedState(LiveState(self.engine)), self.current_parameters()
+        spec, stage = self._spec, self.stage
+        assert spec is not None
+        yield
+        release(self.engine)
+        collect()
+        self.restore(spec, parameters, state, stage=stage)
 
     def current_parameters(self) -> dict[str, ParameterInfo]:
         """The parameters with their present step counts."""

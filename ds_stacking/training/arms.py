@@ -154,6 +154,8 @@ def check_arms(config: RunConfig, arms: Sequence[str], budgets: Sequence[float])
             "The learning rate must fall to 0 at the end of every arm; give --schedule linear, or wsd with a "
             "decay_percent, and stages without lr."
         )
+    if config.trigger != "steps":
+        raise UserError(f"trigger {config.trigger} is set; the arms have their own times of growth, so leave it out.")
     if len(stages) < 2 and len(arms) > 1:
         raise UserError("The recipe has one stage, so nothing grows; give --stages with two depths or more.")
     for name in arms:

@@ -83,6 +83,8 @@ def save(run: Pretraining, *, stage_end: bool = False, required: bool = False) -
             "ledger": run.ledger.to_dict(),
             "growths": [asdict(record) for record in run.growths],
             "evaluated": run.evaluated and [*run.evaluated[0], asdict(run.evaluated[1])],
+            "stage_steps": [stage.steps for stage in run.stages],
+            "losses": run.losses,
             "loss_sum": [float(part) for part in parts],
             "steps_in_loss": run.steps_in_loss,
             "health": run.health.to_dict(),
@@ -123,6 +125,9 @@ def restore(run: Pretraining, found: Found) -> bool:
     run.steps_in_loss = extra["steps_in_loss"]
     run.health.load(extra["health"])
     run.settled = run.position.step
+    for stage, steps in zip(run.stages, extra["stage_steps"], strict=True):
+        stage.steps = steps
+    run.losses = [(flops, loss) for flops, loss in extra["losses"]]
     generators = reader.generators(run.rank, run.world_size)
     if generators is None:
         run.seed_dropout()

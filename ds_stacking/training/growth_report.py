@@ -34,7 +34,7 @@ def is_looked_at(steps: int) -> bool:
 
 def moments_before(run: Pretraining) -> ParkedState | None:
     """Before a step: this rank's exp_avg, on the host, where the growth is looked at after the step."""
-    if not run.position.stage or not run.growths or not is_looked_at(run.position.stage_step + 1):
+    if run.growing or not run.position.stage or not run.growths or not is_looked_at(run.position.stage_step + 1):
         return None
     return ParkedState(LiveState(run.engine), kinds=("exp_avg",))
 

@@ -36,6 +36,7 @@ from ds_stacking.training.progress import StageConsole
 from ds_stacking.training.reporting import check_health, log_evaluation, log_growth, log_training
 from ds_stacking.training.schedule import Schedule
 from ds_stacking.training.tracking import Tracker
+from ds_stacking.training.triggering import choose_operator, end_on_plateau
 from ds_stacking.training.watchdog import Watchdog
 
 SECONDS_AFTER_A_FAILURE = 10.0
@@ -91,6 +92,7 @@ class Pretraining:
         self.settled = 0
         self.growing = False
         self.evaluated: tuple[tuple[int, int], HeldOutLoss] | None = None
+        self.losses: list[tuple[float, float]] = []  # FLOPs and training loss of the stage's log lines
 
     @property
     def stages(self) -> list[StageConfig]:
@@ -132,8 +134,8 @@ class Pretraining:
         )
         if done:
             self.evaluate_if_due(stage)  # the run may have been stopped in this very evaluation
-        with closing(self._stream(stage)) as steps:
-            while micro_batches := self._next(steps):
+        with closing(self.stream(stage.steps - done)) as steps:
+            while self.position.stage_step < stage.steps and (micro_batches := self._next(steps)):
                 with self.ledger.clock("training"):
                     self.train_step(micro_batches)
                 self.report(stage)
@@ -152,6 +154,7 @@ class Pretraining:
         """Build the first engine, or grow into the stage's."""
         self.ledger.start_stage(stage.layers)
         self.position.stage, self.position.stage_step = index, 0
+        self.losses = []
         if index == 0:
             self.manager.start(self.spec(0))
             self.seed_dropout()
@@ -165,10 +168,11 @@ class Pretraining:
     def grow(self, index: int, stage: StageConfig, spec: EngineSpec) -> None:
         """One growth, told to the console and the tracker."""
         self.growing = True
+        operator = choose_operator(self, stage, spec)
         with self.ledger.clock("growth"):
             record = self.manager.grow(
                 spec,
-                operator=stage.operator or self.config.operator,
+                operator=operator,
                 optimizer_state=stage.optimizer_state or self.config.optimizer_state,
             )
         self.growing = False
@@ -240,6 +244,7 @@ class Pretraining:
         last = position.stage_step == stage.steps
         if position.step % config.log_every == 0 or last:
             log_training(self)
+            last = last or end_on_plateau(self, stage)
         self.evaluate_if_due(stage)
         if config.checkpoint_every and position.step % config.checkpoint_every == 0 and not last:
             save(self)
@@ -283,16 +288,17 @@ class Pretraining:
         layers = len(self.engine.module.blocks)
         at = (self.position.step, layers)
         if self.evaluated is None or self.evaluated[0] != at:
-            self.evaluated = (at, self._held_out_loss())
+            self.evaluated = (at, self.held_out_loss())
             log_evaluation(self, self.evaluated[1])
         note_later_loss(self)
         return self.evaluated[1]
 
     def evaluate_shuffled(self) -> HeldOutLoss:
         """The control: the same blocks with their tokens shuffled."""
-        return self._held_out_loss(shuffled=True)
+        return self.held_out_loss(shuffled=True)
 
-    def _held_out_loss(self, *, shuffled: bool = False) -> HeldOutLoss:
+    def held_out_loss(self, *, shuffled: bool = False) -> HeldOutLoss:
+        """Held-out loss of the current engine, neither logged nor remembered."""
         size = self.config.micro_batch_size
         assert size != "auto", "chosen before the first stage"
         with self.ledger.clock("evaluation"):
@@ -323,12 +329,11 @@ class Pretraining:
         save(self, stage_end=True)
         self.stop_if_asked()
 
-    def _stream(self, stage: StageConfig) -> Generator[list[Batch]]:
-        """This rank's micro-batches, step by step, made ahead in the background."""
+    def stream(self, steps: int) -> Generator[list[Batch]]:
+        """This rank's micro-batches of the next `steps` steps, made ahead in the background."""
         plan, start = self.plans[self.position.stage], self.position.samples
-        remaining = range(self.position.stage_step, stage.steps)
-        steps = (plan.samples(start + i * plan.sequences, self.rank) for i in range(len(remaining)))
-        return prefetch(self._make_step, steps)
+        samples = (plan.samples(start + i * plan.sequences, self.rank) for i in range(steps))
+        return prefetch(self._make_step, samples)
 
     def _next(self, steps: Iterator[list[Batch]]) -> list[Batch] | None:
         with self.ledger.clock("data wait"):

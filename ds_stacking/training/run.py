@@ -24,6 +24,7 @@ from ds_stacking.engine.factory import EngineFactory, device, init_distributed, 
 from ds_stacking.engine.host import keep_freed_memory, limit_threads
 from ds_stacking.engine.stage_manager import StageManager
 from ds_stacking.growth.operators import layer_map, parse_operator
+from ds_stacking.growth.triggers import parse_trigger
 from ds_stacking.models.bert import Bert, has_kernels
 from ds_stacking.models.compiling import compile_parts
 from ds_stacking.planning.parts import part_of
@@ -43,6 +44,7 @@ from ds_stacking.training.run_directory import (
     write_json,
 )
 from ds_stacking.training.tracking import make_tracker
+from ds_stacking.training.triggering import triggered_stages
 
 
 def pretrain(config: RunConfig) -> None:
@@ -64,6 +66,7 @@ def pretrain(config: RunConfig) -> None:
     init_distributed()
     if config.kernels == "auto":
         config = replace(config, kernels="fused" if has_kernels(device()) else "torch")
+    config = replace(config, stages=triggered_stages(config))
     expected = identity(config, data.fingerprint)
     found = find_checkpoint(config, expected)
     config = _micro_batches(config, data, plans, ds_config, bf16=bf16, resumed=found is not None)
@@ -106,8 +109,10 @@ def check_stages(config: RunConfig, ds_config: Mapping[str, Any], *, bf16: bool,
     stages = config.stages
     assert isinstance(stages, list)
     parse_operator(config.operator)  # a misspelt one is an error even where nothing grows
+    tried = parse_trigger(config.trigger).operators
     for before, after in zip(stages, stages[1:], strict=False):
-        layer_map(after.operator or config.operator, before.layers, after.layers)
+        for operator in tried or (after.operator or config.operator,):
+            layer_map(operator, before.layers, after.layers)
     plans = [plan_batch(config, stage, world_size) for stage in stages]
     for stage, plan in zip(stages, plans, strict=True):
         resolved = resolve_ds_config(

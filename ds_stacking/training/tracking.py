@@ -213,7 +213,7 @@ def _start(run_dir: Path, name: str, config: Mapping[str, Any]) -> Any:
     )
     for axis in AXES:
         run.define_metric(axis, hidden=True)
-    for metrics in ("train/*", "eval/*", "growth/*", "after_growth/*", "stage", "layers"):
+    for metrics in ("train/*", "eval/*", "growth/*", "after_growth/*", "trial/*", "stage", "layers"):
         run.define_metric(metrics, step_metric="step")
     return run
 

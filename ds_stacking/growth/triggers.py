@@ -1,0 +1,132 @@
+"""When a model grows, and into what: the notation of `--trigger`, and the arithmetic of each kind.
+
+steps                            after the steps that the stages name
+tokens:1e9,3e9                   when the run has seen so many tokens, one number for each growth
+flops:1e18,5e18                  when it has spent so many model FLOPs
+prop:1                           stage i gets a share i^1 of all steps (MIDAS, Saunshi et al., NeurIPS 2024)
+gstack                           the formula of G_stack for the one growth of two stages (Du et al., NeurIPS 2024)
+plateau:0.3                      when the loss falls by less than 0.3 nats per e-fold of FLOPs (Shen et al. 2022)
+trial:stack,interleave:20        after the stages' steps; operators are tried for 20 steps each, the best is kept
+                                 (LAG, 2406.02469)
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from ds_stacking.config import UserError
+from ds_stacking.growth.operators import parse_operator
+
+KINDS = ("steps", "tokens", "flops", "prop", "gstack", "plateau", "trial")
+LINES = 8
+"""Log lines that a slope is measured over at the least."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trigger:
+    """A trigger as its notation names it."""
+
+    kind: str
+    """One of KINDS."""
+    numbers: tuple[float, ...] = ()
+    """Amounts of tokens or FLOPs, the exponent of prop, the slope of plateau or the steps of a trial."""
+    operators: tuple[str, ...] = ()
+    """Operators of a trial."""
+
+
+def parse_trigger(text: str) -> Trigger:
+    """Read the notation above; raises UserError for what it does not know."""
+    kind, _, rest = text.partition(":")
+    if kind not in KINDS:
+        raise UserError(f"trigger {text!r} is unknown; choose one of {', '.join(KINDS)}, such as prop:1.")
+    if kind in ("steps", "gstack"):
+        if rest:
+            raise UserError(f"trigger {text!r}: {kind} takes no number; write {kind} alone.")
+        return Trigger(kind=kind)
+    if kind == "trial":
+        return _trial(text, rest)
+    numbers = _numbers(text, rest)
+    if kind in ("prop", "plateau") and len(numbers) != 1:
+        raise UserError(f"trigger {text!r} needs one number, such as {kind}:1.")
+    if any(number < 0 or (number == 0 and kind != "prop") for number in numbers):
+        raise UserError(f"trigger {text!r}: its numbers must be positive.")
+    if list(numbers) != sorted(set(numbers)):
+        raise UserError(f"trigger {text!r}: the amounts must rise, since each is counted from the start of the run.")
+    return Trigger(kind=kind, numbers=numbers)
+
+
+def _trial(text: str, rest: str) -> Trigger:
+    names, _, steps = rest.rpartition(":")
+    operators = tuple(names.split(","))
+    if (
+        not steps.isdecimal()
+        or int(steps) == 0
+        or len(set(operators)) != len(operators)
+        or not 2 <= len(operators) <= 4
+    ):
+        raise UserError(
+            f"trigger {text!r}: write two to four operators and the steps, such as trial:stack,interleave:20."
+        )
+    for operator in operators:
+        parse_operator(operator)
+    return Trigger(kind="trial", numbers=(float(steps),), operators=operators)
+
+
+def _numbers(text: str, rest: str) -> tuple[float, ...]:
+    try:
+        numbers = tuple(float(part) for part in rest.split(","))
+    except ValueError:
+        numbers = ()
+    if not numbers or not all(map(math.isfinite, numbers)):
+        raise UserError(f"trigger {text!r} needs numbers after the colon, such as tokens:1e9,3e9.")
+    return numbers
+
+
+def steps_by_amount(amounts: Sequence[float], per_step: Sequence[float], last: int) -> list[int]:
+    """Steps of each stage so that growth i comes once `amounts[i]` is spent; the last stage keeps its `last` steps.
+
+    `per_step` is what a step of each stage spends. Raises UserError where the amounts are not one for each growth.
+    """
+    if len(amounts) != len(per_step) - 1:
+        raise UserError(
+            f"The trigger names {len(amounts)} amounts, but {len(per_step)} stages have {len(per_step) - 1} growths; "
+            f"give one amount for each."
+        )
+    steps, spent = [], 0.0
+    for amount, each in zip(amounts, per_step, strict=False):
+        steps.append(max(1, math.ceil((amount - spent) / each - 1e-9)))
+        spent += steps[-1] * each
+    return [*steps, last]
+
+
+def steps_by_prop(total: int, stages: int, exponent: float) -> list[int]:
+    """`total` steps over stages in proportion to 1^a, 2^a, 3^a, ... (MIDAS, Prop-a)."""
+    weights = [float(i) ** exponent for i in range(1, stages + 1)]
+    ends = [round(total * sum(weights[: i + 1]) / sum(weights)) for i in range(stages)]
+    return [max(1, end - start) for start, end in zip([0, *ends], ends, strict=False)]
+
+
+def gstack_tokens(parameters: float, tokens: float) -> float:
+    """Tokens after which G_stack grows a model into one of `parameters` that trains on `tokens` in all.
+
+    log10 d = 0.88 log10 N + 163.27 / log10 C - 5.74 with C = 6 N tokens FLOPs (Du et al. 2024, 2405.15319, section 4;
+    fitted to decoders of 0.4 to 3 billion parameters, an extrapolation elsewhere).
+    """
+    flops = 6 * parameters * tokens
+    return 10 ** (0.88 * math.log10(parameters) + 163.27 / math.log10(flops) - 5.74)
+
+
+def loss_slope(points: Sequence[tuple[float, float]]) -> float:
+    """Least-squares slope of loss on ln FLOPs, in nats per e-fold; points are (FLOPs, loss)."""
+    places = [math.log(flops) for flops, _ in points]
+    middle, level = sum(places) / len(points), sum(loss for _, loss in points) / len(points)
+    spread = sum((place - middle) ** 2 for place in places)
+    return sum((place - middle) * (loss - level) for place, (_, loss) in zip(places, points, strict=True)) / spread
+
+
+def has_plateaued(points: Sequence[tuple[float, float]], slope: float) -> bool:
+    """Whether the loss falls by less than `slope` nats per e-fold of FLOPs over the later half of a stage's lines."""
+    later = points[len(points) // 2 :]
+    return len(later) >= LINES and loss_slope(later) > -slope

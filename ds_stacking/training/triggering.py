@@ -1,0 +1,131 @@
+"""What a trigger means for the stages of a run: steps computed before the start, a stage ended early, a trial."""
+
+from __future__ import annotations
+
+import math
+from contextlib import closing
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import torch
+
+from ds_stacking.checkpoint.generators import capture_generators, restore_generators
+from ds_stacking.config import RunConfig, StageConfig, UserError
+from ds_stacking.engine.factory import EngineSpec
+from ds_stacking.growth.triggers import (
+    Trigger,
+    gstack_tokens,
+    has_plateaued,
+    parse_trigger,
+    steps_by_amount,
+    steps_by_prop,
+)
+from ds_stacking.models.bert import Bert
+from ds_stacking.models.flops import training_flops_per_token
+from ds_stacking.training.reporting import event, settle
+
+if TYPE_CHECKING:
+    from ds_stacking.training.loop import Pretraining
+
+
+def triggered_stages(config: RunConfig) -> list[StageConfig]:
+    """The stages with the steps that the trigger gives them; the model's vocabulary must be known.
+
+    Raises UserError where the trigger does not fit the stages.
+    """
+    stages, trigger = config.stages, parse_trigger(config.trigger)
+    assert isinstance(stages, list)
+    if trigger.kind == "plateau" and any(stage.lr is not None for stage in stages):
+        raise UserError("trigger plateau moves the ends of stages, so give the run's schedule and no lr in stages.")
+    steps = _steps(config, stages, trigger)
+    return [replace(stage, steps=count) for stage, count in zip(stages, steps, strict=True)]
+
+
+def _steps(config: RunConfig, stages: list[StageConfig], trigger: Trigger) -> list[int]:
+    given = [stage.steps for stage in stages]
+    tokens = [stage.tokens_per_step or config.tokens_per_step for stage in stages]
+    if trigger.kind == "tokens":
+        return steps_by_amount(trigger.numbers, tokens, given[-1])
+    if trigger.kind == "flops":
+        length, rate = config.corpus.sequence_length, config.corpus.masking_rate
+        per_token = [
+            training_flops_per_token(config.model, stage.layers, length=length, masking_rate=rate) for stage in stages
+        ]
+        each = [count * flops for count, flops in zip(tokens, per_token, strict=True)]
+        return steps_by_amount(trigger.numbers, each, given[-1])
+    if trigger.kind == "prop":
+        return steps_by_prop(sum(given), len(stages), trigger.numbers[0])
+    if trigger.kind == "gstack":
+        return _gstack(config, stages, tokens)
+    return given
+
+
+def _gstack(config: RunConfig, stages: list[StageConfig], tokens: list[int]) -> list[int]:
+    if len(stages) != 2:
+        raise UserError(f"trigger gstack times one growth, but there are {len(stages)} stages; give two.")
+    with torch.device("meta"):
+        parameters = sum(parameter.numel() for parameter in Bert(config.model, stages[-1].layers).parameters())
+    total = sum(stage.steps * each for stage, each in zip(stages, tokens, strict=True))
+    first = round(gstack_tokens(parameters, total) / tokens[0])
+    steps = stages[0].steps + stages[1].steps
+    if not 0 < first < steps:
+        raise UserError(
+            f"trigger gstack would grow after {first:,} of {steps:,} steps: its formula, fitted to large models, does "
+            f"not reach down to {parameters:,} parameters and {total:,} tokens; choose another trigger."
+        )
+    return [first, steps - first]
+
+
+def end_on_plateau(run: Pretraining, stage: StageConfig) -> bool:
+    """After a logged line: where the loss has come to a plateau, end the stage; the next one gets its steps."""
+    loss = run.ledger.stage.train_loss_end
+    if loss is not None and math.isfinite(loss):
+        run.losses.append((run.ledger.flops, loss))
+    position, trigger = run.position, parse_trigger(run.config.trigger)
+    waiting = position.stage + 1 < len(run.stages) and position.step > run.config.warmup_steps
+    if trigger.kind != "plateau" or not waiting or not has_plateaued(run.losses, trigger.numbers[0]):
+        return False
+    run.stages[position.stage + 1].steps += stage.steps - position.stage_step
+    stage.steps = position.stage_step
+    run.console.line(f"the loss has come to a plateau; the stage ends at step {position.step}")
+    return True
+
+
+def choose_operator(run: Pretraining, stage: StageConfig, spec: EngineSpec) -> str:
+    """The operator of the growth into `stage`: that of the recipe, or the best of a trial. Collective."""
+    trigger = parse_trigger(run.config.trigger)
+    if trigger.kind != "trial":
+        return stage.operator or run.config.operator
+    losses = {}
+    for operator in trigger.operators:
+        with run.ledger.clock("growth"):
+            losses[operator] = _try(run, operator, int(trigger.numbers[0]), stage, spec)
+        record = {"operator": operator, "steps_tried": int(trigger.numbers[0]), "eval_loss": losses[operator]}
+        run.tracker.log(event(run, "trial") | record)
+        run.console.line(
+            f"trial of {operator}: held-out loss {losses[operator]:.3f} after {trigger.numbers[0]:.0f} steps"
+        )
+    return min(losses, key=lambda operator: losses[operator])
+
+
+def _try(run: Pretraining, operator: str, steps: int, stage: StageConfig, spec: EngineSpec) -> float:
+    """Held-out loss after `steps` steps with an operator; then all is as before but the ledger, which is charged."""
+    position, health, generators = replace(run.position), run.health.to_dict(), capture_generators()
+    counted, evaluate = run.ledger.stage.steps, run.manager.evaluate
+    run.manager.evaluate = None
+    with run.manager.trial():
+        policy = stage.optimizer_state or run.config.optimizer_state
+        run.manager.grow(spec, operator=operator, optimizer_state=policy)
+        with closing(run.stream(steps)) as batches:
+            for micro_batches in batches:
+                run.train_step(micro_batches)
+        loss = run.held_out_loss().every
+        settle(run)
+    run.manager.evaluate = evaluate
+    run.position, run.settled, run.ledger.stage.steps = position, position.step, counted
+    run.loss_sum.zero_()
+    run.steps_in_loss = 0
+    run.health.load(health)
+    run.ledger.rates()  # the next line's rates begin after the trial
+    restore_generators(generators)
+    return loss
