@@ -84,7 +84,7 @@ def save(run: Pretraining, *, stage_end: bool = False, required: bool = False) -
             "growths": [asdict(record) for record in run.growths],
             "evaluated": run.evaluated and [*run.evaluated[0], asdict(run.evaluated[1])],
             "stage_steps": [stage.steps for stage in run.stages],
-            "losses": run.losses,
+            "logged_losses": run.logged_losses,
             "loss_sum": [float(part) for part in parts],
             "steps_in_loss": run.steps_in_loss,
             "health": run.health.to_dict(),
@@ -127,7 +127,7 @@ def restore(run: Pretraining, found: Found) -> bool:
     run.settled = run.position.step
     for stage, steps in zip(run.stages, extra["stage_steps"], strict=True):
         stage.steps = steps
-    run.losses = [(flops, loss) for flops, loss in extra["losses"]]
+    run.logged_losses = [(flops, loss) for flops, loss in extra["logged_losses"]]
     generators = reader.generators(run.rank, run.world_size)
     if generators is None:
         run.seed_dropout()

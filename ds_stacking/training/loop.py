@@ -92,7 +92,7 @@ class Pretraining:
         self.settled = 0
         self.growing = False
         self.evaluated: tuple[tuple[int, int], HeldOutLoss] | None = None
-        self.losses: list[tuple[float, float]] = []  # FLOPs and training loss of the stage's log lines
+        self.logged_losses: list[tuple[float, float]] = []  # FLOPs and training loss of the stage's log lines
 
     @property
     def stages(self) -> list[StageConfig]:
@@ -154,7 +154,7 @@ class Pretraining:
         """Build the first engine, or grow into the stage's."""
         self.ledger.start_stage(stage.layers)
         self.position.stage, self.position.stage_step = index, 0
-        self.losses = []
+        self.logged_losses = []
         if index == 0:
             self.manager.start(self.spec(0))
             self.seed_dropout()

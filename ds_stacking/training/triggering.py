@@ -80,10 +80,10 @@ def end_on_plateau(run: Pretraining, stage: StageConfig) -> bool:
     """After a logged line: where the loss has come to a plateau, end the stage; the next one gets its steps."""
     loss = run.ledger.stage.train_loss_end
     if loss is not None and math.isfinite(loss):
-        run.losses.append((run.ledger.flops, loss))
+        run.logged_losses.append((run.ledger.flops, loss))
     position, trigger = run.position, parse_trigger(run.config.trigger)
     waiting = position.stage + 1 < len(run.stages) and position.step > run.config.warmup_steps
-    if trigger.kind != "plateau" or not waiting or not has_plateaued(run.losses, trigger.numbers[0]):
+    if trigger.kind != "plateau" or not waiting or not has_plateaued(run.logged_losses, trigger.numbers[0]):
         return False
     run.stages[position.stage + 1].steps += stage.steps - position.stage_step
     stage.steps = position.stage_step
