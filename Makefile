@@ -38,8 +38,9 @@ $(INSTALLED): setup.py pyproject.toml constraints.txt
 pretrain: $(INSTALLED)
 	deepspeed --num_gpus $(RANKS) launchers/pretrain.py --deepspeed_config ds_configs/zero2.json $(ARGS)
 
+# Two workers: what waits for launchers and for SLURM leaves the cores to the others.
 test: $(INSTALLED)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
 soak: $(INSTALLED)
 	PYTHONPATH=. $(BIN)/python tests/soak.py --kills 200

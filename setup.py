@@ -43,5 +43,5 @@ setup(
         "datasketch",
         "pydantic>=2",
     ],
-    extras_require={"dev": ["pytest", "hypothesis", "ruff", "mypy"]},
+    extras_require={"dev": ["pytest", "pytest-xdist", "hypothesis", "ruff", "mypy"]},
 )

@@ -15,36 +15,28 @@ os.environ.setdefault("WANDB_MODE", "offline")
 
 COUNTED = ("distributed", "cluster")
 MUST_RUN = COUNTED if os.environ.get("REQUIRE_CLUSTER") else ("distributed",)
-collected: dict[str, set[str]] = {marker: set() for marker in COUNTED}
+seen: dict[str, set[str]] = {marker: set() for marker in COUNTED}
 passed: set[str] = set()
 
 
-@pytest.hookimpl(trylast=True)
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Note which tests must run; `-m`, `-k` and paths on the command line were applied before."""
-    for item in items:
-        for marker in COUNTED:
-            if item.get_closest_marker(marker):
-                collected[marker].add(item.nodeid)
-
-
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:
-    """Note which tests passed."""
+    """Note which tests there were and which passed; with several workers, in the process that collects their reports."""
+    for marker in COUNTED:
+        if marker in report.keywords:
+            seen[marker].add(report.nodeid)
     if report.when == "call" and report.passed:
         passed.add(report.nodeid)
 
 
 def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
     """Fail where a test that must run did not."""
-    if session.config.option.collectonly:
-        return
-    missing = [node for marker in MUST_RUN for node in collected[marker] if node not in passed]
+    missing = [node for marker in MUST_RUN for node in seen[marker] if node not in passed]
     if missing and exitstatus == 0:
         session.exitstatus = pytest.ExitCode.TESTS_FAILED
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     """Say how many of the tests that must run did."""
-    for marker, nodes in collected.items():
+    for marker, nodes in seen.items():
         if nodes:
             terminalreporter.write_line(f"{marker}: {len(nodes & passed)} of {len(nodes)} ran and passed")

@@ -22,9 +22,6 @@ _context.set_forkserver_preload(
     + ["torch._dynamo", "torch._inductor.compile_fx"]
 )
 
-executed: dict[int, int] = {}
-"""Cases that really ran, by world size; the session's end compares it with the tests collected."""
-
 
 def run_ranks(world_size: int, case: Callable[..., Any], *args: Any, timeout: float = 900) -> list[Any]:
     """Call `case(*args)` on `world_size` ranks of a gloo group; returns the results by rank.
@@ -46,7 +43,6 @@ def run_ranks(world_size: int, case: Callable[..., Any], *args: Any, timeout: fl
             for process in processes:
                 process.kill()
                 process.join()
-    executed[world_size] = executed.get(world_size, 0) + 1
     return [outcome[rank] for rank in range(world_size)]
 
 
