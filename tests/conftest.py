@@ -20,7 +20,7 @@ passed: set[str] = set()
 
 
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:
-    """Note which tests there were and which passed; with several workers, in the process that collects their reports."""
+    """Note which tests there were and which passed; with several workers, in the process that hears of all."""
     for marker in COUNTED:
         if marker in report.keywords:
             seen[marker].add(report.nodeid)
