@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from ds_stacking.config import UserError
 from ds_stacking.growth.blocks import BlockNames, find_block_names
 from ds_stacking.growth.checks import check_finite
 from ds_stacking.growth.exchange import OneRank
-from ds_stacking.growth.executor import execute
+from ds_stacking.growth.executor import MoveReport, execute
 from ds_stacking.growth.operators import layer_map, parse_operator
 from ds_stacking.growth.plan import GrowthPlan, ParameterInfo, make_plan
 
@@ -59,15 +60,39 @@ def _grow_checkpoint(
     extra: dict[str, Any] = dict(reader.extra)
     position = extra.get("position", {})
     stage = position.get("stage", 0) + 1
-    if extra.get("stage_end"):
-        extra |= {"position": position | {"stage": stage, "stage_step": 0}, "stage_end": False, "evaluated": None}
+    begins = extra.get("stage_end")  # only there a stage may begin
     blocks = find_block_names({name: (info.numel,) for name, info in reader.parameters.items()})
     plan = _plan(reader.parameters, blocks, operator, layers, optimizer_state, stage=stage)
     check_finite(reader, OneRank())
-    identity = reader.manifest.identity
-    with CheckpointState(target, reader.step, plan.parameters, extra=extra, identity=identity) as writer:
-        execute(plan, reader, writer, OneRank())
+    identity, generators = reader.manifest.identity, [path.read_bytes() for path in reader.generator_files()]
+    with CheckpointState(
+        target, reader.step, plan.parameters, extra=extra, identity=identity, generators=generators
+    ) as writer:
+        start = time.perf_counter()
+        report = execute(plan, reader, writer, OneRank())
+        if begins:
+            writer.extra |= {"position": position | {"stage": stage, "stage_step": 0}, "stage_end": False}
+            writer.extra |= {"evaluated": None}
+            writer.extra["growths"] = [*extra["growths"], _record(plan, report, stage, time.perf_counter() - start)]
         return writer.publish(), plan
+
+
+def _record(plan: GrowthPlan, report: MoveReport, stage: int, seconds: float) -> dict[str, Any]:
+    """What a run's summary says of this growth; no engine was there to evaluate."""
+    return {
+        "from_layers": plan.from_layers,
+        "to_layers": plan.to_layers,
+        "operator": plan.operator,
+        "optimizer_state": plan.optimizer_state,
+        "stage": stage,
+        "layer_map": plan.layers,
+        "seconds": seconds,
+        "seconds_by_phase": report.seconds,
+        "bytes_moved": report.bytes_copied,
+        "bytes_received": 0,
+        "tensors_verified": report.tensors_verified,
+        "leaked_bytes": 0,
+    }
 
 
 def _plan(

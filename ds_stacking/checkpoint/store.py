@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import secrets
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -54,13 +55,17 @@ class CheckpointReader:
         return {name: info.step for name, info in self.parameters.items()}
 
     def generators(self, rank: int, world_size: int) -> dict[str, Any] | None:
-        """The generators of `rank` for `restore_generators`; None where other ranks wrote the checkpoint.
+        """The generators of `rank` for `restore_generators`; None where another number of ranks trained.
 
         At another world size no saved state is right: two ranks must never draw the same dropout masks.
         """
-        if world_size != self.manifest.world_size or rank_file(rank) not in self.manifest.files:
-            return None
-        return json.loads((self.path / rank_file(rank)).read_bytes())
+        files = self.generator_files()
+        return json.loads(files[rank].read_bytes()) if len(files) == world_size else None
+
+    def generator_files(self) -> list[Path]:
+        """The file of every rank's generators."""
+        names = sorted(name for name in self.manifest.files if re.fullmatch(r"rank-\d{5}\.json", name))
+        return [self.path / name for name in names]
 
     def slices(self) -> list[TensorSlice]:
         """Every tensor, whole, on every rank."""
@@ -113,9 +118,14 @@ class CheckpointState:
         *,
         extra: Mapping[str, Any],
         identity: Mapping[str, Any],
+        generators: Sequence[bytes] = (),
     ) -> None:
-        """Reserve the file in `folder`; nothing is to be seen there before `publish`. Raises OSError."""
-        self.folder, self.step, self.extra, self.identity = folder.absolute(), step, extra, identity
+        """Reserve the file in `folder`; nothing is to be seen there before `publish`. Raises OSError.
+
+        `generators` holds the file of every rank's generators, for a run that goes on with as many ranks.
+        """
+        self.folder, self.step, self.identity = folder.absolute(), step, identity
+        self.extra, self.generators = dict(extra), generators
         self.parameters = dict(parameters)
         self._wholes = {name: TensorSlice(name, 0, info.numel) for name, info in parameters.items()}
         self._layout = PieceFile(list(self._wholes.values()))
@@ -162,6 +172,8 @@ class CheckpointState:
             tensors_file(0): FileRecord(self._layout.nbytes, file_sha256(self._path)),
             STATE: write_file(self._temporary / STATE, [json.dumps(content).encode()]),
         }
+        for rank, states in enumerate(self.generators):
+            files[rank_file(rank)] = write_file(self._temporary / rank_file(rank), [states])
         return publish(
             self._temporary,
             self.folder,

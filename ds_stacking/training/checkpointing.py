@@ -16,11 +16,12 @@ from ds_stacking.checkpoint.generators import restore_generators
 from ds_stacking.checkpoint.select import Found, find_together
 from ds_stacking.checkpoint.store import CheckpointReader
 from ds_stacking.checkpoint.write import CheckpointWriter
-from ds_stacking.config import RunConfig
+from ds_stacking.config import RunConfig, UserError
 from ds_stacking.engine.factory import device
 from ds_stacking.engine.stage_manager import GrowthRecord
 from ds_stacking.engine.zero_state import LiveState
 from ds_stacking.evaluation.masked_lm import HeldOutLoss
+from ds_stacking.growth.blocks import find_block_names
 from ds_stacking.growth.exchange import make_exchange
 from ds_stacking.training.ledger import Ledger
 from ds_stacking.training.reporting import settle
@@ -56,7 +57,23 @@ def find_checkpoint(config: RunConfig, expected: dict[str, Any]) -> Found | None
         return None
     if config.resume == "auto":
         return find_together(Path(config.run_dir) / "checkpoints", make_exchange(device()), identity=expected)
-    return find_together(Path(config.resume), make_exchange(device()), identity=expected, exact=True)
+    found = find_together(Path(config.resume), make_exchange(device()), identity=expected, exact=True)
+    if found is not None:
+        _check_depth(config, CheckpointReader(found.path))
+    return found
+
+
+def _check_depth(config: RunConfig, reader: CheckpointReader) -> None:
+    """A checkpoint may have been grown on the disk, to any depth."""
+    stage = reader.extra["position"]["stage"]
+    layers = find_block_names({name: (info.numel,) for name, info in reader.parameters.items()}).count
+    assert isinstance(config.stages, list)
+    if stage >= len(config.stages) or config.stages[stage].layers != layers:
+        depths = ", ".join(str(entry.layers) for entry in config.stages)
+        raise UserError(
+            f"Checkpoint {reader.path} has {layers} layers and stands in stage {stage + 1}, but the stages of "
+            f"this recipe have {depths} layers; grow the checkpoint to the depth of that stage."
+        )
 
 
 def make_writer(config: RunConfig, expected: dict[str, Any]) -> CheckpointWriter:
@@ -115,6 +132,8 @@ def restore(run: Pretraining, found: Found) -> bool:
     run.position = type(run.position)(**extra["position"])
     run.manager.restore(run.spec(run.position.stage), reader.parameters, reader, stage=run.position.stage)
     run.ledger = Ledger.from_dict(extra["ledger"], peak=run.ledger.peak)
+    if len(run.ledger.stages) == run.position.stage:  # the checkpoint was grown on the disk
+        run.ledger.start_stage(run.stages[run.position.stage].layers)
     run.growths = [GrowthRecord(**record) for record in extra["growths"]]
     if extra["evaluated"]:
         step, layers, loss = extra["evaluated"]

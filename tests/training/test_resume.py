@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 
+from ds_stacking.checkpoint.grow import grow_folder
 from ds_stacking.checkpoint.store import CheckpointReader
 from ds_stacking.command_line import parse_run
 from ds_stacking.config import RunAgain, UserError
@@ -77,13 +78,17 @@ def metrics(folder: Path) -> list[dict[str, Any]]:
 
 
 def assert_equal_to_the_bit(one: Path, other: Path) -> None:
+    assert_same_state(one, other)
+    assert metrics(one) == metrics(other)
+
+
+def assert_same_state(one: Path, other: Path) -> None:
     first, second = final(one), final(other)
     assert first.parameters == second.parameters and first.extra["position"] == second.extra["position"]
     for name, info in first.parameters.items():
         for kind in KINDS:
             piece = TensorSlice(name, 0, info.numel)
             assert torch.equal(first.read(piece, kind), second.read(piece, kind)), (name, kind)
-    assert metrics(one) == metrics(other)
 
 
 @pytest.fixture(scope="module")
@@ -129,6 +134,19 @@ def test_another_world_size_and_zero_stage_go_on(folder: Path) -> None:
     assert found == pytest.approx(expected, rel=1e-4)
 
 
+def test_a_checkpoint_grown_on_the_disk_goes_on_as_the_run_that_grew(folder: Path) -> None:
+    if not (folder / "whole-2").exists():
+        run_ranks(2, run, str(folder), "whole-2", 2, ())
+    grow_folder(folder / "whole-2" / "checkpoints" / "step-8", folder / "grown", operator="stack", layers=2)
+    run_ranks(2, run, str(folder), "from-disk", 2, (), (f"--resume={folder}/grown",))
+    assert_same_state(folder / "whole-2", folder / "from-disk")
+    whole, grown = (json.loads((folder / name / "summary.json").read_text()) for name in ("whole-2", "from-disk"))
+    for name in ("layers", "steps", "tokens", "flops", "train_loss_end", "eval_loss_end"):
+        assert [stage[name] for stage in grown["stages"]] == [stage[name] for stage in whole["stages"]], name
+    for name in ("layer_map", "stage", "observations", "eval_loss_later"):
+        assert [growth[name] for growth in grown["growths"]] == [growth[name] for growth in whole["growths"]], name
+
+
 def test_a_finished_run_is_left_alone_and_another_recipe_is_refused(folder: Path) -> None:
     if not (folder / "whole-2").exists():
         run_ranks(2, run, str(folder), "whole-2", 2, ())
@@ -136,7 +154,11 @@ def test_a_finished_run_is_left_alone_and_another_recipe_is_refused(folder: Path
     assert any("finished" in line for line in run_ranks(1, run_again, str(folder), "whole-2")[0])
     assert (folder / "whole-2" / "summary.json").read_bytes() == before
     (folder / "whole-2" / "summary.json").unlink()
-    assert "recipe" in run_ranks(1, refused, str(folder))[0]
+    assert "recipe" in run_ranks(1, refused, str(folder), ("--lr=0.5",))[0]
+    grow_folder(folder / "whole-2" / "checkpoints" / "step-8", folder / "too-deep", operator="stack", layers=3)
+    message = run_ranks(1, refused, str(folder), (f"--resume={folder}/too-deep", f"--output_dir={folder}/deep"))[0]
+    assert "has 3 layers" in message and "have 1, 2, 4 layers" in message
+    assert not (folder / "deep").exists()
 
 
 def run_again(folder: str, output: str) -> list[str]:
@@ -153,7 +175,7 @@ def run_again(folder: str, output: str) -> list[str]:
     return said
 
 
-def refused(folder: str) -> str:
+def refused(folder: str, options: tuple[str, ...]) -> str:
     with pytest.raises(UserError) as error:
-        run(folder, "whole-2", 2, (), ("--lr=0.5",))
+        run(folder, "whole-2", 2, (), options)
     return str(error.value)
