@@ -62,15 +62,18 @@ class BlockReader:
         self._cls, self._sep = special.cls, special.sep
         self._places = sequence_length - (3 if next_sentence else 2)
         files = [file for file in split.files if len(file) >= self._places]
-        self._ends = np.cumsum([len(file) // self._places for file in files])  # of the shards, in blocks
-        self._count = int(self._ends[-1]) if files else 0
+        counts = np.array([len(file) // self._places for file in files], np.int64)
+        self._ends = np.cumsum(counts)  # of the shards, in blocks
+        self._count = int(counts.sum())
         least = 2 if next_sentence else 1
         if self._count < least:
             raise UserError(
                 f"{len(split)} tokens make fewer than {least} blocks of {sequence_length}; "
                 f"give more documents or shorten corpus.sequence_length."
             )
+        self._starts = self._ends - counts
         self._windows = [sliding_window_view(np.asarray(file.tokens), self._places) for file in files]  # [.., C]
+        self._last = np.array([len(windows) - 1 for windows in self._windows])
         self._sentences = [file.sentences for file in files]
         self._offsets = [file.offsets for file in files] if separate_documents else None
 
@@ -83,21 +86,42 @@ class BlockReader:
             return self._read_pairs(indices, keys)
         input_ids = np.empty((len(indices), self.sequence_length), np.int64)  # [B, T]
         input_ids[:, 0] = self._cls
-        input_ids[:, 1:-1] = self._gather(indices, np.zeros_like(indices))
+        shards, begins = self._locate(indices)
+        input_ids[:, 1:-1] = self._gather(shards, begins)
         input_ids[:, -1] = self._sep
-        return Blocks(input_ids=input_ids, cu_seqlens=self._document_bounds(indices))
+        return Blocks(input_ids=input_ids, cu_seqlens=self._document_bounds(shards, begins))
 
-    def _document_bounds(self, indices: np.ndarray) -> np.ndarray | None:
+    def _locate(self, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """The shard of each block and where in its tokens the block begins, [B] and [B] int64."""
+        shards = np.searchsorted(self._ends, indices, side="right")
+        return shards, (indices - self._starts[shards]) * self._places
+
+    def _by_shard(self, shards: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
+        """For each shard that holds some of the blocks: its number and which they are."""
+        order = np.argsort(shards, kind="stable")
+        for chosen in np.split(order, np.flatnonzero(np.diff(shards[order])) + 1):
+            yield int(shards[chosen[0]]), chosen
+
+    def _gather(self, shards: np.ndarray, begins: np.ndarray) -> np.ndarray:
+        """The C tokens from each place on, [B, C]; from a little earlier where the shard ends before."""
+        begins = np.minimum(np.maximum(begins, 0), self._last[shards])
+        if len(self._windows) == 1:
+            return self._windows[0][begins]
+        tokens = np.empty((len(begins), self._places), self._windows[0].dtype)
+        for shard, chosen in self._by_shard(shards):
+            tokens[chosen] = self._windows[shard][begins[chosen]]
+        return tokens
+
+    def _document_bounds(self, shards: np.ndarray, begins: np.ndarray) -> np.ndarray | None:
         """Bounds of blocks and of the documents inside them; [CLS] belongs to the first document of its block."""
         if self._offsets is None:
             return None
-        bounds = [np.arange(len(indices) + 1) * self.sequence_length]
-        for file, chosen, inside in self._by_file(indices):
-            offsets = self._offsets[file]
-            begin = inside * self._places  # of the blocks, in the shard
+        bounds = [np.arange(len(shards) + 1) * self.sequence_length]
+        for shard, chosen in self._by_shard(shards):
+            offsets, begin = self._offsets[shard], begins[chosen]
             first = np.searchsorted(offsets, begin, side="right")
             counts = np.searchsorted(offsets, begin + self._places, side="left") - first
-            block = np.repeat(np.arange(len(inside)), counts)
+            block = np.repeat(np.arange(len(begin)), counts)
             which = np.arange(len(block)) + np.repeat(first - (np.cumsum(counts) - counts), counts)
             bounds.append(offsets[which] - begin[block] + 1 + chosen[block] * self.sequence_length)
         return np.unique(np.concatenate(bounds)).astype(np.int32)
@@ -108,10 +132,17 @@ class BlockReader:
         others = (indices + 1 + below(other_bits, self._count - 1)) % self._count  # never the block itself
         quarter = self._places // 4
         lengths = quarter + below(length_bits, self._places - 2 * quarter + 1)  # [B], of A
-        lengths = self._to_sentence(indices, lengths, quarter, self._places - quarter)
-        jumps = self._to_sentence(others, lengths, 0, self._places) - lengths
-        first = self._gather(indices, np.zeros_like(indices))
-        second = np.where(labels[:, None] == 1, self._gather(others, jumps), first)
+        random = np.flatnonzero(labels)
+        shards, begins = self._locate(np.concatenate((indices, others[random])))  # A's blocks, then those of other Bs
+        size, places = len(indices), np.concatenate((lengths, lengths[random]))
+        least = np.repeat([quarter, 0], [size, len(random)])
+        places = self._to_sentence(shards, begins, places, least, self._places - least)
+        lengths = places[:size].copy()
+        places[size:] -= lengths[random]
+        places[:size] = 0
+        content = self._gather(shards, begins + places)
+        first, second = content[:size], content[:size].copy()
+        second[random] = content[size:]
         in_second = np.arange(self._places) >= lengths[:, None]  # [B, C]
 
         rows = np.arange(len(indices))
@@ -123,38 +154,20 @@ class BlockReader:
         token_type_ids = (np.arange(self.sequence_length) > lengths[:, None] + 1).astype(np.int64)
         return Blocks(input_ids=input_ids, token_type_ids=token_type_ids, next_sentence_labels=labels)
 
-    def _to_sentence(self, indices: np.ndarray, places: np.ndarray, least: int, most: int) -> np.ndarray:
-        """Move a place in each block, [B], to the first sentence that begins there or later, else before, in range."""
-        moved = places.copy()
-        for file, chosen, inside in self._by_file(indices):
-            starts = self._sentences[file]
-            if starts is None or not len(starts):
-                continue
-            begin = inside * self._places
-            after = np.searchsorted(starts, begin + places[chosen])
-            for candidates in (after - 1, after):  # the later one wins
-                there = starts[np.clip(candidates, 0, len(starts) - 1)].astype(np.int64) - begin
-                moved[chosen] = np.where((least <= there) & (there <= most), there, moved[chosen])
+    def _to_sentence(
+        self, shards: np.ndarray, begins: np.ndarray, places: np.ndarray, least: np.ndarray, most: np.ndarray
+    ) -> np.ndarray:
+        """Move a place in each block, [B], to the next sentence's beginning, else to the last one's, within range."""
+        if all(starts is None for starts in self._sentences):
+            return places.copy()
+        before, after = np.full_like(begins, -1), np.full_like(begins, -1)
+        for shard, chosen in self._by_shard(shards):
+            starts = self._sentences[shard]
+            if starts is not None and len(starts):
+                there = np.searchsorted(starts, (begins + places)[chosen].astype(starts.dtype))
+                before[chosen] = starts[np.maximum(there - 1, 0)]
+                after[chosen] = starts[np.minimum(there, len(starts) - 1)]
+        moved = places
+        for found in (before - begins, after - begins):  # the later one wins
+            moved = np.where((least <= found) & (found <= most), found, moved)
         return moved
-
-    def _gather(self, indices: np.ndarray, shifts: np.ndarray) -> np.ndarray:
-        """The tokens of blocks, [B, C], each read `shifts` [B] tokens later, as far as the shard goes."""
-        if len(self._windows) == 1:
-            return self._windows[0][self._clip(0, indices, shifts)]
-        tokens = np.empty((len(indices), self._places), self._windows[0].dtype)
-        for file, chosen, inside in self._by_file(indices):
-            tokens[chosen] = self._windows[file][self._clip(file, inside, shifts[chosen])]
-        return tokens
-
-    def _clip(self, file: int, inside: np.ndarray, shifts: np.ndarray) -> np.ndarray:
-        return np.clip(inside * self._places + shifts, 0, len(self._windows[file]) - 1)
-
-    def _by_file(self, indices: np.ndarray) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
-        """For each shard that holds some of the blocks: its number, which they are, and their numbers inside."""
-        if len(self._ends) == 1:
-            yield 0, np.arange(len(indices)), indices
-            return
-        owners = np.searchsorted(self._ends, indices, side="right")
-        for file in np.unique(owners):
-            chosen = np.flatnonzero(owners == file)
-            yield int(file), chosen, indices[chosen] - (self._ends[file - 1] if file else 0)
