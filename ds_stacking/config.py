@@ -270,7 +270,8 @@ class RunConfig:
     overwrite: bool = False
     """Delete what an earlier run left in output_dir."""
     data: str = "docs"
-    """Text: `docs` (documentation of the installed Python packages), a folder, file or glob, or a hub dataset."""
+    """Text: `docs` (documentation of the installed Python packages), a folder, file or glob, a hub dataset, a folder
+    of prepare_data.py, or a JSON file that mixes such folders (docs/data.md)."""
     tokenizer: str = "train"
     """`train` (WordPiece on the corpus), a folder with a tokenizer, or a hub name."""
     stages: list[StageConfig] | str = "2:450,4:450,8:400"

@@ -8,7 +8,7 @@ Shapes: B blocks of a batch, T tokens of a block, M masked positions of a batch,
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -16,13 +16,14 @@ import numpy as np
 import torch
 
 from ds_stacking.config import UserError
-from ds_stacking.data.blocks import BlockReader, Blocks
+from ds_stacking.data.blocks import BlockReader, Blocks, read_mixed
 from ds_stacking.data.masking import Masker
+from ds_stacking.data.mixture import Interleaving, Mixture
 from ds_stacking.data.random_numbers import derive_keys, permute
 from ds_stacking.data.token_file import Split
 from ds_stacking.data.tokenizer import SpecialIds
 
-_ORDER, _PAIRS, _MASKING = range(3)
+_ORDER, _PAIRS, _MASKING = range(_PURPOSES := 3)
 _EVAL_SEED = 20190609
 
 
@@ -74,7 +75,7 @@ class MaskedBatches:
 
     def __init__(
         self,
-        split: Split,
+        data: Split | Mixture,
         *,
         sequence_length: int,
         masking_rate: float,
@@ -95,29 +96,40 @@ class MaskedBatches:
             self._slope = (masking_rate_end - masking_rate) / max(1, samples - 1)
         for rate in (masking_rate, masking_rate if masking_rate_end is None else masking_rate_end):
             require_masked_tokens(sequence_length, rate)
-        self._reader = BlockReader(
-            split,
-            sequence_length=sequence_length,
-            special=special,
-            next_sentence=next_sentence,
-            separate_documents=separate_documents,
-        )
+        mixture = Mixture.of(data)
+        self._readers = [
+            BlockReader(
+                split,
+                sequence_length=sequence_length,
+                special=special,
+                next_sentence=next_sentence,
+                separate_documents=separate_documents,
+            )
+            for split in mixture.splits
+        ]
+        self._interleaving = Interleaving(mixture.weights)
         self._masker = masker
         self._seed = seed
         self._samples = samples
 
     def __len__(self) -> int:
-        return len(self._reader)
+        return sum(map(len, self._readers))
 
-    def blocks_of(self, sample_indices: np.ndarray) -> np.ndarray:
-        """Return the block of every sample number, [B] int64 -> [B] int64; in constant time for any number."""
-        epochs, places = np.divmod(np.asarray(sample_indices, np.int64), len(self))
-        return permute(places, len(self), derive_keys(self._seed, _ORDER, epochs))
+    def blocks_of(self, sample_indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Return source and block of every sample number, [B] int64 each; in constant time for any number."""
+        sources, numbers = self._interleaving.locate(np.asarray(sample_indices, np.int64))
+        blocks = np.empty_like(numbers)
+        for source, reader in enumerate(self._readers):
+            chosen = np.flatnonzero(sources == source)
+            epochs, places = np.divmod(numbers[chosen], len(reader))
+            purpose = _ORDER + source * _PURPOSES
+            blocks[chosen] = permute(places, len(reader), derive_keys(self._seed, purpose, epochs))
+        return sources, blocks
 
     def batch(self, sample_indices: np.ndarray) -> Batch:
         """Return the samples with these numbers, [B] int64, counted from 0 over all epochs."""
         samples = np.asarray(sample_indices, np.int64)
-        blocks = self._reader.read(self.blocks_of(samples), derive_keys(self._seed, _PAIRS, samples))
+        blocks = read_mixed(self._readers, *self.blocks_of(samples), derive_keys(self._seed, _PAIRS, samples))
         return _masked(blocks, self._masker, derive_keys(self._seed, _MASKING, samples), self._rates(samples))
 
     def _rates(self, samples: np.ndarray) -> np.ndarray:
@@ -134,7 +146,7 @@ class EvalBatches:
 
     def __init__(
         self,
-        split: Split,
+        data: Split | Mixture,
         *,
         blocks: int,
         sequence_length: int,
@@ -146,18 +158,22 @@ class EvalBatches:
     ) -> None:
         """Use `blocks` blocks, or all where there are fewer. Raise UserError as MaskedBatches does."""
         require_masked_tokens(sequence_length, masking_rate)
-        self._reader = BlockReader(
-            split,
-            sequence_length=sequence_length,
-            special=special,
-            next_sentence=next_sentence,
-            separate_documents=separate_documents,
-        )
+        mixture = Mixture.of(data)
+        self._readers = [
+            BlockReader(
+                split,
+                sequence_length=sequence_length,
+                special=special,
+                next_sentence=next_sentence,
+                separate_documents=separate_documents,
+            )
+            for split in mixture.splits
+        ]
         self._masker, self._rate = masker, masking_rate
-        self._count = min(blocks, len(self._reader))
+        self._sources, self._places = _spread(blocks, mixture.weights, [len(reader) for reader in self._readers])
 
     def __len__(self) -> int:
-        return self._count
+        return len(self._places)
 
     def batch(self, indices: np.ndarray) -> Batch:
         """Return blocks by index in [0, len), [B] int64."""
@@ -172,11 +188,20 @@ class EvalBatches:
 
     def _read(self, indices: np.ndarray) -> tuple[Blocks, np.ndarray]:
         """The blocks and the keys of their masks, which belong to the block, however many others are evaluated."""
-        assert np.all((indices >= 0) & (indices < self._count)), "evaluation block out of range"
-        places = indices * len(self._reader) // self._count  # not the first ones: they come from a few documents
-        return self._reader.read(places, derive_keys(_EVAL_SEED, _PAIRS, places)), derive_keys(
-            _EVAL_SEED, _MASKING, places
-        )
+        assert np.all((indices >= 0) & (indices < len(self))), "evaluation block out of range"
+        sources, places = self._sources[indices], self._places[indices]
+        identities = places + (sources << 40)  # those of a single source are its places
+        blocks = read_mixed(self._readers, sources, places, derive_keys(_EVAL_SEED, _PAIRS, identities))
+        return blocks, derive_keys(_EVAL_SEED, _MASKING, identities)
+
+
+def _spread(blocks: int, weights: Sequence[float], lengths: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
+    """Source and place of so many blocks, or all there are, spread evenly over each source, [count] int64 each."""
+    sources, _ = Interleaving(weights).locate(np.arange(blocks))
+    counts = np.minimum(np.bincount(sources, minlength=len(lengths)), lengths)
+    # not the first blocks: they come from a few documents
+    places = [np.arange(count) * length // max(1, count) for count, length in zip(counts, lengths, strict=True)]
+    return np.repeat(np.arange(len(lengths)), counts), np.concatenate(places)
 
 
 def require_masked_tokens(sequence_length: int, masking_rate: float) -> None:

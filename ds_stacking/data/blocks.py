@@ -5,7 +5,7 @@ Shapes: B blocks of a batch, T tokens of a block, C ordinary places of a block, 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -171,3 +171,39 @@ class BlockReader:
         for found in (before - begins, after - begins):  # the later one wins
             moved = np.where((least <= found) & (found <= most), found, moved)
         return moved
+
+
+def read_mixed(readers: Sequence[BlockReader], sources: np.ndarray, indices: np.ndarray, keys: np.ndarray) -> Blocks:
+    """Read blocks by source and index, [B] int64 each, from readers of one block length."""
+    if len(readers) == 1:
+        return readers[0].read(indices, keys)
+    rows, parts = [], []
+    for source in np.unique(sources):
+        rows.append(np.flatnonzero(sources == source))
+        parts.append(readers[source].read(indices[rows[-1]], keys[rows[-1]]))
+    order = np.argsort(np.concatenate(rows))
+
+    def join(name: str) -> np.ndarray | None:
+        pieces = [getattr(part, name) for part in parts]
+        return None if pieces[0] is None else np.concatenate(pieces)[order]
+
+    input_ids = join("input_ids")
+    assert input_ids is not None
+    return Blocks(
+        input_ids=input_ids,
+        token_type_ids=join("token_type_ids"),
+        next_sentence_labels=join("next_sentence_labels"),
+        cu_seqlens=_join_bounds(rows, parts, input_ids.shape[1]),
+    )
+
+
+def _join_bounds(rows: Sequence[np.ndarray], parts: Sequence[Blocks], length: int) -> np.ndarray | None:
+    """The bounds of documents of all parts, each block moved to its row."""
+    bounds = []
+    for of_part, part in zip(rows, parts, strict=True):
+        if part.cu_seqlens is None:
+            return None
+        block, place = np.divmod(part.cu_seqlens[:-1], length)
+        bounds.append(of_part[block] * length + place)
+    end = sum(map(len, rows)) * length
+    return np.append(np.sort(np.concatenate(bounds)), end).astype(np.int32)

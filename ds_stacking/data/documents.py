@@ -47,8 +47,8 @@ def cut(text: str) -> Iterator[str]:
     begin = 0
     while len(text) - begin > LONGEST_DOCUMENT:
         limit = begin + LONGEST_DOCUMENT
-        end = max(text.rfind("\n", begin, limit), text.rfind(" ", limit - 1000, limit)) + 1
-        end = end if end > begin else limit
+        half = begin + LONGEST_DOCUMENT // 2
+        end = text.rfind("\n", half, limit) + 1 or text.rfind(" ", half, limit) + 1 or limit
         yield text[begin:end]
         begin = end
     yield text[begin:] if begin else text

@@ -94,6 +94,11 @@ def open_folder(folder: Path) -> tuple[dict[str, Any], dict[str, Split]]:
     }
 
 
+def token_counts(folder: Path, manifest: dict[str, Any]) -> np.ndarray:
+    """Return how often each token stands in the training split, [vocab_size] int64."""
+    return np.sum([np.load(folder / name / "counts.npy") for name in manifest["shards"]], axis=0)
+
+
 def _identity(config: PreparationConfig, tokenizer: PreTrainedTokenizerBase | None) -> dict[str, Any]:
     """Everything that determines the shards, as JSON values."""
     corpus = config.corpus
@@ -210,7 +215,6 @@ def _finish(build: Build, identity: dict[str, Any], seconds: float) -> dict[str,
     special = special_ids(build.tokenizer)
     leak = find_leak(splits["train"], splits["eval"], special.sep)
     _refuse_leak(leak, config)
-    counts = np.sum([np.load(folder / name / "counts.npy") for name in names], axis=0)
     totals: Counter[str] = Counter()
     for shard in build.shards:
         totals.update(shard["totals"])
@@ -219,10 +223,11 @@ def _finish(build: Build, identity: dict[str, Any], seconds: float) -> dict[str,
         "vocab_size": count_vocabulary(build.tokenizer),
         "tokenizer_sha256": tokenizer_hash(build.tokenizer),
         **{split: _sum_up(split, build.shards) for split in SPLITS},
-        "unigram_entropy": unigram_entropy(counts, special.every),
+        "unigram_entropy": unigram_entropy(token_counts(folder, {"shards": names}), special.every),
         "read": build.shards[-1]["read"],
         "totals": dict(totals),
         "leak": asdict(leak),
+        "max_leak": config.max_leak,
         "skipped": build.skipped,
         "shards": names,
         "tokenizer": config.tokenizer,

@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from ds_stacking.config import ModelConfig
-from ds_stacking.data.prepare import PreparedData
+from ds_stacking.data.prepared_data import PreparedData
 from ds_stacking.models.convert import save_huggingface
 from ds_stacking.reports.model_card import write_model_card
 

@@ -19,7 +19,7 @@ from ds_stacking.checkpoint.write import CheckpointWriter
 from ds_stacking.config import RunAgain, RunConfig, StageConfig
 from ds_stacking.data.batches import Batch, EvalBatches, MaskedBatches
 from ds_stacking.data.prefetch import prefetch
-from ds_stacking.data.prepare import PreparedData
+from ds_stacking.data.prepared_data import PreparedData
 from ds_stacking.engine.consolidate import consolidate
 from ds_stacking.engine.factory import Engine, EngineSpec
 from ds_stacking.engine.stage_manager import GrowthRecord, StageManager

@@ -18,7 +18,8 @@ from ds_stacking.checkpoint.select import Found
 from ds_stacking.config import ModelConfig, RunConfig, StageConfig, UserError
 from ds_stacking.data.batches import EvalBatches, MaskedBatches
 from ds_stacking.data.masking import Masker
-from ds_stacking.data.prepare import PreparedData, prepare
+from ds_stacking.data.prepare import prepare
+from ds_stacking.data.prepared_data import PreparedData
 from ds_stacking.engine.ds_config import load_ds_config, resolve_ds_config
 from ds_stacking.engine.factory import EngineFactory, device, init_distributed, native_bf16
 from ds_stacking.engine.host import keep_freed_memory, limit_threads

@@ -114,8 +114,8 @@ def test_the_grouping_test_sees_a_generator_with_a_state(monkeypatch: pytest.Mon
 
 def test_order_and_masks_change_with_epoch_and_seed():
     batches, n = make(3000), len(make(3000))
-    first, second = batches.blocks_of(np.arange(n)), batches.blocks_of(np.arange(n, 2 * n))
-    other_seed = make(3000, seed=2).blocks_of(np.arange(n))
+    first, second = batches.blocks_of(np.arange(n))[1], batches.blocks_of(np.arange(n, 2 * n))[1]
+    other_seed = make(3000, seed=2).blocks_of(np.arange(n))[1]
     assert (first == second).mean() < 0.05 and (first == other_seed).mean() < 0.05
     again = n + int(np.flatnonzero(second == first[0])[0])  # the sample of epoch 1 that shows sample 0's block
     one, two = batches.batch(np.array([0])), batches.batch(np.array([again]))
@@ -169,6 +169,14 @@ def test_evaluation_is_fixed_and_its_control_shuffled(make_split: Callable[..., 
     assert not torch.equal(unmask(control), unmask(batch))
     assert torch.equal(unmask(control).sort(1).values, unmask(batch).sort(1).values)
     assert torch.equal(unmask(control) < 5, unmask(batch) < 5)
+
+
+def test_the_masking_rate_follows_its_schedule():
+    batches = make(40_000, sequence_length=102, masking_rate=0.3, masking_rate_end=0.1, samples=1001)
+    counts = [len(batches.batch(np.array([sample])).labels) for sample in (0, 250, 500, 1000, 5000)]
+    assert counts == [30, 25, 20, 10, 10]
+    with pytest.raises(UserError, match="masking_rate"):
+        make(500, sequence_length=16, masking_rate_end=0.01)
 
 
 def test_settings_that_mask_nothing_are_refused():

@@ -68,6 +68,47 @@ def test_half_of_the_pairs_follow_each_other():
     assert labels is not None and abs(labels.mean() - 0.5) < 0.02  # 4 standard deviations
 
 
+@settings(deadline=None)  # time on a busy machine proves nothing
+@given(
+    lengths=st.lists(st.integers(0, 90), min_size=1, max_size=5), sequence_length=st.integers(8, 20), data=st.data()
+)
+def test_shards_are_read_one_behind_another(lengths: list[int], sequence_length: int, data: st.DataObject):
+    """Every token of a shard once, but for fewer than a block's at its end; blocks never reach into the next shard."""
+    places = sequence_length - 2
+    ends = np.cumsum(lengths)
+    shards = [np.arange(end - size, end, dtype=np.uint32) + 5 for end, size in zip(ends, lengths, strict=True)]
+    split = Split(files=[TokenFile(tokens=tokens, offsets=np.array([0, len(tokens)])) for tokens in shards])
+    expected = [shard[i : i + places].tolist() for shard in shards for i in range(0, len(shard) - places + 1, places)]
+    if not expected:
+        return
+    reader = BlockReader(split, sequence_length=sequence_length, special=SPECIAL)
+    indices = np.array(data.draw(st.permutations(range(len(expected)))))
+    blocks = reader.read(indices, derive_keys(0, 0, indices))
+    assert blocks.input_ids[:, 1:-1].tolist() == [expected[i] for i in indices]
+
+
+@pytest.mark.parametrize("shards", [1, 3])
+def test_pairs_meet_at_sentences(shards: int):
+    """Sentences of 5 tokens begin at multiples of 5: A ends and B begins there; B of another block follows nothing."""
+    files = [
+        TokenFile(tokens=np.arange(5, 605, dtype=np.uint32), offsets=np.array([0, 600]), sentences=sentences)
+        for sentences in [np.arange(0, 600, 5, dtype=np.uint32)] * shards
+    ]
+    reader = BlockReader(Split(files=files), sequence_length=43, special=SPECIAL, next_sentence=True)
+    indices = np.arange(len(reader))
+    blocks = reader.read(indices, derive_keys(1, 0, indices))
+    assert blocks.next_sentence_labels is not None
+    assert len(reader) == 15 * shards and set(blocks.next_sentence_labels) == {0, 1}
+    for row, label in zip(blocks.input_ids.tolist(), blocks.next_sentence_labels, strict=True):
+        middle = row.index(3)
+        first, second = row[1:middle], row[middle + 1 : -1]
+        assert first == list(range(first[0], first[0] + len(first)))
+        assert second == list(range(second[0], second[0] + len(second)))
+        assert (first[0] - 5) % 40 == 0 and (second[0] == first[-1] + 1) == (label == 0)
+        clipped = second[-1] == 604  # a shard's end leaves no room
+        assert first[-1] % 5 == 4 and (second[0] % 5 == 0 or clipped)
+
+
 def test_pairs_need_two_blocks():
     with pytest.raises(UserError, match="fewer than 2 blocks"):
         read(25, 16, next_sentence=True)

@@ -86,6 +86,50 @@ def test_a_block_is_masked_alike_whatever_stands_beside_it(masker: Masker, input
     assert (alone == masked.input_ids[order]).all()
 
 
+def whole_words(ids: np.ndarray) -> np.ndarray:
+    """A number for the word of every token, special ones a word each, [B * T]; ids from 70 on continue a word."""
+    continues = (ids >= 70) & (np.roll(ids, 1, axis=1) > 4)
+    continues[:, 0] = False
+    return np.cumsum(~continues.ravel()) - 1
+
+
+@pytest.mark.parametrize("unit", ["word", "span"])
+def test_words_stay_whole_and_spans_are_runs(special, input_ids: np.ndarray, unit):
+    masker = Masker(special=special, vocab_size=VOCAB, unit=unit, continues=np.arange(VOCAB) >= 70)
+    masked = masker.mask(input_ids, derive_keys(1, 0, np.arange(BLOCKS)), 0.15)
+    chosen = np.zeros(input_ids.size, bool)
+    chosen[masked.positions] = True
+    words = whole_words(input_ids)
+    shares = np.bincount(words, chosen) / np.bincount(words)
+    assert set(shares) == {0.0, 1.0}
+    assert len(masked.positions) / (input_ids > 4).sum() == pytest.approx(0.15, abs=0.01)
+    assert (masked.labels > 4).all()
+    runs = np.count_nonzero(np.diff(np.pad(shares[words[0] :].astype(int), 1)) == 1)
+    assert (runs / shares.sum() > 0.75) == (unit == "word")  # words chosen alone make about as many runs as words
+    assert masked.is_mask.mean() == pytest.approx(0.8, abs=0.02)
+
+
+def test_a_span_is_replaced_as_one(special):
+    ids = np.tile([2, *range(5, 105), 3], (300, 1))
+    masker = Masker(special=special, vocab_size=VOCAB, unit="span", continues=np.zeros(VOCAB, bool))
+    masked = masker.mask(ids, derive_keys(1, 0, np.arange(300)), 0.1)
+    beside = np.diff(masked.positions) == 1
+    same = masked.is_mask[1:] == masked.is_mask[:-1]
+    assert same[beside].mean() > 0.9 and same[~beside].mean() < 0.8  # neighbours may belong to two spans
+
+
+@pytest.mark.parametrize("unit", ["token", "word", "span"])
+def test_rates_may_differ_between_blocks(special, unit):
+    ids = np.random.default_rng(0).integers(5, VOCAB, (2000, 40))
+    masker = Masker(special=special, vocab_size=VOCAB, unit=unit, continues=np.arange(VOCAB) >= 70)
+    rates = np.repeat([0.15, 0.3], 1000)
+    masked = masker.mask(ids, derive_keys(1, 0, np.arange(2000)), rates)
+    counts = np.bincount(masked.positions // 40, minlength=2000)
+    assert [counts[:1000].mean() / 40, counts[1000:].mean() / 40] == pytest.approx([0.15, 0.3], abs=0.006)
+    alone = masker.mask(ids[1500:1501], derive_keys(1, 0, np.array([1500])), 0.3)
+    assert (alone.input_ids == masked.input_ids[1500]).all()
+
+
 def test_blocks_without_ordinary_tokens_pass_through(masker: Masker):
     ids = np.array([[2, 3, 0, 0, 0, 0, 0, 0], [2, 9, 3, 0, 0, 0, 0, 0]])
     masked = masker.mask(ids, derive_keys(1, 0, np.arange(2)), 0.15)

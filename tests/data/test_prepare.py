@@ -13,7 +13,8 @@ import pytest
 from transformers import AutoTokenizer
 
 from ds_stacking.config import CorpusConfig, UserError
-from ds_stacking.data.prepare import PreparedData, prepare
+from ds_stacking.data.prepare import prepare
+from ds_stacking.data.prepared_data import PreparedData
 from ds_stacking.data.token_file import SPLITS
 
 FORK = """

@@ -1,0 +1,35 @@
+"""The cache of prepared data: where it is, and the locks that let one process make an entry while others wait."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+from ds_stacking.config import CorpusConfig, UserError
+
+
+def cache_root(config: CorpusConfig) -> Path:
+    """`config.cache_dir`, else $DS_STACKING_CACHE, else ~/.cache/ds_stacking."""
+    chosen = config.cache_dir or os.environ.get("DS_STACKING_CACHE") or "~/.cache/ds_stacking"
+    return Path(chosen).expanduser().resolve()
+
+
+def locked(root: Path, key: str, log: Callable[[str], None]) -> AbstractContextManager:
+    """Acquire the lock of one cache entry; the end of the `with` releases it."""
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(root / f"{key}.lock")
+        try:
+            return lock.acquire(timeout=1)
+        except Timeout:
+            log("Waiting for another process that prepares the same data.")
+            return lock.acquire()
+    except OSError as error:
+        raise UserError(
+            f"The cache folder {root} cannot be written ({error.strerror}); "
+            f"set corpus.cache_dir or $DS_STACKING_CACHE."
+        ) from error

@@ -1,0 +1,160 @@
+"""Prepared data, opened: an entry of the cache, a folder of prepare_data.py, or a mixture of such folders."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from hashlib import sha256
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+
+from ds_stacking.config import CorpusConfig, UserError
+from ds_stacking.data.cache import cache_root, locked
+from ds_stacking.data.leaks import find_leak
+from ds_stacking.data.mixture import Mixture, read_mixture
+from ds_stacking.data.prepared_folder import TOKENIZER, is_prepared, open_folder, token_counts
+from ds_stacking.data.token_file import MANIFEST, SPLITS, Split, TokenFile, unigram_entropy, write_json
+from ds_stacking.data.tokenizer import SpecialIds, continuing_tokens, load_tokenizer, special_ids, tokenizer_hash
+
+
+@dataclass(frozen=True, kw_only=True)
+class PreparedData:
+    """A tokenised corpus and its tokenizer."""
+
+    folder: Path
+    """The cache folder that holds all of it."""
+    tokenizer_dir: Path
+    """Hugging Face folder of the tokenizer, for AutoTokenizer."""
+    vocab_size: int
+    """Rows that the embedding needs."""
+    special: SpecialIds
+    """Special token ids."""
+    train: Split | Mixture
+    """Training split."""
+    eval: Split | Mixture
+    """Held-out split."""
+    unigram_entropy: float
+    """Entropy in nats of the ordinary train tokens: the loss of guessing by frequency alone."""
+    continuing: np.ndarray | None
+    """Which tokens go on with a word, [vocab_size] bool; None where single tokens are masked."""
+    fingerprint: str
+    """Digest of the arrays and the tokenizer: equal on two machines exactly if they hold the same data."""
+    manifest: dict[str, Any]
+    """What manifest.json holds: counts, digests, the source and the files that were left out."""
+
+
+def open_cached(folder: Path, config: CorpusConfig) -> PreparedData:
+    """Open an entry of the cache."""
+    manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+    splits = {split: Split(files=[TokenFile.open(folder, split, manifest)]) for split in SPLITS}
+    return _prepared(folder, manifest, splits, config)
+
+
+def open_prepared(folder: Path, tokenizer: str, config: CorpusConfig, log: Callable[[str], None]) -> PreparedData:
+    """Open a folder of prepare_data.py, which has decided the tokenizer and the split; say where it was otherwise."""
+    manifest, splits = open_folder(folder)
+    if tokenizer != "train" and tokenizer_hash(load_tokenizer(tokenizer)) != manifest["tokenizer_sha256"]:
+        raise UserError(
+            f"{folder} was tokenised with {manifest['tokenizer']!r}, not with {tokenizer!r}; "
+            f"give --tokenizer train to take the folder's, or prepare the data anew."
+        )
+    identity = manifest["identity"]
+    decided = {"eval_percent": identity["eval_percent"]}
+    if isinstance(identity["tokenizer"], dict):
+        decided |= {name: identity["tokenizer"][name] for name in ("vocab_size", "lowercase")}
+    for name, value in decided.items():
+        if getattr(config, name) != value:
+            log(f"corpus.{name} is {value} in {folder}; the configuration's {getattr(config, name)} has no effect.")
+    return _prepared(folder, manifest, splits, config)
+
+
+def open_mixture(path: Path, tokenizer: str, config: CorpusConfig, log: Callable[[str], None]) -> PreparedData:
+    """Open the folders of a mixture as one; they must share a tokenizer, and none may hold another's held-out text."""
+    weights = read_mixture(path)
+    for folder in weights:
+        if not is_prepared(str(folder)):
+            raise UserError(f"{folder}, named in {path}, is no folder of prepare_data.py; prepare it first.")
+    parts = [open_prepared(folder, tokenizer, config, log) for folder in weights]
+    first = parts[0]
+    for part in parts[1:]:
+        if part.manifest["tokenizer_sha256"] != first.manifest["tokenizer_sha256"]:
+            raise UserError(
+                f"{part.folder} and {first.folder} were tokenised differently; prepare one with --tokenizer "
+                f"{first.tokenizer_dir}."
+            )
+    fingerprint = sha256(
+        json.dumps([(part.fingerprint, w) for part, w in zip(parts, weights.values(), strict=True)]).encode()
+    )
+    _refuse_mixed_leak(parts, cache_root(config), log)
+    shares = list(weights.values())
+    frequencies = [w * counts / max(1, counts.sum()) for w, counts in zip(shares, map(_ordinary, parts), strict=True)]
+    return replace(
+        first,
+        train=Mixture(splits=[cast(Split, part.train) for part in parts], weights=shares),
+        eval=Mixture(splits=[cast(Split, part.eval) for part in parts], weights=shares),
+        unigram_entropy=unigram_entropy(np.sum(frequencies, axis=0), ()),
+        fingerprint=fingerprint.hexdigest()[:16],
+        manifest={"mixture": {str(part.folder): part.manifest for part in parts}},
+    )
+
+
+def _ordinary(part: PreparedData) -> np.ndarray:
+    """Frequencies of the ordinary train tokens, [vocab_size]."""
+    counts = token_counts(part.folder, part.manifest)
+    counts[list(part.special.every)] = 0
+    return counts
+
+
+def _refuse_mixed_leak(parts: list[PreparedData], root: Path, log: Callable[[str], None]) -> None:
+    """Raise UserError where held-out text of one part stands in the training split of another; looked up once."""
+    for part in parts:
+        others = [other for other in parts if other is not part]
+        if not others:
+            return
+        key = sha256("".join([part.fingerprint, *(other.fingerprint for other in others)]).encode()).hexdigest()[:24]
+        found = root / f"{key}.leak.json"
+        with locked(root, found.stem, log):
+            if not found.is_file():
+                log(f"Looking for the held-out text of {part.folder.name} in the rest of the mixture.")
+                train = Split(files=[file for other in others for file in cast(Split, other.train).files])
+                leak = find_leak(train, cast(Split, part.eval), part.special.sep)
+                write_json(found, {"percent": leak.percent})
+        percent = json.loads(found.read_text(encoding="utf-8"))["percent"]
+        if percent > part.manifest["max_leak"]:
+            raise UserError(
+                f"{percent:.1f} % of the held-out text of {part.folder} stands in the training splits of the other "
+                f"folders; prepare their sources together, in one folder."
+            )
+
+
+def _prepared(folder: Path, manifest: dict[str, Any], splits: dict[str, Split], config: CorpusConfig) -> PreparedData:
+    for split in SPLITS:
+        _require_one_block(split, manifest[split]["tokens"], config)
+    digests = [manifest["tokenizer_sha256"], *(manifest[split]["sha256"] for split in SPLITS)]
+    tokenizer_dir = folder / TOKENIZER
+    tokenizer = load_tokenizer(str(tokenizer_dir))
+    return PreparedData(
+        folder=folder,
+        tokenizer_dir=tokenizer_dir,
+        vocab_size=manifest["vocab_size"],
+        special=special_ids(tokenizer),
+        continuing=None if config.masking == "token" else continuing_tokens(tokenizer),
+        train=splits["train"],
+        eval=splits["eval"],
+        unigram_entropy=manifest["unigram_entropy"],
+        fingerprint=sha256("".join(digests).encode()).hexdigest()[:16],
+        manifest=manifest,
+    )
+
+
+def _require_one_block(split: str, tokens: int, config: CorpusConfig) -> None:
+    if tokens >= config.sequence_length:
+        return
+    mend = "raise" if split == "eval" else "lower"
+    raise UserError(
+        f"The {split} split has {tokens} tokens, fewer than one block of {config.sequence_length}; "
+        f"give more documents, {mend} corpus.eval_percent ({config.eval_percent:g}) or shorten corpus.sequence_length."
+    )
