@@ -99,6 +99,16 @@ class Results:
             ]
         )
 
+    def least_saving(self, arm: str, cost: str) -> float | None:
+        """What the arm saves at the least where in every seed no budget of scratch reached its loss, else None."""
+        bounds = []
+        for seed, end in self.of(arm, label_of(cost)).items():
+            frontier = self.frontier(seed, cost)
+            if not frontier or end.loss >= min(loss for _, loss in frontier):
+                return None
+            bounds.append(1 - getattr(end, cost) / frontier[-1][0])
+        return min(bounds, default=None)
+
     def gain(self, arm: str, cost: str) -> Effect:
         """Nats by which the arm's loss lies below scratch's at the same `cost`."""
         return effect(

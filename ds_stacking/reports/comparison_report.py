@@ -51,6 +51,7 @@ def content(results: Results) -> dict[str, Any]:
     effects = {
         arm: {
             "saving": {cost: asdict(results.saving(arm, cost)) for cost in COSTS},
+            "least_saving": {cost: results.least_saving(arm, cost) for cost in COSTS},
             "gain": {cost: asdict(results.gain(arm, cost)) for cost in COSTS},
         }
         for arm in grown
@@ -82,10 +83,10 @@ def rows(results: Results) -> list[tuple[str, ...]]:
                 arm,
                 *_ends(results.of(arm, "flops").values()),
                 nats(results.gain(arm, "flops")),
-                percent(results.saving(arm, "flops")),
+                saving(results, arm, "flops"),
                 f"{np.mean(timed):.3f}" if timed else "-",
                 nats(results.gain(arm, "seconds")),
-                percent(results.saving(arm, "seconds")),
+                saving(results, arm, "seconds"),
             )
         )
     return cells
@@ -122,7 +123,7 @@ def html(results: Results) -> str:
                 "below scratch at the same cost, saving what it spends less than scratch at the same loss; in "
                 "brackets 95 % t-intervals of the differences, seed by seed. Scratch between two budgets is "
                 "interpolated; “outside” says that its budgets do not enclose the value in every seed, so nothing is "
-                "claimed.",
+                "claimed, and “>” that no budget of scratch reached the arm's loss in any seed.",
                 dim=True,
             ),
             heading("Loss against cost"),
@@ -145,8 +146,11 @@ def nats(effect: Effect) -> str:
     return _with_interval(effect, 1.0, "{:+.3f}")
 
 
-def percent(effect: Effect) -> str:
-    """A share in percent with its interval."""
+def saving(results: Results, arm: str, cost: str) -> str:
+    """A saving in percent with its interval, or what it is at the least."""
+    least, effect = results.least_saving(arm, cost), results.saving(arm, cost)
+    if least is not None:
+        return f"> {100 * least:.0f} %"
     return _with_interval(effect, 100.0, "{:+.1f}") + (" %" if effect.mean is not None else "")
 
 

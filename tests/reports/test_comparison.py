@@ -75,6 +75,18 @@ def test_nothing_is_claimed_outside_the_budgets_of_scratch(tmp_path: Path) -> No
     assert effect([0.1]).low is None and effect([]).mean is None
 
 
+def test_below_all_of_scratch_a_saving_has_a_lower_bound(tmp_path: Path) -> None:
+    folder = write(tmp_path / "c")
+    results = read_comparison(folder)
+    assert results.least_saving("stack", "flops") is None, "scratch reaches its loss"
+    for seed in SPEED:
+        path = folder / f"stack/flops/seed-{seed}/summary.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"eval_loss_masked": 1.0}))
+    results = read_comparison(folder)
+    assert results.least_saving("stack", "flops") == pytest.approx(1 - 100 / 140)
+    assert rows(results)[-1][6] == "> 29 %" and results.saving("stack", "flops").mean is None
+
+
 def test_the_report_is_one_file_that_loads_nothing(tmp_path: Path) -> None:
     folder = write(tmp_path / "c")
     text = write_comparison(folder)
