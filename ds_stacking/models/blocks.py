@@ -193,12 +193,13 @@ class Block(nn.Module):
 
     def _fused(self, x: Tensor, sequences: Sequences, rows: Rows | None) -> Tensor:
         """`forward` with each residual sum inside the LayerNorm that follows it in this block."""
-        p, bias = self.dropout.probability if self.training else 0.0, self.attention.out.bias
+        p = self.dropout.probability if self.training else 0.0
+        # ZeRO-3 frees a module's parameters when it has run: a bias is read after that, which gathers it again.
         if self.pre_norm:
             y = self.attention(self.attention_norm(x), sequences, rows)
-            y, x = self.feed_forward_norm.join(y, select_rows(x, rows), bias, p)
+            y, x = self.feed_forward_norm.join(y, select_rows(x, rows), self.attention.out.bias, p)
             return x + self.dropout(self.feed_forward(y))
         y = self.attention(x, sequences, rows)
-        x, _ = self.attention_norm.join(y, select_rows(x, rows), bias, p)
+        x, _ = self.attention_norm.join(y, select_rows(x, rows), self.attention.out.bias, p)
         y = self.feed_forward(x, biased=False)
         return self.feed_forward_norm.join(y, x, self.feed_forward.down.bias, p)[0]

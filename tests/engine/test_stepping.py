@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
 
 from ds_stacking.engine import stepping
 from ds_stacking.engine.stage_manager import StageManager
-from tests.engine.tiny import SEED, factory, replaced, spec, train
+from ds_stacking.models.bert import Bert
+from tests.engine.tiny import SEED, factory, model_config, replaced, spec, train
 from tests.ranks import run_ranks
 
 pytestmark = pytest.mark.distributed
@@ -47,6 +49,30 @@ def cases() -> dict[str, tuple[float, list[float]]]:
     with replaced(train.__globals__["stepping"], "optimizer_step", every_micro_batch):
         found["fault"] = reductions(2, 3, False)
     return found
+
+
+def fused_curve(zero_stage: int) -> list[float]:
+    """Losses of the fused model; in stage 3 every parameter is gathered when it is used."""
+    zero = {"stage": zero_stage, "stage3_param_persistence_threshold": 0}
+    fused = replace(
+        factory(zero_stage),
+        build_model=lambda layers, initialize: Bert(model_config(), layers, initialize=initialize, fused=True),
+        ds_config={"zero_optimization": zero},
+    )
+    manager = StageManager(fused, seed=SEED)
+    manager.start(spec(2, 3))
+    losses = train(manager, 0, STEPS)
+    manager.grow(spec(4, 3))
+    return losses + train(manager, STEPS, STEPS)
+
+
+def fused_curves() -> list[list[float]]:
+    return [fused_curve(zero_stage) for zero_stage in (1, 3)]
+
+
+def test_fused_kernels_find_what_zero_3_has_partitioned() -> None:
+    one, three = run_ranks(2, fused_curves)[0]
+    assert three == pytest.approx(one, rel=1e-5)
 
 
 def test_accumulation_adds_no_reduction() -> None:
