@@ -24,6 +24,10 @@ LONGEST_SPAN = 10
 
 _SPAN_END = 0.2
 """A span ends after each word with this probability: lengths are geometric, 3.8 words in the mean."""
+_SPAN_LENGTHS = np.minimum(
+    1 + np.floor(np.log((np.arange(4096) + 0.5) / 4096) / np.log(1 - _SPAN_END)), LONGEST_SPAN
+).astype(np.int8)
+"""The length of a span by 12 random bits."""
 _MASKED_SHARE = np.uint64(int(0.8 * 2**32))
 _CHANGED_SHARE = np.uint64(int(0.9 * 2**32))
 _LAST = np.uint64(2**64 - 1)
@@ -119,31 +123,36 @@ class Masker:
 
 def _spread(numbers: np.ndarray, is_word: np.ndarray, keys: np.ndarray) -> np.ndarray:
     """Give every word, [B, W], the smallest number of the spans that cover it; a span ends before what is no word."""
-    uniform = (random_bits(numbers ^ keys[:, None], np.array([1])) >> np.uint64(11)) * 2.0**-53 + 2.0**-54
-    lengths = np.minimum(1 + np.floor(np.log(uniform) / np.log(1 - _SPAN_END)), LONGEST_SPAN)
-    smallest, moved = numbers.copy(), numbers.copy()
+    bits = random_bits(numbers ^ keys[:, None], np.array([1])) >> np.uint64(32)
+    lengths = _SPAN_LENGTHS[(bits >> np.uint64(20)).astype(np.int64)]
+    alive, smallest = is_word.copy(), numbers.copy()
     for distance in range(1, LONGEST_SPAN):
-        moved[:, 1:], lengths[:, 1:] = moved[:, :-1].copy(), lengths[:, :-1].copy()
-        moved[:, 0] = _LAST
-        moved[~is_word | (lengths <= distance)] = _LAST
-        np.minimum(smallest, moved, out=smallest)
+        alive = alive[:, :-1] & (lengths[:, :-distance] > distance) & is_word[:, distance:]  # by the span's beginning
+        covered = smallest[:, distance:]
+        np.minimum(covered, numbers[:, :-distance], out=covered, where=alive)
     return smallest
+
+
+def _threshold(numbers: np.ndarray, counts: np.ndarray) -> np.ndarray:
+    """The `counts`-th smallest number of each block, [B, 1]."""
+    return np.take_along_axis(np.sort(numbers, axis=1), np.maximum(counts - 1, 0)[:, None], axis=1)
 
 
 def _smallest(numbers: np.ndarray, ordinary: np.ndarray, counts: np.ndarray) -> np.ndarray:
     """Choose the tokens with the `counts` [B] smallest numbers of their block, all different, [B, T] bool."""
-    threshold = np.take_along_axis(np.sort(numbers, axis=1), np.maximum(counts - 1, 0)[:, None], axis=1)
-    return (numbers <= threshold) & ordinary & (counts > 0)[:, None]
+    return (numbers <= _threshold(numbers, counts)) & ordinary & (counts > 0)[:, None]
 
 
 def _smallest_whole(numbers: np.ndarray, words: np.ndarray, ordinary: np.ndarray, counts: np.ndarray) -> np.ndarray:
     """Choose words by ascending number up to `counts` [B] tokens, the last one if half of it or more is within."""
-    order = np.argsort(numbers, axis=1, kind="stable")  # the tokens of a word stay together
-    within = np.zeros_like(ordinary)
-    np.put_along_axis(within, order, np.arange(numbers.shape[1]) < counts[:, None], axis=1)
-    within &= ordinary
-    whole = (words + np.arange(len(words))[:, None] * words.shape[1]).ravel()  # a number of its own for every word
-    inside = np.bincount(whole, within.ravel(), minlength=words.size)
-    sizes = np.bincount(whole, minlength=words.size)
-    taken = (inside > 0) & (2 * inside >= sizes)
-    return taken[whole].reshape(words.shape) & ordinary
+    threshold = _threshold(numbers, counts)
+    chosen = (numbers < threshold) & ordinary
+    last = (numbers == threshold) & ordinary  # the tokens of the last word or span
+    left = counts - np.count_nonzero(chosen, axis=1)  # [B]; at least 1 where there is anything to choose
+    order = np.cumsum(last, axis=1, dtype=np.int32)
+    within = last & (order <= left[:, None])
+    place = np.argmax(within & (order == left[:, None]), axis=1)  # where the count is reached
+    in_word = (words == np.take_along_axis(words, place[:, None], axis=1)) & last
+    inside, size = np.count_nonzero(in_word & within, axis=1), np.count_nonzero(in_word, axis=1)
+    taken = np.where(in_word, (2 * inside >= size)[:, None], within)
+    return (chosen | taken) & (counts > 0)[:, None]

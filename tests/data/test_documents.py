@@ -2,19 +2,36 @@
 
 from __future__ import annotations
 
+from functools import cache
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers import Tokenizer
 
 from ds_stacking.data import documents as module
-from ds_stacking.data.documents import clean_text, cut, digest
+from ds_stacking.data import worker
+from ds_stacking.data.documents import clean_text, cut
 from ds_stacking.data.duplicates import DigestSet, NearDuplicates, signatures
 from ds_stacking.data.leaks import LENGTH, find_leak
 from ds_stacking.data.sentences import split_sentences
 from ds_stacking.data.token_file import Split, TokenFile
+from ds_stacking.data.tokenizer import text_encoder, train_tokenizer
 
+SETTING = {
+    "sep": 3,
+    "dtype": "uint16",
+    "eval_percent": 5.0,
+    "sentences": False,
+    "near_duplicates": False,
+}
 DIRTY = "\ufeffCafe\u0301\u00a0 au\tlait \x00\r\n  next\u200b line\r\r\r\rlast\u00ad one \n"
+
+
+@cache
+def known_tokenizer(documents: tuple[str, ...], lowercase: bool) -> Tokenizer:
+    return text_encoder(train_tokenizer(documents[:10], 400, lowercase))
 
 
 def test_cleaning():
@@ -27,8 +44,16 @@ def test_cleaning_twice_is_cleaning_once(text: str):
     assert clean_text(clean_text(text)) == clean_text(text)
 
 
-def test_a_digest_knows_words_alone():
-    assert digest("The  cat\nsat") == digest("the CAT sat\n") != digest("the cat sat down")
+@settings(deadline=None, max_examples=200)  # time on a busy machine proves nothing
+@given(text=st.text(st.characters(max_codepoint=127), max_size=80), lowercase=st.booleans())
+def test_plain_text_is_tokenised_as_by_the_whole_tokenizer(documents: list[str], text: str, lowercase: bool):
+    encoder = known_tokenizer(tuple(documents), lowercase)
+    worker.load(worker.WorkerConfig(**{**SETTING, "tokenizer": encoder.to_str()}))
+    assert worker._ascii_encoder is not None
+    text = clean_text(text)
+    assert worker._encode([text, "caf\u00e9", text]) == [
+        encoder.encode(piece, add_special_tokens=False).ids for piece in (text, "caf\u00e9", text)
+    ]
 
 
 def test_long_documents_are_cut(monkeypatch: pytest.MonkeyPatch):
