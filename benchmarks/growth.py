@@ -5,7 +5,7 @@
 Prints one JSON line per ZeRO stage. Building models and engines is counted on no side, verification on ours. `online`
 moves the state between two engines; `checkpoint` saves ours, grows it on the disk and loads it; `universal` is
 DeepSpeed's save_checkpoint, ds_to_universal, a copy of the blocks' folders, load_checkpoint. `copy` is a torch copy
-into new memory of the bytes that the online growth writes.
+into new memory of the bytes that the online growth writes. Memory is rank 0's, in bytes.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import deepspeed
+import psutil
 import torch
 import torch.distributed as dist
 from deepspeed.checkpoint import ds_to_universal
@@ -82,6 +83,23 @@ def timed(seconds: dict[str, float], name: str, action: Callable[[], Any]) -> An
     return result
 
 
+def reset_peak_memory() -> int:
+    """Let `peak_memory` begin anew; the bytes that this rank holds now."""
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+        return torch.cuda.memory_allocated()
+    Path("/proc/self/clear_refs").write_text("5")  # proc(5): resets the peak resident set size
+    return psutil.Process().memory_info().rss
+
+
+def peak_memory() -> int:
+    """Most bytes that this rank held since: of the device, or resident on the host."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    (line,) = (line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
+    return 1024 * int(line.split()[1])
+
+
 def free(engine: DeepSpeedEngine) -> None:
     release(engine)
     collect()
@@ -90,9 +108,12 @@ def free(engine: DeepSpeedEngine) -> None:
 def online(zero_stage: int, options: argparse.Namespace) -> dict[str, Any]:
     """Our growth between engines."""
     manager = start(zero_stage, options)
+    before = reset_peak_memory()
     record = manager.grow(EngineSpec(layers=12, micro_batch_size=1))
+    peak = peak_memory()
     phases = {name: round(value, 3) for name, value in record.seconds_by_phase.items()}
     build = phases.pop("build")
+    memory_after = reset_peak_memory()
     source = torch.ones(record.bytes_moved // 4)
     copied: dict[str, float] = {}
     timed(copied, "copy", source.clone)
@@ -103,6 +124,9 @@ def online(zero_stage: int, options: argparse.Namespace) -> dict[str, Any]:
         "build": build,
         "bytes_per_rank": record.bytes_moved,
         "bytes_received": record.bytes_received,
+        "memory_before": before,
+        "memory_peak": peak,
+        "memory_after": memory_after,
         **copied,
     }
 

@@ -105,16 +105,16 @@ def test_without_the_generators_it_is_not(written) -> None:
     assert written[1][False] == (False, False, True)
 
 
-def load_and_save(folder: Path, copies: Path) -> dict[str, int]:
-    """Load the checkpoint of ZeRO 2 under ZeRO 3 and save it again from there; the step counts that were loaded."""
-    manager = resume(folder, 3, bf16=True)
+def load_and_save(folder: Path, copies: Path, zero_stage: int, offload: bool) -> dict[str, int]:
+    """Load the checkpoint of ZeRO 2 in another layout, save it again from there; the step counts that were loaded."""
+    manager = resume(folder, zero_stage, offload=offload, bf16=True)
     assert save(manager, copies, 6).wait()
     return finish(manager)[1]
 
 
-@pytest.mark.parametrize("world_size", [1, 3])
-def test_another_layout_reads_it_to_the_bit(written, tmp_path, world_size) -> None:
-    steps = run_ranks(world_size, load_and_save, written[0], tmp_path)[0]
+@pytest.mark.parametrize(("world_size", "zero_stage", "offload"), [(1, 3, False), (3, 3, False), (2, 2, True)])
+def test_another_layout_reads_it_to_the_bit(written, tmp_path, world_size, zero_stage, offload) -> None:
+    steps = run_ranks(world_size, load_and_save, written[0], tmp_path, zero_stage, offload)[0]
     original, copy = CheckpointReader(written[0] / "step-6"), CheckpointReader(tmp_path / "step-6")
     assert set(original.steps.values()) == {3, 6} and steps == original.steps
     assert (original.manifest.world_size, copy.manifest.world_size) == (2, world_size)
