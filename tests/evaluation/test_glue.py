@@ -124,27 +124,27 @@ def test_the_bag_of_words_finds_the_telling_word(tmp_path: Path) -> None:
 
 
 def fine_tunings(folder: Path) -> dict[str, Any]:
-    """Run jobs of three kinds of task, one of which fails; then again with one more seed."""
+    """Run jobs of three kinds of task, then two of which one fails; then all of them again."""
     options = {"model": str(folder / "m"), "data": str(folder / "glue"), "output_dir": str(folder / "out")}
-    config = GlueConfig(**options, tasks="SST-2,STS-B,MNLI", seeds=1, lr="1e-2,1e30", epochs="8", batch_size="16")
-    run = GlueRun(config)
-    run.check_data()
-    run.claim()
-    run.work()
-    first = {job.name: run.path(job).read_text() for job in config.jobs()}
-    times = {job.name: run.path(job).stat().st_mtime_ns for job in config.jobs()}
-    again = GlueRun(config)
-    again.work()
-    changed = [job.name for job in config.jobs() if again.path(job).stat().st_mtime_ns != times[job.name]]
-    other = GlueConfig(**{**options, "max_length": 9}, tasks="SST-2")
+    whole = GlueConfig(**options, seeds=1, tasks="SST-2,STS-B,MNLI", lr="5e-3", epochs="12", batch_size="8")
+    failing = GlueConfig(**options, seeds=1, tasks="SST-2", lr="1e-2,1e30", epochs="1")
+    first, last = {}, {}
+    for times in (first, last):
+        for config in (whole, failing):
+            run = GlueRun(config)
+            run.check_data()
+            run.claim()
+            run.work()
+        files = sorted((folder / "out" / "results").glob("*.json"))
+        times |= {path.stem: path.stat().st_mtime_ns for path in files}
     try:
-        GlueRun(other).claim()
+        GlueRun(GlueConfig(**options, seeds=1, tasks="SST-2", max_length=9)).claim()
         refused = ""
     except UserError as error:
         refused = str(error)
     return {
-        "results": {name: json.loads(text) for name, text in first.items()},
-        "changed": changed,
+        "results": {path.stem: json.loads(path.read_text()) for path in files},
+        "changed": [name for name in last if first[name] != last[name]],
         "refused": refused,
     }
 
@@ -155,14 +155,15 @@ def test_trainings_learn_fail_alone_and_are_not_repeated(tmp_path: Path) -> None
     for task in ("SST-2", "STS-B", "MNLI"):
         write_task(tmp_path / "glue", task, train=128)
     (outcome,) = run_ranks(1, fine_tunings, tmp_path)
-    done = {r["task"]: r for r in outcome["results"].values() if "scores" in r}
-    failed = sorted(name for name, r in outcome["results"].items() if "failed" in r)
-    assert len(failed) == 3 and all("1e+30" in name for name in failed)
-    assert all("not finite" in outcome["results"][name]["failed"] for name in failed)
-    assert sorted(outcome["changed"]) == failed  # what failed is tried again, what is done is kept
+    results = outcome["results"]
+    assert len(results) == 5
+    (failed,) = (name for name, result in results.items() if "failed" in result)
+    assert "1e+30" in failed and "not finite" in results[failed]["failed"]
+    assert outcome["changed"] == [failed], "what failed is tried again, what is done is kept"
+    done = {r["task"]: r for r in results.values() if r["epochs"] == 12}
     assert "max_length 128, not 9" in outcome["refused"]
-    assert done["SST-2"]["scores"]["dev"]["accuracy"] > 85
-    assert done["STS-B"]["scores"]["dev"]["pearson"] > 60
+    assert done["SST-2"]["scores"]["dev"]["accuracy"] > 75
+    assert done["STS-B"]["scores"]["dev"]["pearson"] > 50
     assert done["MNLI"]["scores"].keys() == {"m", "mm"} and math.isfinite(done["MNLI"]["train_loss"])
     answers = {path.stem: path.read_text().splitlines() for path in (tmp_path / "out").glob("predictions/*/*.tsv")}
     assert answers.keys() == {"SST-2", "STS-B", "MNLI-m", "MNLI-mm", "AX"}
