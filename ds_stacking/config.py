@@ -205,6 +205,8 @@ class StageConfig:
     """Steps in which lr falls to lr_end; default: steps. More than steps leaves the decay unfinished."""
     warmup_steps: int = 0
     """Linear warm-up at the start of this stage; needs lr."""
+    sequence_length: int | None = None
+    """Tokens per block in this stage, such as 512 after 128; evaluation keeps corpus.sequence_length."""
     tokens_per_step: int | None = None
     """Tokens of one optimizer step over all ranks."""
     micro_batch_size: int | Literal["auto"] | None = None
@@ -231,6 +233,8 @@ class StageConfig:
         for name in ("lr_steps", "tokens_per_step", "micro_batch_size"):
             value = getattr(self, name)
             _require(value in (None, "auto") or value > 0, f"{where}: {name} is {value}; it must be positive.")
+        length = self.sequence_length
+        _require(length is None or length >= 8, f"{where}: sequence_length is {length}; it must be 8 or more.")
         span = min(self.steps, self.lr_steps or self.steps)
         _require(
             self.warmup_steps <= span,
@@ -375,12 +379,21 @@ class RunConfig:
         for stage in self.stages:
             if stage.optimizer_state is not None:
                 check_optimizer_state(stage.optimizer_state)
-            tokens = stage.tokens_per_step or self.tokens_per_step
+            tokens, length = stage.tokens_per_step or self.tokens_per_step, self.length_of(stage)
+            _require(
+                length <= positions,
+                f"Stage {stage.layers}:{stage.steps} has sequences of {length}, longer than model.max_positions "
+                f"{positions}; shorten the one or raise the other.",
+            )
             _require(
                 tokens % length == 0,
                 f"tokens_per_step {tokens} is not a multiple of corpus.sequence_length {length}; "
                 f"{max(1, tokens // length) * length} is.",
             )
+
+    def length_of(self, stage: StageConfig) -> int:
+        """Tokens per training block of a stage."""
+        return stage.sequence_length or self.corpus.sequence_length
 
     @property
     def run_dir(self) -> str:

@@ -57,6 +57,8 @@ REFUSED: list[tuple[type, dict[str, Any], str]] = [
     (StageConfig, {"layers": 2, "steps": 5, "tokens_per_step": 0}, "tokens_per_step is 0"),
     (StageConfig, {"layers": 2, "steps": 5, "micro_batch_size": -1}, "micro_batch_size is -1"),
     (StageConfig, {"layers": 2, "steps": 5, "zero_stage": 4}, "zero_stage is 4"),
+    (StageConfig, {"layers": 2, "steps": 5, "sequence_length": 4}, "sequence_length is 4"),
+    (RunConfig, {"stages": [StageConfig(layers=2, steps=5, sequence_length=1024)]}, "has sequences of 1024"),
     (RunConfig, {"stages": []}, "stages is empty"),
     (RunConfig, {"stages": [StageConfig(layers=2, steps=5, rewarm_steps=3)]}, "no growth leads into it"),
     (RunConfig, {"stages": [StageConfig(layers=2, steps=5, tokens_per_step=100)]}, "tokens_per_step 100 is not"),

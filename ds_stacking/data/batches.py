@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
+from hashlib import sha256
 from typing import Any
 
 import numpy as np
@@ -179,6 +180,15 @@ class EvalBatches:
         """Return blocks by index in [0, len), [B] int64."""
         blocks, keys = self._read(indices)
         return _masked(blocks, self._masker, keys, self._rate)
+
+    def fingerprint(self) -> str:
+        """Digest of all blocks and their masks: equal for two runs exactly if they are evaluated on the same."""
+        hashed = sha256()
+        for indices in np.array_split(np.arange(len(self)), -(-len(self) // 1024)):
+            batch = self.batch(indices)
+            for tensor in (batch.input_ids, batch.masked_positions, batch.labels):
+                hashed.update(tensor.numpy().tobytes())
+        return hashed.hexdigest()[:16]
 
     def shuffled(self, indices: np.ndarray) -> Batch:
         """Return the same blocks with shuffled tokens, masked at the same positions."""

@@ -90,7 +90,7 @@ class StagePlan:
 def plan_stage(config: RunConfig, stage: StageConfig, cluster: Cluster, *, zero_stage: int, first: bool) -> StagePlan:
     """Plan one stage in bf16. Raises UserError where the sequences of a step do not divide by the GPUs."""
     zero_stage = zero_stage if stage.zero_stage is None else stage.zero_stage
-    length = config.corpus.sequence_length
+    length = config.length_of(stage)
     sequences = (stage.tokens_per_step or config.tokens_per_step) // length
     if sequences % cluster.gpus:
         raise UserError(
@@ -98,9 +98,7 @@ def plan_stage(config: RunConfig, stage: StageConfig, cluster: Cluster, *, zero_
             f"of {cluster.gpus * length:,}."
         )
     parameters, share = parameter_count(config.model, stage.layers), sequences // cluster.gpus
-    memory_of = {
-        size: _memory(config, stage.layers, parameters, cluster, size, zero_stage) for size in _divisors(share)
-    }
+    memory_of = {size: _memory(config, stage, parameters, cluster, size, zero_stage) for size in _divisors(share)}
     limit = stage.micro_batch_size or config.micro_batch_size
     micro = _micro_batch({size: m.total for size, m in memory_of.items()}, limit, cluster)
     accumulation = share // micro
@@ -126,7 +124,7 @@ def plan_stage(config: RunConfig, stage: StageConfig, cluster: Cluster, *, zero_
         zero_stage=zero_stage,
         micro_batch_size=micro,
         accumulation=accumulation,
-        memory={s: _memory(config, stage.layers, parameters, cluster, micro, s) for s in range(4)},
+        memory={s: _memory(config, stage, parameters, cluster, micro, s) for s in range(4)},
         flops=flops,
         communication_bytes=sent * (cluster.gpus - 1) / cluster.gpus,
         communication_seconds=talking,
@@ -150,8 +148,10 @@ def saved_share(plans: list[StagePlan]) -> float:
     return 1 - sum(plan.seconds for plan in plans) / scratch
 
 
-def _memory(config: RunConfig, layers: int, parameters: int, cluster: Cluster, micro: int, zero_stage: int) -> Memory:
-    tokens = micro * config.corpus.sequence_length
+def _memory(
+    config: RunConfig, stage: StageConfig, parameters: int, cluster: Cluster, micro: int, zero_stage: int
+) -> Memory:
+    tokens, layers = micro * config.length_of(stage), stage.layers
     shared = {"zero_stage": zero_stage, "world_size": cluster.gpus, "item": 2}
     return Memory(
         states=state_bytes(parameters, **shared),

@@ -34,9 +34,11 @@ def make_cluster(part: Part, *, nodes: int, gpus_per_node: int, mfu: float) -> C
 
 def plan_table(config: RunConfig, plans: list[StagePlan], cluster: Cluster) -> str:
     """Per stage a block of lines, then the totals."""
-    length = config.corpus.sequence_length
-    lines = [f"{config.name} on {cluster.nodes} x {cluster.gpus_per_node} GPUs, bf16, sequences of {length} tokens"]
-    for number, plan in enumerate(plans, 1):
+    assert isinstance(config.stages, list)
+    lengths = [config.length_of(stage) for stage in config.stages]
+    sequences = " then ".join(str(length) for length in dict.fromkeys(lengths))
+    lines = [f"{config.name} on {cluster.nodes} x {cluster.gpus_per_node} GPUs, bf16, sequences of {sequences} tokens"]
+    for number, (plan, length) in enumerate(zip(plans, lengths, strict=True), 1):
         lines += ["", *_stage_lines(plan, number, cluster, length)]
     seconds = sum(plan.seconds for plan in plans)
     lines += [

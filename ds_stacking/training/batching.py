@@ -13,6 +13,8 @@ from ds_stacking.config import RunConfig, StageConfig, UserError
 class BatchPlan:
     """One optimizer step: `world_size` ranks x `accumulation` micro-batches x `micro_batch_size` sequences."""
 
+    sequence_length: int
+    """Tokens of a sequence."""
     sequences: int
     """Sequences of one optimizer step over all ranks."""
     micro_batch_size: int
@@ -32,11 +34,11 @@ class BatchPlan:
         )
         return list(step[:, rank])
 
-    def describe(self, sequence_length: int) -> str:
+    def describe(self) -> str:
         """The arithmetic, as printed before the start."""
         return (
-            f"{self.sequences * sequence_length:,} tokens = {self.world_size} ranks x {self.accumulation} "
-            f"micro-batches x {self.micro_batch_size} sequences x {sequence_length} tokens"
+            f"{self.sequences * self.sequence_length:,} tokens = {self.world_size} ranks x {self.accumulation} "
+            f"micro-batches x {self.micro_batch_size} sequences x {self.sequence_length} tokens"
         )
 
 
@@ -45,7 +47,7 @@ def plan_batch(config: RunConfig, stage: StageConfig, world_size: int) -> BatchP
 
     Raises UserError where the sequences of a step do not divide by the ranks.
     """
-    length = config.corpus.sequence_length
+    length = config.length_of(stage)
     tokens = stage.tokens_per_step or config.tokens_per_step
     sequences = tokens // length
     if sequences % world_size:
@@ -59,4 +61,10 @@ def plan_batch(config: RunConfig, stage: StageConfig, world_size: int) -> BatchP
     asked = stage.micro_batch_size or config.micro_batch_size
     limit = share if asked == "auto" else min(asked, share)
     micro = max(size for size in range(1, limit + 1) if share % size == 0)
-    return BatchPlan(sequences=sequences, micro_batch_size=micro, accumulation=share // micro, world_size=world_size)
+    return BatchPlan(
+        sequence_length=length,
+        sequences=sequences,
+        micro_batch_size=micro,
+        accumulation=share // micro,
+        world_size=world_size,
+    )

@@ -64,7 +64,8 @@ class Pretraining:
     config: RunConfig
     data: PreparedData
     manager: StageManager
-    batches: MaskedBatches
+    batches: dict[int, MaskedBatches]
+    """Training batches by sequence length."""
     held_out: EvalBatches
     plans: list[BatchPlan]
     """Batch arithmetic by stage."""
@@ -199,8 +200,9 @@ class Pretraining:
         self.watchdog.beat()
         self.position.step += 1
         self.position.stage_step += 1
-        self.position.samples += self.plans[stage].sequences
-        self.ledger.add_step(tokens=self.plans[stage].sequences * self.config.corpus.sequence_length)
+        plan = self.plans[stage]
+        self.position.samples += plan.sequences
+        self.ledger.add_step(tokens=plan.sequences * plan.sequence_length)
         if before is not None:
             look(self, before, taken=taken)
 
@@ -340,5 +342,6 @@ class Pretraining:
             return next(steps, None)
 
     def _make_step(self, samples: list[np.ndarray]) -> list[Batch]:
-        batches = [self.batches.batch(indices) for indices in samples]
+        source = self.batches[self.plans[self.position.stage].sequence_length]
+        batches = [source.batch(indices) for indices in samples]
         return [batch.pin_memory() for batch in batches] if self.device.type == "cuda" else batches

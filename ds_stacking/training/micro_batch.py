@@ -61,7 +61,7 @@ def fastest(rate_of: Callable[[int], float], sizes: list[int]) -> int:
 def choose_micro_batches(
     config: RunConfig,
     build_model: Callable[[int, bool], Bert],
-    read: Callable[[np.ndarray], Batch],
+    read: Callable[[int, np.ndarray], Batch],
     *,
     zero_stage: int,
     bf16: bool,
@@ -73,14 +73,14 @@ def choose_micro_batches(
     for stage in config.stages:
         asked = stage.micro_batch_size or config.micro_batch_size
         if asked == "auto":
-            share = (stage.tokens_per_step or config.tokens_per_step) // config.corpus.sequence_length
+            share = (stage.tokens_per_step or config.tokens_per_step) // config.length_of(stage)
             sizes = sizes_to_try(share // dist.get_world_size())
             model = build_model(stage.layers, True).to(device, torch.bfloat16 if bf16 else torch.float32).train()
             stage_zero = zero_stage if stage.zero_stage is None else stage.zero_stage
             states = state_bytes(
                 model.num_parameters, zero_stage=stage_zero, world_size=dist.get_world_size(), item=2 if bf16 else 4
             )
-            asked = fastest(partial(_rate, model, read, states, device), sizes)
+            asked = fastest(partial(_rate, model, partial(read, config.length_of(stage)), states, device), sizes)
             del model
         stages.append(replace(stage, micro_batch_size=asked))
     largest = max(int(stage.micro_batch_size or 0) for stage in stages)

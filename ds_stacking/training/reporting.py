@@ -40,7 +40,7 @@ def settle(run: Pretraining) -> None:
             run.config.model,
             run.ledger.stage.layers,
             sequences=steps * run.plans[run.position.stage].sequences,
-            length=run.config.corpus.sequence_length,
+            length=run.plans[run.position.stage].sequence_length,
             masked=masked,
             pairs=pairs,
             masked_pairs=masked_pairs,

@@ -157,7 +157,6 @@ def _blocks(config: RunConfig, data: PreparedData) -> dict[str, Any]:
     """What the batches of both splits share."""
     corpus = config.corpus
     return {
-        "sequence_length": corpus.sequence_length,
         "masker": Masker(
             special=data.special, vocab_size=data.vocab_size, unit=corpus.masking, continues=data.continuing
         ),
@@ -167,16 +166,20 @@ def _blocks(config: RunConfig, data: PreparedData) -> dict[str, Any]:
     }
 
 
-def _batches(config: RunConfig, data: PreparedData, plans: list[BatchPlan]) -> MaskedBatches:
-    """The training batches."""
-    return MaskedBatches(
-        data.train,
-        seed=config.seed,
-        masking_rate=config.corpus.masking_rate,
-        masking_rate_end=config.corpus.masking_rate_end,
-        samples=_samples(config, plans),
-        **_blocks(config, data),
-    )
+def _batches(config: RunConfig, data: PreparedData, plans: list[BatchPlan]) -> dict[int, MaskedBatches]:
+    """The training batches by sequence length."""
+    return {
+        length: MaskedBatches(
+            data.train,
+            sequence_length=length,
+            seed=config.seed,
+            masking_rate=config.corpus.masking_rate,
+            masking_rate_end=config.corpus.masking_rate_end,
+            samples=_samples(config, plans),
+            **_blocks(config, data),
+        )
+        for length in {plan.sequence_length for plan in plans}
+    }
 
 
 def _micro_batches(
@@ -193,10 +196,11 @@ def _micro_batches(
     if "auto" not in [config.micro_batch_size, *(stage.micro_batch_size for stage in config.stages)]:
         return config
     known = recorded_micro_batches(config, device()) if resumed else None
+    batches = _batches(config, data, plans)
     return known or choose_micro_batches(
         config,
         partial(_model, config),
-        _batches(config, data, plans).batch,
+        lambda length, samples: batches[length].batch(samples),
         zero_stage=ds_config["zero_optimization"]["stage"],
         bf16=bf16,
         device=device(),
@@ -224,6 +228,7 @@ def _build(
     held_out = EvalBatches(
         data.eval,
         blocks=config.eval_blocks,
+        sequence_length=config.corpus.sequence_length,
         masking_rate=config.corpus.masking_rate_end or config.corpus.masking_rate,
         **_blocks(config, data),
     )
@@ -270,7 +275,7 @@ def _record(config: RunConfig, data: PreparedData) -> dict[str, Any]:
 
 def _resolved(run: Pretraining, why: str) -> dict[str, object]:
     """What a person reads before the start."""
-    config, data, length = run.config, run.data, run.config.corpus.sequence_length
+    config, data = run.config, run.data
     factory = run.manager.factory
     model = config.model
     return {
@@ -283,7 +288,8 @@ def _resolved(run: Pretraining, why: str) -> dict[str, object]:
         f"vocabulary {model.vocab_size:,}",
         "data": f"{config.data}: {len(data.train):,} tokens for training, {len(data.eval):,} held out, "
         f"unigram entropy {data.unigram_entropy:.2f} nat",
-        "batch": " then ".join(dict.fromkeys(plan.describe(length) for plan in run.plans)),
+        "evaluation": f"{len(run.held_out):,} held-out blocks, fingerprint {run.held_out.fingerprint()}",
+        "batch": " then ".join(dict.fromkeys(plan.describe() for plan in run.plans)),
         "stages": ", ".join(_stage_text(config, stage, i) for i, stage in enumerate(run.stages)),
         "schedule": f"{config.schedule}, peak {config.lr:g}"
         if all(stage.lr is None for stage in run.stages)
@@ -320,6 +326,7 @@ def _finish(run: Pretraining) -> None:
         "eval_loss_shuffled": shuffled.masked,
         "unigram_entropy": run.data.unigram_entropy,
         "data_fingerprint": run.data.fingerprint,
+        "eval_fingerprint": run.held_out.fingerprint(),
         "stages": ledger.stage_rows(),
         "growths": [asdict(record) for record in run.growths],
     }

@@ -47,9 +47,10 @@ def _steps(config: RunConfig, stages: list[StageConfig], trigger: Trigger) -> li
     if trigger.kind == "tokens":
         return steps_by_amount(trigger.numbers, tokens, given[-1])
     if trigger.kind == "flops":
-        length, rate = config.corpus.sequence_length, config.corpus.masking_rate
+        rate = config.corpus.masking_rate
         per_token = [
-            training_flops_per_token(config.model, stage.layers, length=length, masking_rate=rate) for stage in stages
+            training_flops_per_token(config.model, stage.layers, length=config.length_of(stage), masking_rate=rate)
+            for stage in stages
         ]
         each = [count * flops for count, flops in zip(tokens, per_token, strict=True)]
         return steps_by_amount(trigger.numbers, each, given[-1])

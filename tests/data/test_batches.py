@@ -163,6 +163,7 @@ def test_evaluation_is_fixed_and_its_control_shuffled(make_split: Callable[..., 
     assert equal(concatenate([few.batch(np.arange(8))], 32), concatenate([batch], 32))
     assert equal(concatenate([few.batch(np.arange(i, i + 2)) for i in (0, 2, 4, 6)], 32), concatenate([batch], 32))
 
+    assert few.fingerprint() == build(8).fingerprint() != build(9).fingerprint()
     control = few.shuffled(np.arange(8))
     assert torch.equal(control.masked_positions, batch.masked_positions)
     assert torch.equal(control.is_mask, batch.is_mask)

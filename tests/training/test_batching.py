@@ -41,7 +41,7 @@ def test_a_stage_has_a_batch_of_its_own() -> None:
     config = RunConfig(tokens_per_step=2048, micro_batch_size=32)
     plan = plan_batch(config, stage(tokens_per_step=4096, micro_batch_size=8), 2)
     assert (plan.sequences, plan.micro_batch_size, plan.accumulation) == (64, 8, 4)
-    assert plan.describe(64) == "4,096 tokens = 2 ranks x 4 micro-batches x 8 sequences x 64 tokens"
+    assert plan.describe() == "4,096 tokens = 2 ranks x 4 micro-batches x 8 sequences x 64 tokens"
 
 
 @pytest.mark.parametrize(("tokens", "nearest"), [(2048, "1,920 or 2,112"), (64, "192")])
@@ -51,3 +51,12 @@ def test_a_batch_that_ranks_cannot_share_is_refused(tokens: int, nearest: str) -
         plan_batch(config, stage(), 3)
     for text in nearest.split(" or "):
         assert plan_batch(RunConfig(tokens_per_step=int(text.replace(",", ""))), stage(), 3).world_size == 3
+
+
+def test_a_stage_has_a_sequence_length_of_its_own() -> None:
+    config = RunConfig(tokens_per_step=2048, stages=[stage(), stage(sequence_length=256)])
+    assert isinstance(config.stages, list)
+    plans = [plan_batch(config, part, 2) for part in config.stages]
+    assert [(plan.sequence_length, plan.sequences) for plan in plans] == [(64, 32), (256, 8)]
+    with pytest.raises(UserError, match="8 sequences of 256, which 3 ranks cannot share"):
+        plan_batch(config, config.stages[1], 3)

@@ -56,7 +56,7 @@ def config(folder: str) -> RunConfig:
     return RunConfig(stages=stages, model=model, micro_batch_size="auto", tokens_per_step=64 * 32, output_dir=folder)
 
 
-def read(indices: np.ndarray) -> Batch:
+def read(_: int, indices: np.ndarray) -> Batch:
     ids = torch.ones(len(indices), 64, dtype=torch.int64)
     positions = torch.arange(len(indices)) * 64
     return Batch(input_ids=ids, masked_positions=positions, labels=positions * 0, is_mask=positions == 0)
