@@ -16,12 +16,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ds_stacking.checkpoint import durable
 from ds_stacking.checkpoint.durable import FileRecord, file_sha256, write_file
-from ds_stacking.checkpoint.format import STATE, TEMPORARY, PieceFile, parse_key, rank_file, tensor_key, tensors_file
+from ds_stacking.checkpoint.format import STATE, TEMPORARY, PieceFile, parse_key, rank_file, tensors_file
 from ds_stacking.checkpoint.job import publish
 from ds_stacking.checkpoint.manifest import Unusable, read_manifest
 from ds_stacking.config import UserError
@@ -46,7 +45,7 @@ class CheckpointReader:
             self.parameters = {name: ParameterInfo(**info) for name, info in content["parameters"].items()}
             self.extra: dict[str, Any] = content["extra"]
             self._pieces = self._index()
-        except (Unusable, OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
+        except (Unusable, OSError, ValueError, KeyError, TypeError) as error:
             raise UserError(f"Checkpoint {path} cannot be loaded: {error}; choose another one.") from None
 
     @property
@@ -72,32 +71,30 @@ class CheckpointReader:
         return [TensorSlice(name, 0, info.numel) for name, info in self.parameters.items()]
 
     def read(self, piece: TensorSlice, kind: Kind) -> Tensor:
-        """The elements of `piece`: [N] float32; a read-only view of one file where they lie in one."""
+        """The elements of `piece`: [N] float32; a view of the mapped file where they lie in one."""
         parts = []
-        for held, file in self._pieces[piece.name]:
+        for held, stored in self._pieces[piece.name][kind]:
             start, stop = max(piece.start, held.start), min(piece.stop, held.stop)
             if start < stop:
-                stored = file.get_slice(tensor_key(held, kind))
                 parts.append(stored[start - held.start : stop - held.start])
         return parts[0] if len(parts) == 1 else torch.cat(parts) if parts else torch.empty(0)
 
-    def _index(self) -> dict[str, list[tuple[TensorSlice, Any]]]:
-        """The pieces of every parameter in order, each with the open file that holds it."""
-        found: dict[str, dict[Kind, list[tuple[TensorSlice, Any]]]] = {
+    def _index(self) -> dict[str, dict[Kind, list[tuple[TensorSlice, Tensor]]]]:
+        """The pieces of every parameter in order, with what each holds."""
+        found: dict[str, dict[Kind, list[tuple[TensorSlice, Tensor]]]] = {
             name: {kind: [] for kind in KINDS} for name in self.parameters
         }
         for rank in range(self.manifest.world_size):
-            file = safe_open(self.path / tensors_file(rank), framework="pt")
-            for key in file.keys():  # noqa: SIM118 (safe_open is no mapping)
+            for key, stored in map_tensors(self.path / tensors_file(rank)).items():
                 piece, kind = parse_key(key)
-                stored = file.get_slice(key)
-                if stored.get_dtype() != "F32" or stored.get_shape() != [piece.numel]:
-                    raise ValueError(f"{key} in {tensors_file(rank)} is not [{piece.numel}] float32")
-                found[piece.name][kind].append((piece, file))
+                if len(stored) != piece.numel:
+                    raise ValueError(f"{key} in {tensors_file(rank)} has {len(stored)} elements")
+                found[piece.name][kind].append((piece, stored))
         for name, info in self.parameters.items():
             for kind in KINDS:
+                found[name][kind].sort(key=lambda item: item[0].start)
                 _check_cover(name, info.numel, [piece for piece, _ in found[name][kind]])
-        return {name: sorted(kinds["master"], key=lambda item: item[0].start) for name, kinds in found.items()}
+        return found
 
 
 class CheckpointState:
@@ -199,11 +196,34 @@ class CheckpointState:
 
 
 def _check_cover(name: str, numel: int, pieces: list[TensorSlice]) -> None:
-    """Raise ValueError unless `pieces` cover elements 0..numel exactly once."""
+    """Raise ValueError unless `pieces`, in order, cover elements 0..numel exactly once."""
     at = 0
-    for piece in sorted(pieces, key=lambda piece: piece.start):
+    for piece in pieces:
         if piece.start != at:
             break
         at = piece.stop
     if at != numel:
         raise ValueError(f"it does not hold all of {name}")
+
+
+def map_tensors(path: Path) -> dict[str, Tensor]:
+    """The tensors of a safetensors file of flat float32 tensors, by key, as views of the mapped file.
+
+    The file itself is never written to. The safetensors library would copy what it reads. Raises ValueError where
+    the header does not fit the file.
+    """
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        begin = 8 + int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(begin - 8))
+    elements = torch.from_file(str(path), shared=False, size=size // 4, dtype=torch.float32)
+    tensors = {}
+    for key, entry in header.items():
+        if key == "__metadata__":
+            continue
+        start, stop = (begin + offset for offset in entry["data_offsets"])
+        fits = begin <= start <= stop <= size and start % 4 == 0 and [(stop - start) // 4] == entry["shape"]
+        if entry["dtype"] != "F32" or not fits:
+            raise ValueError(f"{key} in {path.name} is no flat float32 tensor inside the file")
+        tensors[key] = elements[start // 4 : stop // 4]
+    return tensors
