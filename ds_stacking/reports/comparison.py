@@ -48,6 +48,8 @@ class End:
     """Model FLOPs."""
     seconds: float
     """Seconds of training by the comparison's clock: without start, evaluations and checkpoints."""
+    data: str
+    """Fingerprint of the data; only runs on the same data are compared."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,26 +86,27 @@ class Results:
         found = {end.seed: end for end in self.ends if (end.arm, end.label) == (arm, label)}
         return self.of(arm, "flops") | found if label == "time" else found
 
-    def frontier(self, seed: int, cost: str) -> list[tuple[float, float]]:
-        """Scratch's ends of a seed: `cost` (flops, tokens or seconds) and loss."""
-        return sorted((getattr(e, cost), e.loss) for e in self.ends if e.arm == "scratch" and e.seed == seed)
+    def frontier(self, end: End, cost: str) -> list[tuple[float, float]]:
+        """Scratch's ends with the seed and the data of `end`: `cost` (flops, tokens or seconds) and loss."""
+        like = [e for e in self.ends if e.arm == "scratch" and (e.seed, e.data) == (end.seed, end.data)]
+        return sorted((getattr(e, cost), e.loss) for e in like)
 
     def saving(self, arm: str, cost: str) -> Effect:
         """Share of `cost` that the arm saves where scratch reaches the same loss."""
         return effect(
             [
                 None
-                if (same := cost_at(self.frontier(seed, cost), end.loss)) is None
+                if (same := cost_at(self.frontier(end, cost), end.loss)) is None
                 else 1 - getattr(end, cost) / same
-                for seed, end in sorted(self.of(arm, label_of(cost)).items())
+                for _, end in sorted(self.of(arm, label_of(cost)).items())
             ]
         )
 
     def least_saving(self, arm: str, cost: str) -> float | None:
         """What the arm saves at the least where in every seed no budget of scratch reached its loss, else None."""
         bounds = []
-        for seed, end in self.of(arm, label_of(cost)).items():
-            frontier = self.frontier(seed, cost)
+        for end in self.of(arm, label_of(cost)).values():
+            frontier = self.frontier(end, cost)
             if not frontier or end.loss >= min(loss for _, loss in frontier):
                 return None
             bounds.append(1 - getattr(end, cost) / frontier[-1][0])
@@ -113,8 +116,8 @@ class Results:
         """Nats by which the arm's loss lies below scratch's at the same `cost`."""
         return effect(
             [
-                None if (same := loss_at(self.frontier(seed, cost), getattr(end, cost))) is None else same - end.loss
-                for seed, end in sorted(self.of(arm, label_of(cost)).items())
+                None if (same := loss_at(self.frontier(end, cost), getattr(end, cost))) is None else same - end.loss
+                for _, end in sorted(self.of(arm, label_of(cost)).items())
             ]
         )
 
@@ -163,6 +166,7 @@ def _end(path: str, summary: Mapping[str, Any], seconds: str) -> End:
         tokens=summary["tokens"],
         flops=summary["flops"],
         seconds=summary[seconds],
+        data=summary["data_fingerprint"],
     )
 
 

@@ -34,18 +34,13 @@ def _draw_panel(axes: Axes, results: Results, cost: str) -> None:
     for arm, colour in zip(results.plan["arms"], COLOURS, strict=False):
         if arm == "scratch":
             ends = [end for end in results.ends if end.arm == arm]
-            for seed in sorted({end.seed for end in ends}):
-                axes.plot(
-                    *zip(*[(x / scale, y) for x, y in results.frontier(seed, cost)], strict=True), color=colour, lw=0.8
-                )
+            for end in {(end.seed, end.data): end for end in ends}.values():
+                line = np.array(results.frontier(end, cost)) / (scale, 1.0)
+                axes.plot(line[:, 0], line[:, 1], color=colour, lw=0.8)
         else:
             ends = list(results.of(arm, label_of(cost)).values())
         places = np.array([(getattr(end, cost) / scale, end.loss) for end in ends]).reshape(-1, 2)
         axes.scatter(places[:, 0], places[:, 1], color=colour, s=28, zorder=3, label=arm)
-    axes.set_xlabel(
-        "processor time" + unit.removeprefix("wall clock")
-        if cost == "seconds" and results.plan["clock"] == "cpu"
-        else unit
-    )
+    axes.set_xlabel(unit.replace("wall clock", CLOCKS[results.plan["clock"]]))
     axes.grid(axis="y", color="#dddddd", lw=0.6)
     axes.spines[["top", "right"]].set_visible(False)

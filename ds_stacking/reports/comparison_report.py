@@ -122,8 +122,8 @@ def html(results: Results) -> str:
                 "Loss is the held-out loss on [MASK] positions in nats, mean over seeds. Gain is how far an arm lies "
                 "below scratch at the same cost, saving what it spends less than scratch at the same loss; in "
                 "brackets 95 % t-intervals of the differences, seed by seed. Scratch between two budgets is "
-                "interpolated; “outside” says that its budgets do not enclose the value in every seed, so nothing is "
-                "claimed, and “>” that no budget of scratch reached the arm's loss in any seed.",
+                "interpolated; where its budgets do not enclose the value in every seed, the seeds stand one by one, "
+                "“outside” for those; and “>” that no budget of scratch reached the arm's loss in any seed.",
                 dim=True,
             ),
             heading("Loss against cost"),
@@ -151,12 +151,12 @@ def saving(results: Results, arm: str, cost: str) -> str:
     least, effect = results.least_saving(arm, cost), results.saving(arm, cost)
     if least is not None:
         return f"> {100 * least:.0f} %"
-    return _with_interval(effect, 100.0, "{:+.1f}") + (" %" if effect.mean is not None else "")
+    return _with_interval(effect, 100.0, "{:+.1f}") + (" %" if any(v is not None for v in effect.values) else "")
 
 
 def _with_interval(effect: Effect, scale: float, form: str) -> str:
     if effect.mean is None:
-        return "outside" if effect.values else "-"
+        return ", ".join("outside" if v is None else form.format(scale * v) for v in effect.values) or "-"
     text = form.format(scale * effect.mean)
     if effect.low is None or effect.high is None:
         return text
@@ -179,7 +179,15 @@ def _ends(ends: Iterable[End]) -> tuple[str, ...]:
 
 def _notes(results: Results) -> list[str]:
     failed = [f"{path} failed: {reason}." for path, reason in results.failed.items()]
-    return [*failed, *([f"Not finished: {', '.join(results.missing)}."] if results.missing else [])]
+    missing = [f"Not finished: {', '.join(results.missing)}."] if results.missing else []
+    by_data: dict[str, set[int]] = {}
+    for end in results.ends:
+        by_data.setdefault(end.data, set()).add(end.seed)
+    seeds = "; ".join(
+        f"seed{'s' * (len(seeds) > 1)} {', '.join(map(str, sorted(seeds)))}" for seeds in by_data.values()
+    )
+    mixed = [f"The data changed between runs ({seeds}); only runs on the same data are compared with each other."]
+    return [*failed, *missing, *(mixed if len(by_data) > 1 else [])]
 
 
 def _run_row(end: End) -> tuple[str, ...]:

@@ -32,6 +32,7 @@ def write_end(folder: Path, path: str, flops: float, loss: float, clock: float =
     ]  # fmt: skip
     (run / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
     totals = {"steps": 10, "tokens": 100, "flops": flops, "training_seconds": 10.0, "cpu_seconds": clock * flops}
+    totals["data_fingerprint"] = "abc"
     (run / "summary.json").write_text(json.dumps({"finished": True, "eval_loss_masked": loss, **totals}))
 
 
@@ -85,6 +86,16 @@ def test_below_all_of_scratch_a_saving_has_a_lower_bound(tmp_path: Path) -> None
     results = read_comparison(folder)
     assert results.least_saving("stack", "flops") == pytest.approx(1 - 100 / 140)
     assert rows(results)[-1][6] == "> 29 %" and results.saving("stack", "flops").mean is None
+
+
+def test_runs_on_other_data_are_not_compared(tmp_path: Path) -> None:
+    folder = write(tmp_path / "c")
+    path = folder / "stack/flops/seed-2/summary.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"data_fingerprint": "other"}))
+    results = read_comparison(folder)
+    assert results.gain("stack", "flops").values[1] is None and results.gain("stack", "flops").mean is None
+    assert rows(results)[-1][5] == "+0.112, outside, +0.091"
+    assert "data changed between runs (seeds 1, 2, 3; seed 2)" in write_comparison(folder)
 
 
 def test_the_report_is_one_file_that_loads_nothing(tmp_path: Path) -> None:
