@@ -73,8 +73,7 @@ _select_rows.register_autograd(_differentiate, setup_context=_save)
 def inverse_index(indices: torch.Tensor, rows: int) -> torch.Tensor:
     """int64 [rows]: the position of each row among `indices` [M] (no repeats), -1 where it is not among them."""
     inverse = torch.full((rows,), -1, dtype=torch.int64, device=indices.device)
-    inverse[indices] = torch.arange(indices.numel(), device=indices.device)
-    return inverse
+    return inverse.scatter_(0, indices, torch.arange(indices.numel(), device=indices.device))
 
 
 def gather_rows(x: torch.Tensor, indices: torch.Tensor, inverse: torch.Tensor) -> torch.Tensor:

@@ -161,8 +161,8 @@ class Bert(nn.Module):
             bounds = torch.arange(0, batch * length + 1, length, dtype=torch.int32, device=device)
             return Sequences(None, bounds if self.fused else None, length), positions
         every = torch.arange(batch * length, dtype=torch.int32, device=device)
-        document = torch.searchsorted(cu_seqlens[1:], every, right=True)
-        positions = (every - cu_seqlens[document]).long().view(batch, length)
+        document = torch.searchsorted(cu_seqlens.narrow(0, 1, len(cu_seqlens) - 1), every, right=True)
+        positions = (every - cu_seqlens.index_select(0, document)).long().view(batch, length)
         if self.fused:
             return Sequences(None, cu_seqlens, max_seqlen or length), positions
         document = document.view(batch, 1, length)

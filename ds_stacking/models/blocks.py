@@ -52,11 +52,13 @@ class Linear(nn.Linear):
             nn.init.normal_(self.weight, std=self.std)
             nn.init.zeros_(self.bias)
 
-    def forward(self, x: Tensor, *, outputs: slice = slice(None), biased: bool = True) -> Tensor:  # [..., K]
-        """Return [..., N], only those `outputs` of them, without the bias where a kernel adds it later."""
+    def forward(self, x: Tensor, *, outputs: tuple[int, int] | None = None, biased: bool = True) -> Tensor:
+        """[..., K] -> [..., N], or `outputs` (first, number) of the N; without the bias where a kernel adds it."""
         if not biased:
             return F.linear(x, self.weight)
-        return linear(x, self.weight[outputs], self.bias[outputs])
+        if outputs is None:
+            return linear(x, self.weight, self.bias)
+        return linear(x, self.weight.narrow(0, *outputs), self.bias.narrow(0, *outputs))
 
 
 class Embedding(nn.Embedding):
@@ -138,8 +140,8 @@ class Attention(nn.Module):
     def _selected(self, x: Tensor, mask: Tensor | None, rows: Tensor, p: float) -> Tensor:  # -> [R, D]
         """The context of the tokens `rows` alone: only keys and values are computed for the others."""
         width = x.shape[-1]
-        query = self.qkv(x.flatten(0, 1).index_select(0, rows), outputs=slice(width))  # [R, D]
-        packed = self.qkv(x, outputs=slice(width, None)).unflatten(-1, (2, self.num_heads, -1))
+        query = self.qkv(x.flatten(0, 1).index_select(0, rows), outputs=(0, width))  # [R, D]
+        packed = self.qkv(x, outputs=(width, 2 * width)).unflatten(-1, (2, self.num_heads, -1))
         key, value = packed.permute(2, 0, 3, 1, 4)  # 2 x [B, H, T, E]
         return selected_attention(query.unflatten(1, (self.num_heads, -1)), key, value, mask, rows, p).flatten(1)
 
