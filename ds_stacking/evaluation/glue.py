@@ -102,10 +102,12 @@ class GlueRun:
             lock.release()
 
     def do(self, job: Job) -> None:
-        """Train and evaluate one job and write its result; what fails is the job's result, and others go on."""
+        """Train and evaluate one job and write its result; what fails at run time is its result, and others go on."""
         start = time.monotonic()
         try:
             outcome = self.compute(job)
+        except UserError:  # a model without all its weights, say: the other jobs would meet it too
+            raise
         except Exception as error:
             failed = f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"
             write_json(self.path(job), asdict(job) | {"failed": failed})

@@ -136,8 +136,8 @@ def _train(engine: Engine, job: Job, task: Task, train: Examples, encoder: Encod
     for epoch in range(job.epochs):
         losses.zero_()
         seen = 0
-        for rows, swapped in _epoch(job, task, lengths, epoch):
-            inputs, labels = _collate(train, rows, encoder, swapped)
+        for rows, swapped in epoch_batches(job, task, lengths, epoch):
+            inputs, labels = collate(train, rows, encoder, swapped)
             for group in engine.optimizer.param_groups:
                 group["lr"] = learning_rate(step, steps, job.lr)
             loss = _loss(engine(**inputs).logits, labels, task)
@@ -151,7 +151,9 @@ def _train(engine: Engine, job: Job, task: Task, train: Examples, encoder: Encod
     return float(losses) / seen
 
 
-def _epoch(job: Job, task: Task, lengths: np.ndarray, epoch: int) -> Iterator[tuple[np.ndarray, np.ndarray | None]]:
+def epoch_batches(
+    job: Job, task: Task, lengths: np.ndarray, epoch: int
+) -> Iterator[tuple[np.ndarray, np.ndarray | None]]:
     """The rows of each batch and, for a symmetric task, which of them change their sentences' places.
 
     As in the published code, a batch holds examples alike in length, and batches come in random order.
@@ -170,7 +172,7 @@ def _lengths(split: Examples) -> np.ndarray:
     return np.array([sum(map(len, row)) for row in zip(*split.texts, strict=True)])
 
 
-def _collate(
+def collate(
     split: Examples, rows: Sequence[int] | np.ndarray, encoder: Encoder, swapped: np.ndarray | None = None
 ) -> tuple[dict[str, Tensor], Tensor | None]:
     """Model inputs [B, T] of some rows, padded to the longest, and their labels [B]; both on the device."""
@@ -201,7 +203,7 @@ def predict(engine: Engine, task: Task, split: Examples, encoder: Encoder) -> np
     predictions = np.zeros(len(split))
     for start in range(0, len(order), EVAL_BATCH):
         rows = order[start : start + EVAL_BATCH]
-        inputs, _ = _collate(split, rows, encoder)
+        inputs, _ = collate(split, rows, encoder)
         logits = engine(**inputs).logits.float().cpu()
         predictions[rows] = (logits.squeeze(-1) if task.regression else logits.argmax(-1)).numpy()
     return predictions if task.regression else predictions.astype(int)

@@ -17,7 +17,7 @@ from ds_stacking.evaluation.glue import GlueRun
 from ds_stacking.evaluation.glue_baseline import bag_of_words
 from ds_stacking.evaluation.glue_config import GlueConfig
 from ds_stacking.evaluation.glue_data import load_task
-from ds_stacking.evaluation.glue_finetune import _collate, _epoch, build_classifier, learning_rate, load_encoder
+from ds_stacking.evaluation.glue_finetune import build_classifier, collate, epoch_batches, learning_rate, load_encoder
 from ds_stacking.evaluation.glue_tasks import TASKS
 from tests.evaluation.glue_files import write_encoder, write_task
 from tests.ranks import run_ranks
@@ -62,16 +62,16 @@ def test_inputs_are_padded_cut_and_swapped(tmp_path: Path) -> None:
     encoder = load_encoder(str(write_encoder(tmp_path / "m")), None, 12)
     write_task(tmp_path / "glue", "MRPC")
     train = load_task(TASKS["MRPC"], str(tmp_path / "glue")).train
-    inputs, labels = _collate(train, [0, 1, 2], encoder)
+    inputs, labels = collate(train, [0, 1, 2], encoder)
     assert inputs["input_ids"].shape == (3, 12) and labels is not None
     assert labels.tolist() == train.labels[:3]
-    swapped, _ = _collate(train, [0, 1], encoder, torch.tensor([True, False]).numpy())
+    swapped, _ = collate(train, [0, 1], encoder, torch.tensor([True, False]).numpy())
     by_hand = encoder.tokenizer(train.texts[1][0], train.texts[0][0], truncation=True, max_length=12)
     assert swapped["input_ids"][0].tolist() == by_hand["input_ids"]
     assert torch.equal(swapped["input_ids"][1], inputs["input_ids"][1])
     (job,) = GlueConfig(model="m", tasks="MRPC", seeds=1).jobs()
     lengths = np.arange(100) // 10
-    epochs = [list(_epoch(job, TASKS["MRPC"], lengths, epoch)) for epoch in (0, 0, 1)]
+    epochs = [list(epoch_batches(job, TASKS["MRPC"], lengths, epoch)) for epoch in (0, 0, 1)]
     for batches in epochs:
         assert sorted(int(row) for rows, _ in batches for row in rows) == list(range(100))
         assert all(np.ptp(lengths[rows]) <= 2 for rows, _ in batches), "alike in length"
@@ -95,9 +95,7 @@ def test_a_bad_model_is_one_sentence(tmp_path: Path) -> None:
     assert load_encoder(str(bare), str(good), 128).source == str(bare)
     with pytest.raises(UserError, match="nowhere does not exist"):
         load_encoder(str(tmp_path / "nowhere"), None, 128)
-    weights = load_file(bare / "model.safetensors")
-    del weights["bert.encoder.layer.0.output.dense.weight"]
-    save_file(weights, bare / "model.safetensors", metadata={"format": "pt"})
+    break_encoder(bare)
     with pytest.raises(UserError, match="lacks bert.encoder.layer.0.output.dense.weight"):
         build_classifier(str(bare), 2, untrained=False)
 
@@ -123,6 +121,13 @@ def test_the_bag_of_words_finds_the_telling_word(tmp_path: Path) -> None:
         assert scores["dev"][metric] > 95
 
 
+def break_encoder(folder: Path) -> None:
+    """Take one weight out of the file."""
+    weights = load_file(folder / "model.safetensors")
+    del weights["bert.encoder.layer.0.output.dense.weight"]
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+
+
 def fine_tunings(folder: Path) -> dict[str, Any]:
     """Run jobs of three kinds of task, then two of which one fails; then all of them again."""
     options = {"model": str(folder / "m"), "data": str(folder / "glue"), "output_dir": str(folder / "out")}
@@ -137,11 +142,17 @@ def fine_tunings(folder: Path) -> dict[str, Any]:
             run.work()
         files = sorted((folder / "out" / "results").glob("*.json"))
         times |= {path.stem: path.stat().st_mtime_ns for path in files}
-    try:
-        GlueRun(GlueConfig(**options, seeds=1, tasks="SST-2", max_length=9)).claim()
-        refused = ""
-    except UserError as error:
-        refused = str(error)
+    refused = []
+    for config in (
+        GlueConfig(**options, tasks="SST-2", max_length=9),
+        GlueConfig(**options | {"model": str(folder / "broken"), "output_dir": str(folder / "other")}, tasks="SST-2"),
+    ):
+        try:
+            run = GlueRun(config)
+            run.claim()
+            run.work()
+        except UserError as error:
+            refused.append(str(error))
     return {
         "results": {path.stem: json.loads(path.read_text()) for path in files},
         "changed": [name for name in last if first[name] != last[name]],
@@ -152,6 +163,7 @@ def fine_tunings(folder: Path) -> dict[str, Any]:
 @pytest.mark.distributed
 def test_trainings_learn_fail_alone_and_are_not_repeated(tmp_path: Path) -> None:
     write_encoder(tmp_path / "m")
+    break_encoder(write_encoder(tmp_path / "broken"))
     for task in ("SST-2", "STS-B", "MNLI"):
         write_task(tmp_path / "glue", task, train=128)
     (outcome,) = run_ranks(1, fine_tunings, tmp_path)
@@ -161,7 +173,8 @@ def test_trainings_learn_fail_alone_and_are_not_repeated(tmp_path: Path) -> None
     assert "1e+30" in failed and "not finite" in results[failed]["failed"]
     assert outcome["changed"] == [failed], "what failed is tried again, what is done is kept"
     done = {r["task"]: r for r in results.values() if r["epochs"] == 12}
-    assert "max_length 128, not 9" in outcome["refused"]
+    other_settings, broken = outcome["refused"]
+    assert "max_length 128, not 9" in other_settings and "lacks bert.encoder.layer.0" in broken
     assert done["SST-2"]["scores"]["dev"]["accuracy"] > 75
     assert done["STS-B"]["scores"]["dev"]["pearson"] > 50
     assert done["MNLI"]["scores"].keys() == {"m", "mm"} and math.isfinite(done["MNLI"]["train_loss"])
