@@ -122,3 +122,10 @@ def test_tasks_are_found_by_name() -> None:
     assert len(select_tasks("all")) == 9
     with pytest.raises(UserError, match="did you mean MNLI"):
         select_tasks("MNL")
+
+
+def test_labels_are_numbered_as_on_the_hub() -> None:
+    """nyu-mll/glue: entailment 0, neutral 1, contradiction 2; entailment 0, not_entailment 1."""
+    assert TASKS["MNLI"].labels == ("entailment", "neutral", "contradiction")
+    assert {TASKS[name].labels for name in ("QNLI", "RTE")} == {("entailment", "not_entailment")}
+    assert {TASKS[name].labels for name in ("CoLA", "SST-2", "MRPC", "QQP", "WNLI")} == {("0", "1")}
