@@ -62,6 +62,7 @@ def log_training(run: Pretraining) -> None:
     rates = run.ledger.rates()
     record |= {"loss": loss, "lr": rate, "grad_norm": None if norm is None else float(norm), **rates}
     record["skipped_steps"] = run.health.skipped
+    record["seconds_by_phase"] = dict(run.ledger.phases)
     if run.config.compile:
         record |= {f"compiled_{name}": count for name, count in asdict(compilations()).items()}
     run.ledger.stage.train_loss_end = loss
