@@ -77,7 +77,9 @@ def draw_lengths(lengths: dict[str, np.ndarray], path: Path) -> None:
 
     every = np.concatenate(list(lengths.values()))
     every = every[every > 0]
-    edges = np.geomspace(1, max(2, every.max(initial=1) + 1), 41)
+    edges = (
+        np.geomspace(every.min(initial=2**40), every.max(initial=1) + 1, 31) if len(every) else np.array([1.0, 2.0])
+    )
     figure, axis = pyplot.subplots(figsize=(7, 3.5), layout="constrained")
     for label, weights in (("of documents", np.ones(len(every))), ("of tokens", every)):
         share = 100 * np.histogram(every, edges, weights=weights)[0] / max(1, weights.sum())
