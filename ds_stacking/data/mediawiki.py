@@ -1,7 +1,7 @@
 """MediaWiki XML dumps: the articles of a dump, and their wikitext as plain paragraphs.
 
 Like the data of the original BERT (Devlin et al. 2019, section 3.1) an article keeps its text passages and loses
-lists, tables and headers. Expressions do it at the pace of a tokenizer; a parser that builds an article's tree does not.
+lists, tables and headers. Expressions do it at the pace of a tokenizer, a parser that builds a tree does not.
 """
 
 from __future__ import annotations
