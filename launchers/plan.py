@@ -22,7 +22,7 @@ def main() -> None:
     )
     parser.add_argument("--nodes", type=int, default=1, help="nodes")
     parser.add_argument("--gpus_per_node", type=int, default=8, help="GPUs of each node")
-    parser.add_argument("--gpu", required=True, help="h100, h200, b200, a100, mi300x, l40s, l4, a10, 4090, ...")
+    parser.add_argument("--gpu", default="", help="h100, h200, b200, a100, mi300x, l40s, l4, a10, 4090, ...")
     parser.add_argument("--zero_stage", type=int, choices=range(4), default=2, help="where a stage names none")
     parser.add_argument("--mfu", type=float, default=0.35, help="share of the bf16 peak assumed for the arithmetic")
     parser.add_argument("--run", type=Path, help="a finished run: how well its stages predict one another")
@@ -43,7 +43,7 @@ def main() -> None:
     config = complete(config)
     print(plan_table(config, plan_run(config, cluster, zero_stage=options.zero_stage), cluster))
     if options.run is not None:
-        print(calibration_table(calibrate(options.run)))
+        print("\n".join(map(calibration_table, calibrate(options.run))))
 
 
 if __name__ == "__main__":

@@ -76,7 +76,7 @@ def _stage_lines(plan: StagePlan, number: int, cluster: Cluster, length: int) ->
 def calibration_table(found: Calibration) -> str:
     """How well the stages of a finished run predict one another."""
     rows = zip(found.layers, found.measured, found.predicted, found.errors, strict=True)
-    lines = [f"\na finished run: {found.rate / 1e9:,.1f} GFLOP/s; each stage predicted from the others"]
+    lines = [f"\na finished run, {found.clock}; each stage predicted from the others"]
     lines += [
         f"  {layers} layers: {measured * 1e3:,.1f} ms a step, predicted {predicted * 1e3:,.1f} ms, error {error:+.1%}"
         for layers, measured, predicted, error in rows

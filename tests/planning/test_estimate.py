@@ -104,16 +104,23 @@ def test_bad_input_is_refused() -> None:
 
 
 def test_a_run_says_how_well_its_stages_predict_one_another(tmp_path: Path) -> None:
-    stages = [{"layers": n, "steps": 10, "flops": 1e9 * n, "training_seconds": 10 * (1 + n)} for n in (2, 4, 8)]
-    (tmp_path / "summary.json").write_text(json.dumps({"stages": stages}))
-    assert calibrate(tmp_path).errors == pytest.approx([0, 0, 0], abs=1e-9)
-    stages[1]["training_seconds"] *= 2
-    (tmp_path / "summary.json").write_text(json.dumps({"stages": stages}))
-    found = calibrate(tmp_path)
-    assert found.errors[1] == pytest.approx(-0.5)
-    assert "4 layers: 10,000.0 ms a step, predicted 5,000.0 ms, error -50.0%" in calibration_table(found)
-    (tmp_path / "summary.json").write_text(json.dumps({"stages": stages[:2]}))
+    """Seconds of a step are 1 + layers, and double on the processor in the second stage."""
+    records, step, wall, cpu, flops = [], 0, 100.0, 50.0, 0.0
+    for stage, layers in enumerate((2, 4, 8)):
+        for _ in range(3):
+            step, wall, flops = step + 5, wall + 5 * (1 + layers), flops + 5e9 * layers
+            cpu += 5 * (1 + layers) * (2 if stage == 1 else 1)
+            clocks = {"training_seconds": wall, "cpu_seconds": cpu}
+            records.append({"kind": "train", "step": step, "stage": stage, "layers": layers, "flops": flops, **clocks})
+    records.append({"kind": "eval", "step": step})
+    path = tmp_path / "metrics.jsonl"
+    path.write_text("\n".join(map(json.dumps, records)))
+    by_wall, by_cpu = calibrate(tmp_path)
+    assert by_wall.errors == pytest.approx([0, 0, 0], abs=1e-9)
+    assert by_cpu.errors[1] == pytest.approx(-0.5)
+    assert "4 layers: 10,000.0 ms a step, predicted 5,000.0 ms, error -50.0%" in calibration_table(by_cpu)
+    path.write_text("\n".join(map(json.dumps, records[:6])))
     with pytest.raises(UserError, match="has 2 stages"):
         calibrate(tmp_path)
-    with pytest.raises(UserError, match="no summary.json"):
+    with pytest.raises(UserError, match="no metrics.jsonl"):
         calibrate(tmp_path / "absent")
