@@ -129,7 +129,7 @@ def _spread(numbers: np.ndarray, is_word: np.ndarray, keys: np.ndarray) -> np.nd
     for distance in range(1, LONGEST_SPAN):
         alive = alive[:, :-1] & (lengths[:, :-distance] > distance) & is_word[:, distance:]  # by the span's beginning
         covered = smallest[:, distance:]
-        np.minimum(covered, numbers[:, :-distance], out=covered, where=alive)
+        np.minimum(covered, np.where(alive, numbers[:, :-distance], _LAST), out=covered)
     return smallest
 
 

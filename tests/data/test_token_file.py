@@ -1,5 +1,6 @@
 """Token files against the tokenizer's own answer, document by document."""
 
+import tracemalloc
 from hashlib import sha256
 from pathlib import Path
 
@@ -10,7 +11,7 @@ from scipy.stats import entropy
 from ds_stacking.config import UserError
 from ds_stacking.data import token_file
 from ds_stacking.data.documents import is_held_out
-from ds_stacking.data.token_file import TokenFile, unigram_entropy, write_token_files
+from ds_stacking.data.token_file import SplitWriter, TokenFile, unigram_entropy, write_token_files
 from ds_stacking.data.tokenizer import special_ids, text_encoder, train_tokenizer
 
 
@@ -54,6 +55,20 @@ def test_the_held_out_share_is_kept_and_stable():
     held_out = {text for text in texts if is_held_out(text, 5)}
     assert abs(len(held_out) / 20_000 - 0.05) < 0.006  # 4 standard deviations
     assert held_out < {text for text in texts if is_held_out(text, 10)}
+
+
+def test_arrays_stay_on_the_disk(tmp_path: Path):
+    """A million documents are opened without being read, which would take 16 MB."""
+    writer = SplitWriter(tmp_path, "train", np.dtype(np.uint16), 10, sentences=True)
+    documents = 1_000_000
+    writer.add(np.ones(2 * documents, np.uint16), np.full(documents, 2), np.arange(0, 2 * documents, 2))
+    manifest = {"dtype": "uint16", "train": writer.close()}
+    tracemalloc.start()
+    file = TokenFile.open(tmp_path, "train", manifest)
+    assert tracemalloc.get_traced_memory()[1] < 1_000_000
+    tracemalloc.stop()
+    assert all(isinstance(array, np.memmap) for array in (file.tokens, file.offsets, file.sentences))
+    assert (len(file), file.offsets[-1], len(file.offsets)) == (2 * documents, 2 * documents, documents + 1)
 
 
 def test_a_damaged_file_is_refused(tmp_path: Path, documents: list[str], trained):
