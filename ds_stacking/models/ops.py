@@ -30,9 +30,9 @@ def _needs_fp32(x: Tensor) -> bool:
 
 def kernels() -> ModuleType:
     """The package of the fused kernels, whose import takes seconds: only a model that uses them pays."""
-    from ds_stacking import kernels
+    import ds_stacking.kernels as package
 
-    return kernels
+    return package
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:  # [..., K], [N, K], [N] -> [..., N]
