@@ -197,9 +197,24 @@ def refresh_working_copies(engine: DeepSpeedEngine) -> None:
         if optimizer.persistent_parameters:
             optimizer.persistent_parameters[0].all_gather(optimizer.persistent_parameters)
         optimizer.invalidate_secondary_tensor()
+    elif isinstance(optimizer, DeepSpeedZeroOptimizer) and engine.device.type == "cpu":
+        _refresh_by_broadcasts(optimizer)
     elif isinstance(optimizer, DeepSpeedZeroOptimizer | BF16_Optimizer):
         optimizer.update_lp_params()
     elif isinstance(optimizer, FP16_UnfusedOptimizer):
         for working, masters in zip(optimizer.fp16_groups, optimizer.fp32_groups, strict=True):
             for parameter, master in zip(working, masters, strict=True):
                 parameter.copy_(master)
+
+
+def _refresh_by_broadcasts(optimizer: DeepSpeedZeroOptimizer) -> None:
+    """What `update_lp_params` does; gloo gathers four times more slowly than it broadcasts."""
+    groups = (
+        optimizer.parallel_partitioned_bit16_groups,
+        optimizer.single_partition_of_fp32_groups,
+        optimizer.real_dp_process_group,
+    )
+    for partitions, master, ranks in zip(*groups, strict=True):
+        partitions[torch.distributed.get_rank(ranks)].copy_(master)
+        for rank, partition in enumerate(partitions):
+            torch.distributed.broadcast(partition, torch.distributed.get_global_rank(ranks, rank), group=ranks)
