@@ -70,17 +70,15 @@ def card(manifest: dict[str, Any], lengths: dict[str, np.ndarray], examples: lis
 
 def draw_lengths(lengths: dict[str, np.ndarray], path: Path) -> None:
     """Draw the share of tokens and of documents by document length, on a logarithmic axis."""
-    import matplotlib
-
-    matplotlib.use("agg")
-    from matplotlib import pyplot
+    from matplotlib.figure import Figure
 
     every = np.concatenate(list(lengths.values()))
     every = every[every > 0]
     edges = (
         np.geomspace(every.min(initial=2**40), every.max(initial=1) + 1, 31) if len(every) else np.array([1.0, 2.0])
     )
-    figure, axis = pyplot.subplots(figsize=(7, 3.5), layout="constrained")
+    figure = Figure(figsize=(7, 3.5), layout="constrained")
+    axis = figure.subplots()
     for label, weights in (("of documents", np.ones(len(every))), ("of tokens", every)):
         share = 100 * np.histogram(every, edges, weights=weights)[0] / max(1, weights.sum())
         axis.stairs(share, edges, label=label, fill=label == "of documents", alpha=0.4 if "doc" in label else 1)
@@ -89,7 +87,6 @@ def draw_lengths(lengths: dict[str, np.ndarray], path: Path) -> None:
     axis.legend(frameon=False)
     axis.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, dpi=150)
-    pyplot.close(figure)
 
 
 def _near(identity: dict[str, Any], totals: dict[str, int]) -> str:

@@ -30,9 +30,8 @@ def write_run(run_dir, steps=(30, 30, 30), tail=""):
     return records
 
 
-def test_draws_a_picture_and_leaves_matplotlib_alone(tmp_path, monkeypatch):
+def test_draws_a_picture_and_leaves_matplotlib_alone(tmp_path):
     write_run(tmp_path)
-    monkeypatch.delitem(sys.modules, "matplotlib.pyplot", raising=False)  # of another test
     path = draw_curves(tmp_path)
     assert path == tmp_path / "report" / "curves.png"
     picture = imread(path)
