@@ -58,10 +58,11 @@ def runs(folder: str) -> list[list[dict]]:
     """A small run under every ZeRO stage; what its observations should be."""
     from deepspeed.utils import safe_get_full_grad
 
+    from ds_stacking.engine import stepping
     from ds_stacking.training import loop
     from ds_stacking.training.run import pretrain
 
-    step, look = loop.guarded_step, loop.look
+    step, look = stepping.guarded_step, loop.look
     gradients: dict[str, torch.Tensor] = {}
     expected: list[dict] = []
 
@@ -75,7 +76,7 @@ def runs(folder: str) -> list[list[dict]]:
         expected.append(reference(run.engine, gradients))
         look(run, before, taken=taken)
 
-    loop.guarded_step, loop.look = recording_step, recording_look
+    stepping.guarded_step, loop.look = recording_step, recording_look
     results = []
     for zero_stage in range(4):
         expected.clear()
