@@ -78,7 +78,8 @@ class Ranks:
 
     def swap(self, send: Sequence[Tensor], receive_sizes: Sequence[int]) -> list[Tensor]:
         """One all-to-all with uneven parts."""
-        outgoing = torch.cat([part.to(self.device) for part in send])
+        full = [part for part in send if part.numel()]
+        outgoing = (full[0] if len(full) == 1 else torch.cat(list(send))).to(self.device)
         incoming = outgoing.new_empty(sum(receive_sizes))
         dist.all_to_all_single(incoming, outgoing, list(receive_sizes), [part.numel() for part in send])
         return list(incoming.split(list(receive_sizes)))

@@ -21,6 +21,9 @@ from ds_stacking.growth.schedule import Move, largest_block, rounds, schedule
 from ds_stacking.growth.state import KINDS, Kind, StateReader, StateWriter
 from ds_stacking.growth.transforms import Transform
 
+ROUND = 2 << 20
+"""Most elements of a kind that cross ranks at one time; larger buffers would be mapped anew each time."""
+
 
 @dataclass(kw_only=True)
 class MoveReport:
@@ -72,7 +75,7 @@ class _Execution:
             for move in own:
                 self._copy(move)
         with self._clock("exchange"):
-            for carried in rounds(crossing, largest_block(self.plan)):
+            for carried in rounds(crossing, min(largest_block(self.plan), ROUND)):
                 self._carry(carried)
         with self._clock("commit"):
             self.writer.commit({entry.target: entry.info.step for entry in self.plan.entries})
