@@ -26,8 +26,6 @@ from ds_stacking.config import RunAgain, RunConfig, StageConfig, UserError
 
 RECIPES = Path(__file__).resolve().parent.parent / "launchers" / "recipes"
 """Shipped recipes; `--recipe NAME` finds them by name."""
-RUN_AGAIN = 75
-"""Exit code of a run that was asked to stop and saved: sysexits.h's EX_TEMPFAIL, try again."""
 WAIT_FOR_RANK_0 = 15.0
 """Seconds that another rank waits before it prints bad input: rank 0 has most likely met and printed the same."""
 Options = TypeVar("Options")
@@ -271,11 +269,11 @@ def run_main(main: Callable[[], None]) -> int:
         if rank != 0:
             time.sleep(WAIT_FOR_RANK_0)
         print(f"error: {error}", file=sys.stderr, flush=True)
-        return 2
+        return UserError.exit_code
     except RunAgain as stopped:
         if rank == 0:
             print(stopped, flush=True)
-        return RUN_AGAIN
+        return RunAgain.exit_code
     except Exception:
         traceback.print_exc()
         return 1

@@ -17,14 +17,20 @@ OPTIMIZER_STATES = ("stack", "new_reset", "reset", "second_only")
 
 
 class UserError(ValueError):
-    """Bad input. Its text is the one sentence that the user reads; launchers end with exit code 2."""
+    """Bad input. Its text is the one sentence that the user reads."""
+
+    exit_code = 2
 
 
 class RunAgain(Exception):
     """The run was asked to stop and has saved its state; the same command with `--resume auto` goes on."""
 
+    exit_code = 75
+    """sysexits.h's EX_TEMPFAIL, try again."""
 
-def _require(condition: object, message: str) -> None:
+
+def require(condition: object, message: str) -> None:
+    """Raise UserError with `message` unless the condition holds."""
     if not condition:
         raise UserError(message)
 
@@ -63,17 +69,17 @@ class ModelConfig:
     def __post_init__(self) -> None:
         self.intermediate_size = self.intermediate_size or 4 * self.hidden_size
         for name in ("hidden_size", "num_heads", "intermediate_size", "max_positions"):
-            _require(getattr(self, name) > 0, f"model.{name} is {getattr(self, name)}; it must be positive.")
-        _require(
+            require(getattr(self, name) > 0, f"model.{name} is {getattr(self, name)}; it must be positive.")
+        require(
             self.hidden_size % self.num_heads == 0,
             f"model.hidden_size {self.hidden_size} is not divisible by model.num_heads {self.num_heads}; "
             f"choose a head count that divides it.",
         )
-        _require(self.vocab_size >= 0, f"model.vocab_size is {self.vocab_size}; it must be positive, or 0.")
+        require(self.vocab_size >= 0, f"model.vocab_size is {self.vocab_size}; it must be positive, or 0.")
         for name in ("layer_norm_eps", "initializer_range"):
-            _require(getattr(self, name) > 0, f"model.{name} is {getattr(self, name)}; it must be positive.")
+            require(getattr(self, name) > 0, f"model.{name} is {getattr(self, name)}; it must be positive.")
         for name in ("dropout", "attention_dropout"):
-            _require(0 <= getattr(self, name) < 1, f"model.{name} is {getattr(self, name)}; it must lie in [0, 1).")
+            require(0 <= getattr(self, name) < 1, f"model.{name} is {getattr(self, name)}; it must lie in [0, 1).")
 
 
 @dataclass(kw_only=True)
@@ -100,11 +106,11 @@ class SourceConfig:
     """Share of documents, in percent, held out for evaluation; chosen by a hash of the document."""
 
     def __post_init__(self) -> None:
-        _require(
+        require(
             0 < self.eval_percent < 100, f"corpus.eval_percent is {self.eval_percent}; it must lie between 0 and 100."
         )
-        _require(self.vocab_size >= 100, f"corpus.vocab_size is {self.vocab_size}; it must be 100 or more.")
-        _require(self.max_documents >= 0, f"corpus.max_documents is {self.max_documents}; it must not be negative.")
+        require(self.vocab_size >= 100, f"corpus.vocab_size is {self.vocab_size}; it must be 100 or more.")
+        require(self.max_documents >= 0, f"corpus.max_documents is {self.max_documents}; it must not be negative.")
 
 
 @dataclass(kw_only=True)
@@ -126,43 +132,10 @@ class CorpusConfig(SourceConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _require(self.sequence_length >= 8, f"corpus.sequence_length is {self.sequence_length}; it must be 8 or more.")
+        require(self.sequence_length >= 8, f"corpus.sequence_length is {self.sequence_length}; it must be 8 or more.")
         for name in ("masking_rate", "masking_rate_end"):
             rate = getattr(self, name)
-            _require(rate is None or 0 < rate < 1, f"corpus.{name} is {rate}; it must lie between 0 and 1.")
-
-
-@dataclass(kw_only=True)
-class PreparationConfig:
-    """One corpus prepared for any number of runs."""
-
-    data: str
-    """Text: `docs` (documentation of the installed Python packages), a folder, file or glob, or a hub dataset."""
-    output_dir: str
-    """Folder of the prepared data."""
-    tokenizer: str = "train"
-    """`train` (WordPiece on the corpus), a folder with a tokenizer, or a hub name."""
-    sentences: bool = False
-    """Store where sentences begin, for sentence pairs that meet at a sentence's end (model.next_sentence)."""
-    near_duplicates: float = 0.0
-    """Jaccard similarity of word 5-grams from which a document is dropped as a near duplicate; 0: equal ones only."""
-    max_leak: float = 1.0
-    """Largest share, in percent, of held-out 13-grams that may stand in the training split too."""
-    shard_tokens: int = 2**27
-    """Tokens of a shard."""
-    workers: int = 0
-    """Processes that clean and tokenise; 0 means one per core."""
-    corpus: SourceConfig = field(default_factory=SourceConfig)
-    """How the source is read."""
-
-    def __post_init__(self) -> None:
-        for name in ("near_duplicates", "max_leak", "workers"):
-            _require(getattr(self, name) >= 0, f"{name} is {getattr(self, name)}; it must not be negative.")
-        _require(self.near_duplicates <= 1, f"near_duplicates is {self.near_duplicates}; it must be 1 or less.")
-        _require(self.max_leak <= 100, f"max_leak is {self.max_leak}; it is in percent, 100 or less.")
-        _require(
-            0 < self.shard_tokens < 2**31, f"shard_tokens is {self.shard_tokens}; it must lie between 1 and 2**31 - 1."
-        )
+            require(rate is None or 0 < rate < 1, f"corpus.{name} is {rate}; it must lie between 0 and 1.")
 
 
 @dataclass(kw_only=True)
@@ -183,10 +156,10 @@ class OptimizerConfig:
     def __post_init__(self) -> None:
         self.betas = (float(self.betas[0]), float(self.betas[1]))
         for beta in self.betas:
-            _require(0 <= beta < 1, f"optimizer.betas holds {beta}; both must lie in [0, 1).")
+            require(0 <= beta < 1, f"optimizer.betas holds {beta}; both must lie in [0, 1).")
         for name in ("weight_decay", "clip"):
-            _require(getattr(self, name) >= 0, f"optimizer.{name} is {getattr(self, name)}; it must not be negative.")
-        _require(self.eps > 0, f"optimizer.eps is {self.eps}; it must be positive.")
+            require(getattr(self, name) >= 0, f"optimizer.{name} is {getattr(self, name)}; it must not be negative.")
+        require(self.eps > 0, f"optimizer.eps is {self.eps}; it must be positive.")
 
 
 @dataclass(kw_only=True)
@@ -222,25 +195,25 @@ class StageConfig:
 
     def __post_init__(self) -> None:
         where = f"Stage {self.layers}:{self.steps}"
-        _require(self.layers > 0 and self.steps > 0, f"{where} has no layers or no steps; both must be positive.")
-        _require(
+        require(self.layers > 0 and self.steps > 0, f"{where} has no layers or no steps; both must be positive.")
+        require(
             self.lr is not None or not (self.lr_end is not None or self.lr_steps or self.warmup_steps),
             f"{where} sets lr_end, lr_steps or warmup_steps without lr; give lr, or leave all to the run's schedule.",
         )
         for name in ("lr", "lr_end", "warmup_steps", "rewarm_steps"):
             value = getattr(self, name)
-            _require(value is None or value >= 0, f"{where}: {name} is {value}; it must not be negative.")
+            require(value is None or value >= 0, f"{where}: {name} is {value}; it must not be negative.")
         for name in ("lr_steps", "tokens_per_step", "micro_batch_size"):
             value = getattr(self, name)
-            _require(value in (None, "auto") or value > 0, f"{where}: {name} is {value}; it must be positive.")
+            require(value in (None, "auto") or value > 0, f"{where}: {name} is {value}; it must be positive.")
         length = self.sequence_length
-        _require(length is None or length >= 8, f"{where}: sequence_length is {length}; it must be 8 or more.")
+        require(length is None or length >= 8, f"{where}: sequence_length is {length}; it must be 8 or more.")
         span = min(self.steps, self.lr_steps or self.steps)
-        _require(
+        require(
             self.warmup_steps <= span,
             f"{where}: warmup_steps {self.warmup_steps} is more than the {span} steps of the stage or its lr_steps.",
         )
-        _require(
+        require(
             self.zero_stage in (None, 0, 1, 2, 3),
             f"{where}: zero_stage is {self.zero_stage}; it must be 0, 1, 2 or 3.",
         )
@@ -251,7 +224,7 @@ def parse_stages(text: str) -> list[StageConfig]:
     stages = []
     for part in text.split(","):
         match = re.fullmatch(r"\s*(\d+):(\d+)\s*", part)
-        _require(match, f"Stage {part.strip()!r} of {text!r} is not LAYERS:STEPS; write for example 3:50000,6:70000.")
+        require(match, f"Stage {part.strip()!r} of {text!r} is not LAYERS:STEPS; write for example 3:50000,6:70000.")
         assert match is not None
         stages.append(StageConfig(layers=int(match[1]), steps=int(match[2])))
     return stages
@@ -344,34 +317,34 @@ class RunConfig:
     def __post_init__(self) -> None:
         if isinstance(self.stages, str):
             self.stages = parse_stages(self.stages)
-        _require(self.stages, "stages is empty; give at least one, such as 2:100.")
+        require(self.stages, "stages is empty; give at least one, such as 2:100.")
         for name in ("tokens_per_step", "micro_batch_size", "eval_blocks", "log_every", "checkpoint_keep"):
             value = getattr(self, name)
-            _require(value == "auto" or value > 0, f"{name} is {getattr(self, name)}; it must be positive.")
+            require(value == "auto" or value > 0, f"{name} is {getattr(self, name)}; it must be positive.")
         for name in (
             *("lr", "warmup_steps", "eval_every", "eval_after_growth", "checkpoint_every", "seed"),
             *("max_skipped_steps", "skip_above_sigma", "hang_timeout"),
         ):
-            _require(getattr(self, name) >= 0, f"{name} is {getattr(self, name)}; it must not be negative.")
-        _require(self.seed < 2**32, f"seed is {self.seed}; it must be less than 2**32.")
-        _require(
+            require(getattr(self, name) >= 0, f"{name} is {getattr(self, name)}; it must not be negative.")
+        require(self.seed < 2**32, f"seed is {self.seed}; it must be less than 2**32.")
+        require(
             re.fullmatch(r"\w[\w.-]*", self.name),
             f"name is {self.name!r}; it names a folder, so give letters, digits, '_', '-' and '.' only.",
         )
-        _require(0 <= self.decay_percent <= 100, f"decay_percent is {self.decay_percent}; it must lie in 0 to 100.")
+        require(0 <= self.decay_percent <= 100, f"decay_percent is {self.decay_percent}; it must lie in 0 to 100.")
         check_optimizer_state(self.optimizer_state)
         length, positions = self.corpus.sequence_length, self.model.max_positions
-        _require(
+        require(
             length <= positions,
             f"corpus.sequence_length {length} is longer than model.max_positions {positions}; "
             f"shorten the one or raise the other.",
         )
-        _require(
+        require(
             not (self.corpus.separate_documents and self.model.next_sentence),
             "corpus.separate_documents hides from a sentence what model.next_sentence asks for; turn off one of them.",
         )
         first = self.stages[0]
-        _require(
+        require(
             not (first.operator or first.optimizer_state or first.rewarm_steps),
             f"Stage {first.layers}:{first.steps} is the first, so no growth leads into it; "
             f"remove its operator, optimizer_state and rewarm_steps.",
@@ -380,12 +353,12 @@ class RunConfig:
             if stage.optimizer_state is not None:
                 check_optimizer_state(stage.optimizer_state)
             tokens, length = stage.tokens_per_step or self.tokens_per_step, self.length_of(stage)
-            _require(
+            require(
                 length <= positions,
                 f"Stage {stage.layers}:{stage.steps} has sequences of {length}, longer than model.max_positions "
                 f"{positions}; shorten the one or raise the other.",
             )
-            _require(
+            require(
                 tokens % length == 0,
                 f"tokens_per_step {tokens} is not a multiple of corpus.sequence_length {length}; "
                 f"{max(1, tokens // length) * length} is.",

@@ -13,7 +13,7 @@ import os
 import sys
 
 from ds_stacking.command_line import parse_options, run_main
-from ds_stacking.config import PreparationConfig
+from ds_stacking.data.preparation_config import PreparationConfig
 
 
 def main() -> None:

@@ -17,12 +17,12 @@ from ds_stacking.config import (
     CorpusConfig,
     ModelConfig,
     OptimizerConfig,
-    PreparationConfig,
     RunConfig,
     StageConfig,
     UserError,
     parse_stages,
 )
+from ds_stacking.data.preparation_config import PreparationConfig
 from ds_stacking.growth.policies import policy
 
 REFUSED: list[tuple[type, dict[str, Any], str]] = [

@@ -48,6 +48,11 @@ class Batch:
     """Bounds of documents among the B*T tokens, [S + 1] int32; None where a block is one sequence."""
 
     @property
+    def inputs(self) -> dict[str, torch.Tensor | None]:
+        """The arguments of `Bert.forward`."""
+        return {field.name: getattr(self, field.name) for field in fields(self) if field.name != "is_mask"}
+
+    @property
     def pairs(self) -> tuple[int, int]:
         """(Query, key) pairs that see each other, of all tokens and of the predicted ones; for batches on the host."""
         if self.cu_seqlens is None:
@@ -98,16 +103,7 @@ class MaskedBatches:
         for rate in (masking_rate, masking_rate if masking_rate_end is None else masking_rate_end):
             require_masked_tokens(sequence_length, rate)
         mixture = Mixture.of(data)
-        self._readers = [
-            BlockReader(
-                split,
-                sequence_length=sequence_length,
-                special=special,
-                next_sentence=next_sentence,
-                separate_documents=separate_documents,
-            )
-            for split in mixture.splits
-        ]
+        self._readers = _readers(mixture, sequence_length, special, next_sentence, separate_documents)
         self._interleaving = Interleaving(mixture.weights)
         self._masker = masker
         self._seed = seed
@@ -160,16 +156,7 @@ class EvalBatches:
         """Use `blocks` blocks, or all where there are fewer. Raise UserError as MaskedBatches does."""
         require_masked_tokens(sequence_length, masking_rate)
         mixture = Mixture.of(data)
-        self._readers = [
-            BlockReader(
-                split,
-                sequence_length=sequence_length,
-                special=special,
-                next_sentence=next_sentence,
-                separate_documents=separate_documents,
-            )
-            for split in mixture.splits
-        ]
+        self._readers = _readers(mixture, sequence_length, special, next_sentence, separate_documents)
         self._masker, self._rate = masker, masking_rate
         self._sources, self._places = _spread(blocks, mixture.weights, [len(reader) for reader in self._readers])
 
@@ -203,6 +190,22 @@ class EvalBatches:
         identities = places + (sources << 40)  # those of a single source are its places
         blocks = read_mixed(self._readers, sources, places, derive_keys(_EVAL_SEED, _PAIRS, identities))
         return blocks, derive_keys(_EVAL_SEED, _MASKING, identities)
+
+
+def _readers(
+    mixture: Mixture, sequence_length: int, special: SpecialIds, next_sentence: bool, separate_documents: bool
+) -> list[BlockReader]:
+    """A reader of each source."""
+    return [
+        BlockReader(
+            split,
+            sequence_length=sequence_length,
+            special=special,
+            next_sentence=next_sentence,
+            separate_documents=separate_documents,
+        )
+        for split in mixture.splits
+    ]
 
 
 def _spread(blocks: int, weights: Sequence[float], lengths: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:

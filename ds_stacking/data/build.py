@@ -19,10 +19,10 @@ from typing import Any, TypeVar
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from ds_stacking.config import PreparationConfig
 from ds_stacking.data import worker
 from ds_stacking.data.corpus import RawDocument, local_files, raw_documents
 from ds_stacking.data.duplicates import DigestSet, NearDuplicates
+from ds_stacking.data.preparation_config import PreparationConfig
 from ds_stacking.data.shards import ShardWriter, find_fault, read_manifest
 from ds_stacking.data.token_file import MANIFEST, SPLITS, token_type
 from ds_stacking.data.tokenizer import count_vocabulary

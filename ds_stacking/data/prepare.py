@@ -18,7 +18,6 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-import tokenizers
 from transformers import PreTrainedTokenizerBase
 
 from ds_stacking.config import CorpusConfig
@@ -35,6 +34,7 @@ from ds_stacking.data.tokenizer import (
     special_ids,
     text_encoder,
     tokenizer_hash,
+    tokenizer_identity,
     train_tokenizer,
 )
 
@@ -65,13 +65,11 @@ def prepare(source: str, tokenizer: str, config: CorpusConfig, *, log: Callable[
 
 def _identity(source: str, tokenizer: PreTrainedTokenizerBase | None, config: CorpusConfig) -> dict[str, Any]:
     """Return everything that determines the prepared arrays, as JSON values."""
-    if tokenizer is None:
-        trained = {"vocab_size": config.vocab_size, "lowercase": config.lowercase, "by": tokenizers.__version__}
     return {
         "format": _FORMAT,
         "source": identify_source(source, config),
         "eval_percent": float(config.eval_percent),
-        "tokenizer": trained if tokenizer is None else tokenizer_hash(tokenizer),
+        "tokenizer": tokenizer_identity(tokenizer, config),
     }
 
 

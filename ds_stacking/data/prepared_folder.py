@@ -27,16 +27,16 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import tokenizers
 from filelock import FileLock, Timeout
 from transformers import PreTrainedTokenizerBase
 
-from ds_stacking.config import PreparationConfig, UserError
+from ds_stacking.config import UserError
 from ds_stacking.data import worker
 from ds_stacking.data.build import Build, ahead, in_batches
 from ds_stacking.data.card import write_card
 from ds_stacking.data.corpus import identify_source, raw_documents
 from ds_stacking.data.leaks import Leak, find_leak
+from ds_stacking.data.preparation_config import PreparationConfig
 from ds_stacking.data.shards import read_manifest
 from ds_stacking.data.token_file import MANIFEST, SPLITS, Split, TokenFile, token_type, unigram_entropy, write_json
 from ds_stacking.data.tokenizer import (
@@ -46,6 +46,7 @@ from ds_stacking.data.tokenizer import (
     special_ids,
     text_encoder,
     tokenizer_hash,
+    tokenizer_identity,
     train_tokenizer,
 )
 
@@ -88,9 +89,14 @@ def open_folder(folder: Path) -> tuple[dict[str, Any], dict[str, Split]]:
     if not (folder / MANIFEST).is_file():
         raise UserError(f"{folder} is not finished; run the same prepare_data.py command again.")
     manifest = read_manifest(folder)
-    shards = [(folder / name, read_manifest(folder / name)) for name in manifest["shards"]]
-    return manifest, {
-        split: Split(files=[TokenFile.open(shard, split, facts) for shard, facts in shards]) for split in SPLITS
+    return manifest, _splits(folder, {name: read_manifest(folder / name) for name in manifest["shards"]})
+
+
+def _splits(folder: Path, shards: dict[str, dict[str, Any]]) -> dict[str, Split]:
+    """The splits of a folder's shards, given the manifest of each."""
+    return {
+        split: Split(files=[TokenFile.open(folder / name, split, facts) for name, facts in shards.items()])
+        for split in SPLITS
     }
 
 
@@ -101,13 +107,11 @@ def token_counts(folder: Path, manifest: dict[str, Any]) -> np.ndarray:
 
 def _identity(config: PreparationConfig, tokenizer: PreTrainedTokenizerBase | None) -> dict[str, Any]:
     """Everything that determines the shards, as JSON values."""
-    corpus = config.corpus
-    trained = {"vocab_size": corpus.vocab_size, "lowercase": corpus.lowercase, "by": tokenizers.__version__}
     return {
         "format": _FORMAT,
-        "source": identify_source(config.data, corpus),
-        "tokenizer": trained if tokenizer is None else tokenizer_hash(tokenizer),
-        "eval_percent": corpus.eval_percent,
+        "source": identify_source(config.data, config.corpus),
+        "tokenizer": tokenizer_identity(tokenizer, config.corpus),
+        "eval_percent": config.corpus.eval_percent,
         "sentences": config.sentences,
         "near_duplicates": config.near_duplicates,
         "shard_tokens": config.shard_tokens,
@@ -207,11 +211,8 @@ def _pool(config: PreparationConfig, setting: worker.WorkerConfig | None) -> Ite
 def _finish(build: Build, identity: dict[str, Any], seconds: float) -> dict[str, Any]:
     """Sum up, check that nothing held out was trained on, write the card and at last the manifest."""
     folder, config = build.folder, build.config
-    names = [f"shard-{number:05d}" for number in range(len(build.shards))]
-    splits = {
-        split: Split(files=[TokenFile.open(folder / n, split, f) for n, f in zip(names, build.shards, strict=True)])
-        for split in SPLITS
-    }
+    shards = {f"shard-{number:05d}": facts for number, facts in enumerate(build.shards)}
+    splits, names = _splits(folder, shards), list(shards)
     special = special_ids(build.tokenizer)
     leak = find_leak(splits["train"], splits["eval"], special.sep)
     _refuse_leak(leak, config)

@@ -8,12 +8,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import tokenizers
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
 from transformers import AutoTokenizer, BertTokenizer, PreTrainedTokenizerBase
 
-from ds_stacking.config import UserError
+from ds_stacking.config import SourceConfig, UserError
 from ds_stacking.data.text_files import first_line
 
 SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
@@ -147,3 +149,10 @@ def tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:
     state = json.loads(tokenizer.backend_tokenizer.to_str())
     state["truncation"] = state["padding"] = None  # settings of the last call, not of the tokenizer
     return sha256(json.dumps([state, tokenizer.all_special_ids], sort_keys=True).encode()).hexdigest()
+
+
+def tokenizer_identity(tokenizer: PreTrainedTokenizerBase | None, config: SourceConfig) -> Any:
+    """Return what determines the ids of a text, as JSON values; with None of a tokenizer yet to be trained."""
+    if tokenizer is not None:
+        return tokenizer_hash(tokenizer)
+    return {"vocab_size": config.vocab_size, "lowercase": config.lowercase, "by": tokenizers.__version__}

@@ -72,13 +72,7 @@ def _sums(
 ) -> torch.Tensor:
     """Summed loss and number of tokens over all predicted positions, then over [MASK] positions: [4] float64."""
     batch = read(indices).to(device)
-    output = model(
-        batch.input_ids,
-        masked_positions=batch.masked_positions,
-        labels=batch.labels,
-        token_type_ids=batch.token_type_ids,
-        cu_seqlens=batch.cu_seqlens,
-    )
+    output = model(**batch.inputs)
     losses = output.token_losses.double()
     is_mask = batch.is_mask.double()
     return torch.stack([losses.sum(), losses.new_tensor(len(losses)), (losses * is_mask).sum(), is_mask.sum()])

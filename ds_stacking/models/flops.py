@@ -11,7 +11,7 @@ from __future__ import annotations
 from ds_stacking.config import ModelConfig
 
 
-def forward_flops(
+def training_flops(
     config: ModelConfig,
     num_layers: int,
     *,
@@ -21,12 +21,13 @@ def forward_flops(
     pairs: float | None = None,
     masked_pairs: float | None = None,
 ) -> float:
-    """Return the FLOPs of one forward pass over `sequences` rows of `length` tokens with `masked` of them predicted.
+    """Return the FLOPs of forward and backward over `sequences` rows of `length` tokens, `masked` of them predicted.
 
     `pairs` is the number of (query, key) pairs that see each other, the sum of squared document lengths, and
     `masked_pairs` those with a predicted query; by default a row is one document.
 
-    Per token a block costs 4*D*D (key, value), 4*D*D (query, output) and 4*D*F, per pair 4*D (score, weighted sum).
+    Per token a block costs 4*D*D (key, value), 4*D*D (query, output) and 4*D*F, per pair 4*D (score, weighted sum) in
+    the forward pass, and in the backward pass twice that: one gradient product for each operand.
     """
     hidden = config.hidden_size
     tokens = sequences * length
@@ -40,29 +41,7 @@ def forward_flops(
     last_block = tokens * every + rows * selected + 4 * hidden * row_pairs
     mlm_head = masked * 2 * hidden * (hidden + config.vocab_size)
     next_sentence_head = first_tokens * 2 * hidden * (hidden + 2)
-    return whole_blocks + last_block + mlm_head + next_sentence_head
-
-
-def training_flops(
-    config: ModelConfig,
-    num_layers: int,
-    *,
-    sequences: float,
-    length: int,
-    masked: float,
-    pairs: float | None = None,
-    masked_pairs: float | None = None,
-) -> float:
-    """Return the FLOPs of forward and backward: each product has one gradient product per operand, so three times."""
-    return 3 * forward_flops(
-        config,
-        num_layers,
-        sequences=sequences,
-        length=length,
-        masked=masked,
-        pairs=pairs,
-        masked_pairs=masked_pairs,
-    )
+    return 3 * (whole_blocks + last_block + mlm_head + next_sentence_head)
 
 
 def training_flops_per_token(config: ModelConfig, num_layers: int, *, length: int, masking_rate: float) -> float:

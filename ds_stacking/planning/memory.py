@@ -15,8 +15,6 @@ from ds_stacking.models.bert import Bert
 
 OPTIMIZER = 12
 """Bytes per weight of master and moments."""
-SLICE = 8192
-"""Columns of the vocabulary whose scores the fused head holds at a time."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,5 +73,9 @@ def activation_bytes(config: ModelConfig, layers: int, *, tokens: int, masked: f
         whole = (layers - 1) * tokens * ((every + later) * item + masks)
         last = tokens * (every + width) * item + masked * (later * item + masks)
         blocks = whole + last
-    scores = min(config.vocab_size, SLICE) * item if fused else config.vocab_size * (item + 4)
+    scores = config.vocab_size * (item + 4)
+    if fused:
+        from ds_stacking.kernels.linear_cross_entropy import SLICE  # here, since few need Triton
+
+        scores = min(config.vocab_size, SLICE) * item
     return blocks + tokens * width * item + masked * (5 * width * item + scores)

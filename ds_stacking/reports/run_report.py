@@ -30,6 +30,16 @@ RATES = (
     ),
     ("Model FLOPs utilisation", "mfu", (1, "")),
 )
+GROWTHS = (
+    "growth",
+    "operator",
+    "optimizer state",
+    "seconds",
+    "loss before",
+    "loss after",
+    "loss later",
+    "tensors verified",
+)
 BLOCKS = (
     ("Norm of the weights by block", "weight_norm"),
     ("Norm of the gradient by block", "gradient_norm"),
@@ -76,25 +86,11 @@ def html(records: Records, config: Mapping[str, Any], summary: Mapping[str, Any]
         parts += [heading("Stages"), table(headers, ((*cells, speed) for cells, speed in rows))]
     if growths:
         later = {growth["stage"]: growth.get("eval_loss_later") for growth in summary.get("growths", ())}
-        parts += [heading("Growths"), table(GROWTH_HEADERS, (_growth_row(growth, later) for growth in growths))]
+        parts += [heading("Growths"), table(GROWTHS, (_growth_row(growth, later) for growth in growths))]
     if observed:
         parts += [heading("Blocks after a growth"), *_blocks(observed)]
     parts += [heading("Speed and optimisation"), charts(_rates(trained, growths))]
     return page(name, parts)
-
-
-GROWTH_HEADERS = (
-    *(
-        "growth",
-        "operator",
-        "optimizer state",
-        "seconds",
-        "loss before",
-        "loss after",
-        "loss later",
-        "tensors verified",
-    ),
-)
 
 
 def _state(records: Records, summary: Mapping[str, Any]) -> str:

@@ -29,8 +29,6 @@ PILOT_STEPS = 60
 """Steps of the pilot at each depth, the first third of which is not counted."""
 CLOCKS = {"wall": "training_seconds", "cpu": "cpu_seconds"}
 """The field of a record that holds the seconds of each clock."""
-RUN_AGAIN = 75
-BAD_INPUT = 2
 
 
 @dataclass(kw_only=True)
@@ -107,7 +105,7 @@ class Comparison:
         code = self._start(path, options)
         if not is_finished(replace(self.config, output_dir=str(path))):
             last = _last_line(path.with_suffix(".log"))
-            if code == BAD_INPUT:
+            if code == UserError.exit_code:
                 raise UserError(last.removeprefix("error: "))
             raise RuntimeError(f"the pilot ended with code {code}: {last}; see {path.with_suffix('.log')}")
         return read_costs(path, CLOCKS[self.clock])
@@ -125,7 +123,7 @@ class Comparison:
         if is_finished(finished):
             failed.unlink(missing_ok=True)
             return True
-        if code == RUN_AGAIN:
+        if code == RunAgain.exit_code:
             raise RunAgain(f"stopped in {run.path}; the same command goes on")
         failed.write_text(f"ended with code {code}: {_last_line(path.with_suffix('.log'))}\n")
         self.say(f"{run.path} failed: {failed.read_text().strip()}")

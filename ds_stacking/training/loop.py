@@ -217,14 +217,7 @@ class Pretraining:
 
     def loss(self, engine: Engine, batch: Batch, masked: Tensor) -> Tensor:
         """This micro-batch's part of the global batch's mean loss; with next-sentence prediction the sum of both."""
-        output = engine(
-            batch.input_ids,
-            masked_positions=batch.masked_positions,
-            labels=batch.labels,
-            token_type_ids=batch.token_type_ids,
-            cu_seqlens=batch.cu_seqlens,
-            next_sentence_labels=batch.next_sentence_labels,
-        )
+        output = engine(**batch.inputs)
         loss = output.loss_sum / masked
         if output.next_sentence_loss_sum is not None:
             loss = loss + output.next_sentence_loss_sum / self.plans[self.position.stage].sequences

@@ -18,7 +18,6 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
-from torch import Tensor
 
 from ds_stacking.config import RunConfig, StageConfig
 from ds_stacking.data.batches import Batch
@@ -132,24 +131,11 @@ def _seconds(model: Bert, batch: Batch, device: torch.device) -> float:
         torch.cuda.reset_peak_memory_stats()
     for _ in range(REPEATS):
         start = time.perf_counter()
-        _passes(model, batch)
+        model(**batch.inputs).loss_sum.backward()
         if device.type == "cuda":
             torch.cuda.synchronize()
         times.append(time.perf_counter() - start)
     return statistics.median(times[2:])
-
-
-def _passes(model: Bert, batch: Batch) -> Tensor:
-    loss = model(
-        batch.input_ids,
-        masked_positions=batch.masked_positions,
-        labels=batch.labels,
-        token_type_ids=batch.token_type_ids,
-        cu_seqlens=batch.cu_seqlens,
-        next_sentence_labels=batch.next_sentence_labels,
-    ).loss_sum
-    loss.backward()
-    return loss
 
 
 def _peak(device: torch.device) -> int:

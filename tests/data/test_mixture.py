@@ -12,10 +12,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ds_stacking.config import CorpusConfig, PreparationConfig, SourceConfig, UserError
+from ds_stacking.config import CorpusConfig, SourceConfig, UserError
 from ds_stacking.data.batches import EvalBatches, MaskedBatches
 from ds_stacking.data.masking import Masker
 from ds_stacking.data.mixture import Interleaving, Mixture, read_mixture
+from ds_stacking.data.preparation_config import PreparationConfig
 from ds_stacking.data.prepare import prepare
 from ds_stacking.data.prepared_folder import prepare_folder
 from ds_stacking.data.token_file import Split, TokenFile

@@ -18,10 +18,11 @@ import pyarrow.parquet
 import pytest
 from transformers import AutoTokenizer
 
-from ds_stacking.config import CorpusConfig, PreparationConfig, SourceConfig, UserError
+from ds_stacking.config import CorpusConfig, SourceConfig, UserError
 from ds_stacking.data import build
 from ds_stacking.data.documents import clean_text, is_held_out
 from ds_stacking.data.mediawiki import clean_wikitext
+from ds_stacking.data.preparation_config import PreparationConfig
 from ds_stacking.data.prepare import prepare
 from ds_stacking.data.prepared_folder import open_folder, prepare_folder
 from ds_stacking.data.sentences import split_sentences
@@ -31,7 +32,8 @@ from ds_stacking.data.tokenizer import train_tokenizer
 EVAL_PERCENT = 30.0
 KILLED = """
 import os, signal, sys
-from ds_stacking.config import PreparationConfig, SourceConfig
+from ds_stacking.config import SourceConfig
+from ds_stacking.data.preparation_config import PreparationConfig
 from ds_stacking.data import build
 from ds_stacking.data.prepared_folder import prepare_folder
 

@@ -9,7 +9,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from ds_stacking.config import ModelConfig
 from ds_stacking.models.bert import Bert
-from ds_stacking.models.flops import forward_flops, training_flops, training_flops_per_token
+from ds_stacking.models.flops import training_flops, training_flops_per_token
 
 
 def config(norm: str, next_sentence: bool) -> ModelConfig:
@@ -48,16 +48,16 @@ def counted(model_config: ModelConfig, layers: int, backward: bool) -> int:
 def test_formula_equals_the_counter(norm: str, next_sentence: bool, layers: int) -> None:
     model_config = config(norm, next_sentence)
     size = {"sequences": 4, "length": 20, "masked": 12}
-    assert forward_flops(model_config, layers, **size) == counted(model_config, layers, backward=False)
+    assert training_flops(model_config, layers, **size) == 3 * counted(model_config, layers, backward=False)
     assert training_flops(model_config, layers, **size) == counted(model_config, layers, backward=True)
 
 
 def test_documents_are_counted_as_rows_of_their_own() -> None:
     """Rows of 8 and 12 tokens cost what the counter finds in each, and so does one row that holds both."""
     model_config = config("post", False)
-    apart = sum(forward_flops(model_config, 3, sequences=1, length=n, masked=3) for n in (8, 12))
+    apart = sum(training_flops(model_config, 3, sequences=1, length=n, masked=3) for n in (8, 12))
     pairs = {"pairs": 8**2 + 12**2, "masked_pairs": 3 * (8 + 12)}
-    assert forward_flops(model_config, 3, sequences=1, length=20, masked=6, **pairs) == apart
+    assert training_flops(model_config, 3, sequences=1, length=20, masked=6, **pairs) == apart
 
 
 def test_per_token_is_the_total_divided() -> None:
