@@ -244,6 +244,9 @@ class RunConfig:
     """The run directory."""
     resume: str | None = None
     """auto: go on from the newest valid checkpoint of output_dir, or start where there is none; or a folder."""
+    branch_from: str | None = None
+    """A run directory or checkpoint of another run on the same model and data: begin with its state, whatever its
+    recipe was. What is to come is this recipe's."""
     overwrite: bool = False
     """Delete what an earlier run left in output_dir."""
     data: str = "docs"

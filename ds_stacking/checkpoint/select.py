@@ -24,6 +24,8 @@ class Found:
     """Optimizer steps made."""
     notes: tuple[str, ...] = field(default=())
     """One line for everything newer or strange that was passed over."""
+    branch: bool = False
+    """Whether it is another run's, and a new run begins with its state."""
 
 
 def published(folder: Path) -> list[tuple[Path, Manifest | Unusable]]:

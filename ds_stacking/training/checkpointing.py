@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -31,8 +31,16 @@ if TYPE_CHECKING:
     from ds_stacking.training.loop import Pretraining
 
 FREE = (
-    *("name", "description", "deepspeed_config", "output_dir", "overwrite", "resume", "data", "precision"),
-    *("micro_batch_size", "tracking", "log_every", "checkpoint_every", "checkpoint_keep", "checkpoint_async"),
+    *("name", "description", "deepspeed_config", "output_dir", "overwrite", "resume", "branch_from", "data"),
+    *(
+        "precision",
+        "micro_batch_size",
+        "tracking",
+        "log_every",
+        "checkpoint_every",
+        "checkpoint_keep",
+        "checkpoint_async",
+    ),
     *("kernels", "compile", "growth_memory", "max_skipped_steps", "hang_timeout"),
 )
 """Fields that may change at a resumption: they do not decide what is learned (`data` does by its fingerprint)."""
@@ -49,18 +57,38 @@ def identity(config: RunConfig, fingerprint: str) -> dict[str, Any]:
 
 
 def find_checkpoint(config: RunConfig, expected: dict[str, Any]) -> Found | None:
-    """The checkpoint that `--resume` asks for, chosen by rank 0 for all; None where the run starts at step 0.
+    """The checkpoint that `--resume` or else `--branch_from` asks for, chosen by rank 0 for all.
 
-    Raises UserError where there is something to resume from but nothing valid.
+    None where the run starts at step 0. Raises UserError where there is something to go on from but nothing valid.
     """
-    if config.resume is None:
-        return None
+    exchange = make_exchange(device())
+    found = None
     if config.resume == "auto":
-        return find_together(Path(config.run_dir) / "checkpoints", make_exchange(device()), identity=expected)
-    found = find_together(Path(config.resume), make_exchange(device()), identity=expected, exact=True)
-    if found is not None:
+        found = find_together(Path(config.run_dir) / "checkpoints", exchange, identity=expected)
+    elif config.resume:
+        found = find_together(Path(config.resume), exchange, identity=expected, exact=True)
+        assert found is not None
         _check_depth(config, CheckpointReader(found.path))
+    if found is None and config.branch_from:
+        shared = {name: expected[name] for name in ("model", "data")}
+        found = find_together(Path(config.branch_from), exchange, identity=shared, exact=True)
+        assert found is not None
+        found = replace(found, branch=True)
+        _check_depth(config, CheckpointReader(found.path))
+        _check_steps(config, CheckpointReader(found.path))
     return found
+
+
+def _check_steps(config: RunConfig, reader: CheckpointReader) -> None:
+    """A branch may prolong or shorten the stage that it begins in, but not undo steps."""
+    position, stages = reader.extra["position"], config.stages
+    assert isinstance(stages, list)
+    stage = stages[position["stage"]]
+    if stage.steps < position["stage_step"]:
+        raise UserError(
+            f"Checkpoint {reader.path} has made {position['stage_step']} steps of stage {position['stage'] + 1}, more "
+            f"than the {stage.steps} of this recipe; give an earlier checkpoint, or the stage more steps."
+        )
 
 
 def _check_depth(config: RunConfig, reader: CheckpointReader) -> None:
@@ -135,7 +163,7 @@ def restore(run: Pretraining, found: Found) -> bool:
     if len(run.ledger.stages) == run.position.stage:  # the checkpoint was grown on the disk
         run.ledger.start_stage(run.stages[run.position.stage].layers)
     run.growths = [GrowthRecord(**record) for record in extra["growths"]]
-    if extra["evaluated"]:
+    if extra["evaluated"] and not found.branch:  # a branch may evaluate on other blocks
         step, layers, loss = extra["evaluated"]
         run.evaluated = ((step, layers), HeldOutLoss(**loss))
     same_ranks = len(extra["loss_sum"]) == run.world_size
@@ -144,7 +172,8 @@ def restore(run: Pretraining, found: Found) -> bool:
     run.steps_in_loss = extra["steps_in_loss"]
     run.health.load(extra["health"])
     run.settled = run.position.step
-    for stage, steps in zip(run.stages, extra["stage_steps"], strict=True):
+    settled = extra["stage_steps"][: run.position.stage] if found.branch else extra["stage_steps"]
+    for stage, steps in zip(run.stages, settled, strict=not found.branch):
         stage.steps = steps
     run.logged_losses = [(flops, loss) for flops, loss in extra["logged_losses"]]
     generators = reader.generators(run.rank, run.world_size)
@@ -152,7 +181,7 @@ def restore(run: Pretraining, found: Found) -> bool:
         run.seed_dropout()
     else:
         restore_generators(generators)
-    return extra["stage_end"]
+    return extra["stage_end"] and run.position.stage_step == run.stages[run.position.stage].steps
 
 
 def cut_metrics(run_dir: Path, found: Found) -> None:

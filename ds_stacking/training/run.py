@@ -93,7 +93,7 @@ def _resume(run: Pretraining, found: Found | None) -> bool:
     for note in found.notes:
         run.console.line(note)
     stage_finished = restore(run, found)
-    run.console.line(f"resumed at step {found.step}, from {found.path}")
+    run.console.line(f"{'branching off' if found.branch else 'resumed'} at step {found.step}, from {found.path}")
     return stage_finished
 
 
@@ -234,7 +234,7 @@ def _build(
     )
     run_dir = Path(config.run_dir)
     if rank == 0:
-        claim_run_directory(config, _record(config, data), keep=found is not None)
+        claim_run_directory(config, _record(config, data), keep=found is not None and not found.branch)
         if found is not None:
             cut_metrics(run_dir, found)
     return Pretraining(

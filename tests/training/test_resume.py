@@ -162,6 +162,40 @@ def test_a_checkpoint_grown_on_the_disk_goes_on_as_the_run_that_grew(folder: Pat
         assert [growth[name] for growth in grown["growths"]] == [growth[name] for growth in whole["growths"]], name
 
 
+def test_a_branch_ends_as_the_run_that_was_whole(folder: Path) -> None:
+    """With the trunk's recipe it ends as the trunk, with another operator as a whole run with that one."""
+    if not (folder / "whole-2").exists():
+        run_ranks(2, run, str(folder), "whole-2", 2, ())
+    branch = (f"--branch_from={folder}/whole-2/checkpoints/step-8",)
+    other = ("--operator=last", "--optimizer_state=reset", "--eval_blocks=16")
+    run_ranks(2, run, str(folder), "same", 2, (13,), branch)  # stopped and resumed too
+    run_ranks(2, run, str(folder), "other", 2, (), (*branch, *other))
+    run_ranks(2, run, str(folder), "whole-other", 2, (), other)
+    assert_same_state(folder / "whole-2", folder / "same")
+    assert_same_state(folder / "whole-other", folder / "other")
+    with pytest.raises(AssertionError):
+        assert_same_state(folder / "whole-2", folder / "other")
+    for whole, branched in (("whole-2", "same"), ("whole-other", "other")):
+        one, two = (json.loads((folder / name / "summary.json").read_text()) for name in (whole, branched))
+        for name in ("eval_loss", "tokens", "flops", "steps"):
+            assert one[name] == two[name], name
+        losses = [[growth["eval_loss_before"] for growth in summary["growths"]] for summary in (one, two)]
+        assert losses[0] == losses[1], "of the branch's own blocks"
+        assert min(record["step"] for record in metrics(folder / branched)) >= 8
+
+
+def test_a_branch_may_prolong_its_stage_and_not_undo_it(folder: Path) -> None:
+    if not (folder / "whole-2").exists():
+        run_ranks(2, run, str(folder), "whole-2", 2, ())
+    branch = f"--branch_from={folder}/whole-2/checkpoints/step-8"
+    run_ranks(1, run, str(folder), "longer", 0, (), (branch, "--stages=1:11"))
+    assert [record["step"] for record in metrics(folder / "longer") if record["kind"] == "train"] == [10, 11]
+    for option, said in (("--stages=1:7", "has made 8 steps of stage 1"), ("--model.num_heads=4", "model.num_heads")):
+        message = run_ranks(1, refused, str(folder), (branch, option, f"--output_dir={folder}/none"))[0]
+        assert said in message
+    assert not (folder / "none").exists()
+
+
 def test_a_finished_run_is_left_alone_and_another_recipe_is_refused(folder: Path) -> None:
     if not (folder / "whole-2").exists():
         run_ranks(2, run, str(folder), "whole-2", 2, ())
