@@ -5,7 +5,7 @@ tokens:1e9,3e9                   when the run has seen so many tokens, one numbe
 flops:1e18,5e18                  when it has spent so many model FLOPs
 prop:1                           stage i gets a share i^1 of all steps (MIDAS, Saunshi et al., NeurIPS 2024)
 gstack                           the formula of G_stack for the one growth of two stages (Du et al., NeurIPS 2024)
-plateau:0.3                      when the loss falls by less than 0.3 nats per e-fold of FLOPs (Shen et al. 2022)
+plateau:0.0575                   when the slope of ln loss on ln FLOPs has risen to -0.0575 (Shen et al. 2022)
 trial:stack,interleave:20        after the stages' steps; operators are tried for 20 steps each, the best is kept
                                  (LAG, 2406.02469)
 """
@@ -119,14 +119,15 @@ def gstack_tokens(parameters: float, tokens: float) -> float:
 
 
 def loss_slope(points: Sequence[tuple[float, float]]) -> float:
-    """Least-squares slope of loss on ln FLOPs, in nats per e-fold; points are (FLOPs, loss)."""
+    """Least-squares slope of ln loss on ln FLOPs, the exponent of a power law; points are (FLOPs, loss)."""
     places = [math.log(flops) for flops, _ in points]
-    middle, level = sum(places) / len(points), sum(loss for _, loss in points) / len(points)
+    heights = [math.log(loss) for _, loss in points]
+    middle, level = sum(places) / len(points), sum(heights) / len(points)
     spread = sum((place - middle) ** 2 for place in places)
-    return sum((place - middle) * (loss - level) for place, (_, loss) in zip(places, points, strict=True)) / spread
+    return sum((x - middle) * (y - level) for x, y in zip(places, heights, strict=True)) / spread
 
 
 def has_plateaued(points: Sequence[tuple[float, float]], slope: float) -> bool:
-    """Whether the loss falls by less than `slope` nats per e-fold of FLOPs over the later half of a stage's lines."""
+    """Whether the loss falls more slowly than FLOPs^-slope over the later half of a stage's lines."""
     later = points[len(points) // 2 :]
     return len(later) >= LINES and loss_slope(later) > -slope

@@ -18,7 +18,7 @@ from tests.ranks import run_ranks
 
 TRIAL = "trial:stack,interleave,middle:3"
 PLATEAU = "plateau:40"
-"""Nats per e-fold of FLOPs: any loss has come to a plateau by that."""
+"""Any loss has come to a plateau by a slope so steep."""
 
 
 def steps(trigger: str, stages: str = "2:100,4:100,8:100", **fields: Any) -> list[int]:
