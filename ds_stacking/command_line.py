@@ -52,8 +52,11 @@ def make_parser() -> ArgumentParser:
     return parser
 
 
-def parse_run(arguments: Sequence[str]) -> RunConfig:
-    """The run configuration that the command line describes; its options override the recipe. Raises UserError."""
+def parse_run(arguments: Sequence[str], launcher: Iterable[str] = ()) -> RunConfig:
+    """The run configuration that the command line describes; its options override the recipe. Raises UserError.
+
+    `launcher` names options that a launcher has taken for itself: a misspelt one may have been meant.
+    """
     recipe, options = _split(arguments)
     if recipe is not None:
         _check_recipe(recipe)
@@ -68,7 +71,7 @@ def parse_run(arguments: Sequence[str]) -> RunConfig:
     except UserError:
         raise
     except (ArgumentError, ValueError, TypeError) as error:
-        raise UserError(_explain(str(error), known)) from None
+        raise UserError(_explain(str(error), known | dict.fromkeys(launcher, str))) from None
     return RunConfig(**{**{field.name: built[field.name] for field in fields(RunConfig)}, "stages": stages})
 
 

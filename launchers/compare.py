@@ -25,6 +25,7 @@ def main() -> None:
         description="Compare arms of a recipe. The same command goes on where it was stopped; arms and seeds may be "
         "added. All other options are those of pretrain.py and hold for every arm.",
         allow_abbrev=False,
+        exit_on_error=False,
     )
     parser.add_argument(
         "--arms", default="scratch,reset,stack", help="scratch, reset, stack, interleave, late, random"
@@ -35,8 +36,11 @@ def main() -> None:
     parser.add_argument("--launch", default=sys.executable, help="starts pretrain.py; default: Python, one process")
     parser.add_argument("--task", type=int, help="only the arm and seed of this number, for a job array")
     parser.add_argument("--report_only", action="store_true", help="start nothing, write the report of what there is")
-    known, options = parser.parse_known_args()
-    config = parse_run(options)
+    try:
+        known, options = parser.parse_known_args()
+    except argparse.ArgumentError as error:
+        raise UserError(f"{error}; see --help.") from None
+    config = parse_run(options, vars(known))
     if config.resume or config.overwrite:
         raise UserError("A comparison goes on by itself; leave --resume and --overwrite out, or delete its directory.")
     config = replace(config, output_dir=config.output_dir or f"runs/compare-{config.name}")

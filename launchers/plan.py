@@ -30,7 +30,7 @@ def main() -> None:
         options, rest = parser.parse_known_args()
     except argparse.ArgumentError as error:
         raise UserError(f"{error}; see --help.") from None
-    config = parse_run(rest)
+    config = parse_run(rest, vars(options))
 
     from ds_stacking.planning.calibration import calibrate
     from ds_stacking.planning.estimate import plan_run

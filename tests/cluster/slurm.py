@@ -141,10 +141,12 @@ class Cluster:
         done = subprocess.run(command, env=environment, cwd=ROOT, check=True, capture_output=True, text=True)
         return done.stdout.strip()
 
-    def submit(self, options: list[str], arguments: list[str], **variables: str) -> str:
-        """Submit the shipped script; returns the job's number."""
+    def submit(
+        self, options: list[str], arguments: list[str], script: str = "pretrain.sbatch", **variables: str
+    ) -> str:
+        """Submit a shipped script; returns the job's number."""
         variables = {"VENV": str(Path(sys.executable).parents[1])} | variables
-        script = "launchers/slurm/pretrain.sbatch"
+        script = f"launchers/slurm/{script}"
         return self.run("sbatch", "--parsable", *options, script, *arguments, **variables).split(";")[0]
 
     def states(self) -> dict[str, str]:

@@ -1,4 +1,4 @@
-"""The shipped SLURM script on a real cluster: two nodes, growth, requeue, time limit, a dead node, cancellation."""
+"""The shipped SLURM scripts on a real cluster: growth on two nodes, requeue, time limit, a dead node, a comparison."""
 
 from __future__ import annotations
 
@@ -111,3 +111,25 @@ def test_the_script_refuses_a_run_directory_that_it_does_not_know(cluster: Clust
     job = cluster.submit([f"--output={log}"], ["--output_dir=elsewhere"])
     wait_for(lambda: cluster.job(job)["JobState"] == "FAILED", "the refusal")
     assert cluster.job(job)["ExitCode"] == "2:0" and "give the run directory as RUN_DIR" in log.read_text()
+
+
+def test_a_comparison_is_an_array_whose_tasks_stop_and_go_on(cluster: Cluster, folder: Path) -> None:
+    compared = folder / "compared"
+    arguments = options(folder, "--stages=1:60,2:240", "--checkpoint_every=0", "--tracking=none")
+    arguments += ["--arms=scratch,stack", "--seeds=1"]
+    output = f"--output={folder}/compare-%a.log"
+    number = cluster.submit(
+        ["--array=0-1", "--ntasks=1", output], arguments, script="compare.sbatch", RUN_DIR=str(compared)
+    )
+    task = f"{number}_1"
+    wait_for(lambda: last_step(compared / "stack" / "flops" / "seed-1") > 20, "steps of the second task", START)
+    cluster.run("scancel", "--batch", "--signal=USR1", task)  # as --signal=B:USR1@120 does before the time limit
+    wait_for(lambda: cluster.job(task)["Restarts"] == "1", "the requeue", START)
+    for job in (f"{number}_0", task):
+        wait_for(lambda job=job: cluster.job(job)["JobState"] in ("COMPLETED", "FAILED"), "the end of a task", START)
+        assert cluster.job(job)["JobState"] == "COMPLETED", (folder / f"compare-{job[-1]}.log").read_text()
+    log = (compared / "stack" / "flops" / "seed-1.log").read_text()
+    assert len(re.findall(r"^resumed at step \d+", log, re.MULTILINE)) == 1
+    report = json.loads((compared / "report" / "report.json").read_text())
+    assert not report["missing"] and not report["failed"]
+    assert {end["arm"] for end in report["ends"]} == {"scratch", "stack"}
