@@ -31,11 +31,11 @@ def build_workspace(entity: str, project: str) -> Workspace:
 
 def workspace_json(workspace: Workspace) -> str:
     """The workspace as wandb's server gets it."""
-    return workspace._to_model().model_dump_json(by_alias=True, indent=1) + "\n"
+    return workspace._to_model().model_dump_json(by_alias=True, exclude_none=True, indent=1) + "\n"
 
 
 def save_workspace(entity: str | None, project: str) -> str:
-    """Send the workspace to wandb; returns its address. Raises UserError without a key or a network."""
+    """Send the workspace to wandb; returns its address. Raises UserError where wandb does not take it."""
     import wandb
 
     if wandb.setup().settings.mode in ("offline", "disabled"):
@@ -43,7 +43,7 @@ def save_workspace(entity: str | None, project: str) -> str:
     try:
         workspace = build_workspace(entity or str(wandb.Api().default_entity), project)
         workspace.save()
-    except (wandb.Error, OSError, ValueError) as error:
+    except Exception as error:  # no key, no network, no permission: each a class of its own, some of them private
         reason = str(error).split("\n")[0]
         raise UserError(f"wandb did not take the workspace ({reason}); log in, or give --out FILE.") from error
     return workspace.url

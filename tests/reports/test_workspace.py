@@ -3,13 +3,72 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
 
 import pytest
 
 from ds_stacking.config import UserError
 from ds_stacking.reports.workspace import build_workspace, save_workspace, workspace_json
 from ds_stacking.training.tracking import AXES
+
+ROOT = Path(__file__).parents[2]
+
+
+class Server(ThreadingHTTPServer):
+    """What wandb's server answers to its client, as far as a workspace needs it; keeps what it was sent."""
+
+    def __init__(self) -> None:
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.saved: list[dict[str, Any]] = []
+        self.takes = True
+
+
+class Handler(BaseHTTPRequestHandler):
+    server: Server
+
+    def do_POST(self) -> None:
+        content = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        asked = json.loads(content) if self.path == "/graphql" else {"query": "telemetry"}
+        answer: dict[str, Any] = {"data": {"viewer": {"id": "1", "entity": "team", "username": "me", "flags": "{}"}}}
+        if "upsertView" in asked["query"]:
+            self.server.saved.append(asked["variables"])
+            view = {"id": "1", "name": asked["variables"]["name"]}
+            answer = {"data": {"upsertView": {"view": view, "inserted": True}}}
+            if not self.server.takes:
+                answer = {"data": None, "errors": [{"message": "permission denied"}]}
+        reply = json.dumps(answer).encode()
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(reply)))
+        self.end_headers()
+        self.wfile.write(reply)
+
+    def log_message(self, *arguments: object) -> None:
+        """Say nothing."""
+
+
+@pytest.fixture
+def server() -> Iterator[Server]:
+    server = Server()
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield server
+    server.shutdown()
+    server.server_close()
+
+
+def send(server: Server, home: Path) -> subprocess.CompletedProcess[str]:
+    """Call the launcher as a user with a key does."""
+    address = {"WANDB_BASE_URL": f"http://127.0.0.1:{server.server_port}", "WANDB_API_KEY": "0" * 40}
+    environment = os.environ | address | {"WANDB_MODE": "online", "HOME": str(home), "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, str(ROOT / "launchers" / "dashboard.py"), "--project", "stacking"]
+    return subprocess.run(command, env=environment, cwd=home, capture_output=True, text=True, timeout=120)
 
 
 def test_it_serialises_with_every_section() -> None:
@@ -32,3 +91,25 @@ def test_it_serialises_with_every_section() -> None:
 def test_without_a_network_it_is_refused_in_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(UserError, match="give --out FILE"):  # WANDB_MODE is offline in all tests
         save_workspace("team", "stacking")
+
+
+def test_it_is_sent_whole_and_its_address_is_printed(server: Server, tmp_path: Path) -> None:
+    sent = send(server, tmp_path)
+    assert sent.returncode == 0, sent.stderr
+    assert re.fullmatch(rf"http://127.0.0.1:{server.server_port}/team/stacking\?nw=\w+", sent.stdout.strip())
+    (saved,) = server.saved
+    assert (saved["entityName"], saved["projectName"]) == ("team", "stacking")
+    spec, expected = json.loads(saved["spec"]), json.loads(workspace_json(build_workspace("team", "stacking")))["spec"]
+    titles = [
+        [panel["config"].get("chartTitle") for section in one["section"]["panelBankConfig"]["sections"]
+         for panel in section["panels"]] for one in (spec, expected)
+    ]  # fmt: skip
+    assert titles[0] == titles[1] and len(titles[0]) > 15
+
+
+def test_what_the_server_refuses_is_said_in_one_sentence(server: Server, tmp_path: Path) -> None:
+    server.takes = False
+    sent = send(server, tmp_path)
+    last = sent.stderr.strip().splitlines()[-1]
+    assert sent.returncode == 2, sent.stderr
+    assert last.startswith("error: wandb did not take the workspace") and "--out FILE" in last
