@@ -29,7 +29,7 @@ from ds_stacking.evaluation.glue_data import TaskData, load_task
 from ds_stacking.evaluation.glue_finetune import Encoder, Outcome, finetune, load_encoder
 from ds_stacking.evaluation.glue_tasks import TASKS, select_tasks
 
-COMPARABLE = ("model", "tokenizer", "data", "max_length", "precision")
+COMPARABLE = ("model", "tokenizer", "data", "max_length", "precision", "dropout")
 """Fields of the configuration that all results of one folder share."""
 POLL_SECONDS = 1.0
 
@@ -42,7 +42,7 @@ class GlueRun:
         self.rank = int(os.environ.get("RANK", "0"))
         self.folder = Path(config.output_dir)
         self.ds_config = load_ds_config(config.deepspeed_config)
-        self.encoder: Encoder = load_encoder(config.model, config.tokenizer, config.max_length)
+        self.encoder: Encoder = load_encoder(config.model, config.tokenizer, config.max_length, config.dropout)
         self.bf16 = config.precision == "bf16" or (config.precision == "auto" and native_bf16()[0])
         # of the last task only: jobs come task by task
         self.data = lru_cache(maxsize=1)(lambda name: load_task(TASKS[name], config.data))

@@ -63,6 +63,8 @@ class GlueConfig:
     """Examples of one optimizer step; several make a grid."""
     lr: str = ""
     """Peak learning rate; several make a grid."""
+    dropout: float | None = None
+    """Dropout of hidden states and attention in fine-tuning; default: that of the model's configuration."""
     max_length: int = 128
     """Longest input in tokens; a model that knows fewer positions takes no more than it knows."""
     precision: Literal["auto", "bf16", "fp32"] = "auto"
@@ -75,6 +77,8 @@ class GlueConfig:
             raise UserError(f"seeds is {self.seeds}; it must be 1 or more.")
         if self.max_length < 8:
             raise UserError(f"max_length is {self.max_length}; it must be 8 or more.")
+        if self.dropout is not None and not 0 <= self.dropout < 1:
+            raise UserError(f"dropout is {self.dropout}; it must lie in [0, 1).")
         for arm in self.arms[1:]:
             if arm not in BESIDE:
                 raise UserError(f"beside names {arm!r}; choose from {', '.join(BESIDE)}.")

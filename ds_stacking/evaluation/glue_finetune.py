@@ -33,6 +33,11 @@ from ds_stacking.evaluation.glue_tasks import TASKS, Task
 OPTIMIZER = OptimizerConfig(betas=(0.9, 0.999), eps=1e-6, weight_decay=0.01, decay_all=True, clip=0.0)
 WARMUP = 0.1
 """Share of the steps in which the learning rate rises."""
+DROPOUTS = (
+    *("hidden_dropout_prob", "attention_probs_dropout_prob", "hidden_dropout", "attention_dropout", "dropout"),
+    *("classifier_dropout", "seq_classif_dropout", "embedding_dropout", "mlp_dropout"),
+)
+"""Names that configurations of encoders have for rates of dropout."""
 EVAL_BATCH = 64
 CHECK_EVERY = 100
 """Steps between looks at the loss: reading it waits for the device."""
@@ -48,6 +53,8 @@ class Encoder:
     """Its tokenizer."""
     max_length: int
     """Longest input in tokens."""
+    dropout: float | None = None
+    """Dropout in place of that of the model's configuration."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,7 +69,7 @@ class Outcome:
     """Mean loss of the last pass over the training set."""
 
 
-def load_encoder(source: str, tokenizer: str | None, max_length: int) -> Encoder:
+def load_encoder(source: str, tokenizer: str | None, max_length: int, dropout: float | None = None) -> Encoder:
     """Check model and tokenizer before anything is trained; of a run directory, its last stage.
 
     Raises UserError where one of them is missing or they disagree.
@@ -70,13 +77,24 @@ def load_encoder(source: str, tokenizer: str | None, max_length: int) -> Encoder
     quiet()
     final = Path(source) / "export" / "final"
     source = str(final) if final.is_dir() else source
-    config = load_config(source)
+    config = with_dropout(load_config(source), dropout)
     loaded = load_tokenizer(tokenizer or source)
     check_vocabulary(tokenizer or source, count_vocabulary(loaded), config)
     positions = getattr(config, "max_position_embeddings", None) or max_length
-    return Encoder(
-        source=source, tokenizer=loaded, max_length=min(max_length, positions, int(loaded.model_max_length))
-    )
+    shortest = min(max_length, positions, int(loaded.model_max_length))
+    return Encoder(source=source, tokenizer=loaded, max_length=shortest, dropout=dropout)
+
+
+def with_dropout(config: PreTrainedConfig, dropout: float | None) -> PreTrainedConfig:
+    """Set every rate of dropout that the configuration has. Raises UserError where it has none that is known."""
+    names = [name for name in DROPOUTS if hasattr(config, name)]
+    if dropout is None:
+        return config
+    if not names:
+        raise UserError(f"No rate of dropout is known in a {config.model_type} configuration; leave --dropout out.")
+    for name in names:
+        setattr(config, name, dropout)
+    return config
 
 
 def check_vocabulary(tokenizer: str, size: int, config: PreTrainedConfig) -> None:
@@ -88,22 +106,22 @@ def check_vocabulary(tokenizer: str, size: int, config: PreTrainedConfig) -> Non
         )
 
 
-def build_classifier(source: str, classes: int, *, untrained: bool) -> nn.Module:
+def build_classifier(encoder: Encoder, classes: int, *, untrained: bool) -> nn.Module:
     """The encoder with a fresh head of `classes` outputs, by the current random state.
 
     `untrained` makes every weight fresh. Raises UserError where weights of the encoder itself are missing.
     """
+    config = with_dropout(load_config(encoder.source, num_labels=classes), encoder.dropout)
     if untrained:
-        config = load_config(source, num_labels=classes)
         return AutoModelForSequenceClassification.from_config(config, dtype=torch.float32)
-    return load_model(AutoModelForSequenceClassification, source, num_labels=classes)
+    return load_model(AutoModelForSequenceClassification, encoder.source, config=config)
 
 
 def finetune(job: Job, data: TaskData, encoder: Encoder, ds_config: Mapping[str, Any], *, bf16: bool) -> Outcome:
     """Train one job to its end and evaluate it once, at the end. Raises RuntimeError where the loss is not finite."""
     task = TASKS[job.task]
     torch.manual_seed(job.seed)
-    model = build_classifier(encoder.source, len(task.labels) or 1, untrained=job.arm == "untrained")
+    model = build_classifier(encoder, len(task.labels) or 1, untrained=job.arm == "untrained")
     factory = EngineFactory(build_model=lambda *_: model, ds_config=ds_config, optimizer=OPTIMIZER, bf16=bf16)
     engine = factory.build(EngineSpec(layers=0, micro_batch_size=job.batch_size))
     try:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -17,7 +18,14 @@ from ds_stacking.evaluation.glue import GlueRun
 from ds_stacking.evaluation.glue_baseline import bag_of_words
 from ds_stacking.evaluation.glue_config import GlueConfig
 from ds_stacking.evaluation.glue_data import load_task
-from ds_stacking.evaluation.glue_finetune import build_classifier, collate, epoch_batches, learning_rate, load_encoder
+from ds_stacking.evaluation.glue_finetune import (
+    build_classifier,
+    collate,
+    epoch_batches,
+    learning_rate,
+    load_encoder,
+    with_dropout,
+)
 from ds_stacking.evaluation.glue_tasks import TASKS
 from tests.evaluation.glue_files import write_encoder, write_task
 from tests.ranks import run_ranks
@@ -97,21 +105,31 @@ def test_a_bad_model_is_one_sentence(tmp_path: Path) -> None:
         load_encoder(str(tmp_path / "nowhere"), None, 128)
     break_encoder(bare)
     with pytest.raises(UserError, match="lacks bert.encoder.layer.0.output.dense.weight"):
-        build_classifier(str(bare), 2, untrained=False)
+        build_classifier(load_encoder(str(bare), str(good), 128), 2, untrained=False)
 
 
 def test_an_untrained_model_shares_no_weight_with_the_trained_one(tmp_path: Path) -> None:
-    source = str(write_encoder(tmp_path / "m"))
+    encoder = load_encoder(str(write_encoder(tmp_path / "m")), None, 32)
     models = {}
     for untrained in (False, True):
         torch.manual_seed(3)
-        models[untrained] = dict(build_classifier(source, 3, untrained=untrained).named_parameters())
+        models[untrained] = dict(build_classifier(encoder, 3, untrained=untrained).named_parameters())
     assert models[False].keys() == models[True].keys()
     stored = load_file(tmp_path / "m" / "model.safetensors")
     for name in ("bert.embeddings.word_embeddings.weight", "bert.encoder.layer.0.attention.self.query.weight"):
         assert torch.equal(models[False][name], stored[name])
         assert not torch.equal(models[True][name], stored[name])
         assert models[True][name].std().item() == pytest.approx(0.2, rel=0.2)  # the model's own initialisation
+
+
+@pytest.mark.parametrize("untrained", [False, True])
+def test_dropout_is_the_models_or_what_is_asked_for(tmp_path: Path, untrained: bool) -> None:
+    source = str(write_encoder(tmp_path / "m"))
+    for asked, expected in ((None, {0.1}), (0.4, {0.4})):
+        model = build_classifier(load_encoder(source, None, 32, asked), 2, untrained=untrained)
+        assert {module.p for module in model.modules() if isinstance(module, torch.nn.Dropout)} == expected
+    with pytest.raises(UserError, match="No rate of dropout is known in a bare configuration"):
+        with_dropout(SimpleNamespace(model_type="bare"), 0.1)
 
 
 def test_the_bag_of_words_finds_the_telling_word(tmp_path: Path) -> None:
