@@ -1,4 +1,4 @@
-"""The ablation's runs are all different and valid, branches begin where their trunk grows, and the table finds them."""
+"""The ablation: all runs different and valid, branches begin where their trunk grows, and the table finds them."""
 
 from __future__ import annotations
 
