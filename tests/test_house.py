@@ -30,7 +30,7 @@ ARROWS = {
     "data": {"config"},
     "evaluation": {"config", "models", "data", "growth", "engine"},
     "reports": {"config"},
-    "planning": {"config", "kernels", "models"},
+    "planning": {"config", "models"},
     "training": {"planning", "config", "growth", "models", "engine", "checkpoint", "data", "evaluation", "reports"},
 }
 """Rooms of the library and the rooms that each may import."""

@@ -63,9 +63,9 @@ class GlueRun:
             if path.is_file():
                 other = json.loads(path.read_text())
                 for name, value in own.items():
-                    if other[name] != value:
+                    if other.get(name) != value:
                         raise UserError(
-                            f"{self.folder} holds results with {name} {other[name]!r}, not {value!r}; "
+                            f"{self.folder} holds results with {name} {other.get(name)!r}, not {value!r}; "
                             f"choose another --output_dir."
                         )
             write_json(path, own)

@@ -15,6 +15,9 @@ from ds_stacking.models.bert import Bert
 
 OPTIMIZER = 12
 """Bytes per weight of master and moments."""
+SLICE = 8192
+"""Columns of the vocabulary whose scores the fused head holds at a time: that of kernels/linear_cross_entropy.py,
+which plans cannot import, since they are also made where there is no Triton."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,9 +76,5 @@ def activation_bytes(config: ModelConfig, layers: int, *, tokens: int, masked: f
         whole = (layers - 1) * tokens * ((every + later) * item + masks)
         last = tokens * (every + width) * item + masked * (later * item + masks)
         blocks = whole + last
-    scores = config.vocab_size * (item + 4)
-    if fused:
-        from ds_stacking.kernels.linear_cross_entropy import SLICE  # here, since few need Triton
-
-        scores = min(config.vocab_size, SLICE) * item
+    scores = min(config.vocab_size, SLICE) * item if fused else config.vocab_size * (item + 4)
     return blocks + tokens * width * item + masked * (5 * width * item + scores)

@@ -32,15 +32,8 @@ if TYPE_CHECKING:
 
 FREE = (
     *("name", "description", "deepspeed_config", "output_dir", "overwrite", "resume", "branch_from", "data"),
-    *(
-        "precision",
-        "micro_batch_size",
-        "tracking",
-        "log_every",
-        "checkpoint_every",
-        "checkpoint_keep",
-        "checkpoint_async",
-    ),
+    *("precision", "micro_batch_size", "tracking", "log_every"),
+    *("checkpoint_every", "checkpoint_keep", "checkpoint_async"),
     *("kernels", "compile", "growth_memory", "max_skipped_steps", "hang_timeout"),
 )
 """Fields that may change at a resumption: they do not decide what is learned (`data` does by its fingerprint)."""

@@ -22,6 +22,11 @@ def check_run_directory(config: RunConfig) -> None:
     path = Path(config.run_dir)
     if config.resume and config.overwrite:
         raise UserError("--resume goes on with a run and --overwrite deletes it; give one of them.")
+    if config.overwrite and config.branch_from and Path(config.branch_from).resolve().is_relative_to(path.resolve()):
+        raise UserError(
+            f"--overwrite would delete {config.branch_from}, which --branch_from begins with; "
+            f"choose another --output_dir."
+        )
     if not (config.overwrite or config.resume) and any(os.path.lexists(path / name) for name in OURS):
         raise UserError(
             f"output_dir {path} holds another run; give --resume auto, --overwrite, or another --output_dir."

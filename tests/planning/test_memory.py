@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import sys
+
 import pytest
 import torch
 from torch import Tensor
 
 from ds_stacking.config import ModelConfig
+from ds_stacking.kernels import linear_cross_entropy as head
 from ds_stacking.models.bert import Bert
-from ds_stacking.planning.memory import activation_bytes, parameter_count, state_bytes
+from ds_stacking.planning.memory import SLICE, activation_bytes, parameter_count, state_bytes
 
 
 def kept(model: Bert, rows: int, length: int, masked: int) -> int:
@@ -37,6 +40,10 @@ def test_activations_are_what_autograd_keeps(norm: str, fused: bool) -> None:
         expected = kept(Bert(config, layers, fused=fused).train(), 8, 64, 9)
         formula = activation_bytes(config, layers, tokens=512, masked=72, item=4, fused=fused)
         assert formula == pytest.approx(expected, rel=0.08), layers
+
+
+def test_the_head_holds_as_many_columns_as_is_planned() -> None:
+    assert sys.modules[head.__module__].SLICE == SLICE
 
 
 def test_checkpointing_keeps_one_block() -> None:

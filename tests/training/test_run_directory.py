@@ -39,6 +39,16 @@ def test_another_run_is_refused_unless_overwritten(tmp_path: Path, name: str) ->
     check_run_directory(config(tmp_path, overwrite=True))
 
 
+@pytest.mark.parametrize("branch", [".", "checkpoints/step-8", "link/checkpoints/step-8"])
+def test_what_a_branch_begins_with_is_not_deleted(tmp_path: Path, branch: str) -> None:
+    (tmp_path / "run" / "checkpoints" / "step-8").mkdir(parents=True)
+    (tmp_path / "run" / "link").symlink_to(tmp_path / "run")
+    source = str(tmp_path / "run" / branch)
+    with pytest.raises(UserError, match="--overwrite would delete .*choose another --output_dir"):
+        check_run_directory(RunConfig(output_dir=str(tmp_path / "run"), overwrite=True, branch_from=source))
+    check_run_directory(RunConfig(output_dir=str(tmp_path / "other"), overwrite=True, branch_from=source))
+
+
 def test_foreign_files_are_no_run(tmp_path: Path) -> None:
     (tmp_path / "notes.txt").touch()
     check_run_directory(config(tmp_path))
