@@ -52,7 +52,16 @@ def test_quickstart_recipe_equals_the_defaults() -> None:
 
 def decides_the_model(name: str) -> bool:
     """Whether an option belongs into a recipe; where and how a run is kept does not."""
-    kept = ("output_dir", "overwrite", "resume", "max_skipped_steps", "hang_timeout", "kernels", "compile")
+    kept = (
+        "output_dir",
+        "overwrite",
+        "resume",
+        "branch_from",
+        "max_skipped_steps",
+        "hang_timeout",
+        "kernels",
+        "compile",
+    )
     return name not in kept and not name.startswith("checkpoint_")
 
 
