@@ -30,9 +30,6 @@ from ds_stacking.kernels.cases import CASES, Case
 TABLE = Path(__file__).parent / "compiled" / f"{triton.__version__}.json"
 """Where the figures of the installed Triton are kept."""
 
-SHARED_LIMIT = {"sm_80": 163 * 1024, "sm_90": 227 * 1024, "sm_100": 227 * 1024, "gfx942": 64 * 1024}
-"""Shared memory that one program may use, in bytes."""
-
 
 @dataclass(kw_only=True, order=True)
 class Compiled:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from torch import nn
@@ -51,15 +51,6 @@ def find_blocks(module: nn.Module) -> BlockNames:
             f"{type(module).__name__} has no nn.ModuleList of blocks with equal parameters; growth needs one."
         )
     return best[1]
-
-
-def block_names(names: Iterable[str], prefix: str) -> BlockNames:
-    """The blocks of a state known only by its parameters' names, all in the container `prefix`."""
-    pattern = re.compile(re.escape(prefix) + r"\.(\d+)\.")
-    indices = {int(match[1]) for match in map(pattern.match, names) if match}
-    if not indices:
-        raise UserError(f"No parameter lies in the block container {prefix!r}.")
-    return BlockNames(prefix=prefix, count=max(indices) + 1)
 
 
 def find_block_names(shapes: Mapping[str, Sequence[int]]) -> BlockNames:

@@ -200,9 +200,3 @@ def has_kernels(device: torch.device) -> bool:
 def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:  # [N, V], [N] -> [N]
     """Cross entropy per row in nats, computed in fp32 whatever the type of the logits."""
     return F.cross_entropy(logits.float(), labels, reduction="none")
-
-
-def without_weight_decay(name: str) -> bool:
-    """Tell from a parameter's name whether BERT trains it without weight decay: biases and LayerNorm parameters."""
-    module, _, kind = name.rpartition(".")
-    return kind == "bias" or module.endswith("norm")

@@ -67,8 +67,9 @@ def find_checkpoint(config: RunConfig, expected: dict[str, Any]) -> Found | None
         found = find_together(Path(config.branch_from), exchange, identity=shared, exact=True)
         assert found is not None
         found = replace(found, branch=True)
-        _check_depth(config, CheckpointReader(found.path))
-        _check_steps(config, CheckpointReader(found.path))
+        reader = CheckpointReader(found.path)
+        _check_depth(config, reader)
+        _check_steps(config, reader)
     return found
 
 

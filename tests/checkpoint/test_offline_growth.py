@@ -10,7 +10,7 @@ import torch
 
 from ds_stacking.checkpoint.select import newest_valid
 from ds_stacking.checkpoint.store import CheckpointReader, CheckpointState
-from ds_stacking.growth.blocks import block_names
+from ds_stacking.growth.blocks import find_block_names
 from ds_stacking.growth.exchange import OneRank
 from ds_stacking.growth.executor import execute
 from ds_stacking.growth.plan import make_plan
@@ -19,7 +19,7 @@ from tests.checkpoint.stores import IDENTITY, NUMELS, Shard, equal, in_threads, 
 
 
 def grown_plan(parameters):
-    blocks = block_names(parameters, "blocks")
+    blocks = find_block_names({name: (info.numel,) for name, info in parameters.items()})
     layers = (0, 1, 0, 1)
     return make_plan(parameters, blocks, layers, operator="stack", optimizer_state="new_reset", stage=1)
 

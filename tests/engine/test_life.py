@@ -13,11 +13,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from ds_stacking.config import UserError
 from ds_stacking.engine import handover
-from ds_stacking.engine.release import collect, footprint, release, warn_of_leaks, watch
+from ds_stacking.engine.release import collect, release, warn_of_leaks, watch
 from ds_stacking.engine.stage_manager import StageManager
 from ds_stacking.engine.zero_state import LiveState
 from ds_stacking.growth.exchange import make_exchange
 from ds_stacking.growth.executor import execute
+from tests.engine.footprint import footprint
 from tests.engine.tiny import SEED, factory, replaced, spec, train
 from tests.ranks import run_ranks
 

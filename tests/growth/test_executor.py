@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from ds_stacking.config import UserError
 from ds_stacking.growth import executor
-from ds_stacking.growth.blocks import block_names
+from ds_stacking.growth.blocks import find_block_names
 from ds_stacking.growth.checks import check_finite
 from ds_stacking.growth.exchange import OneRank
 from ds_stacking.growth.executor import digest, execute
@@ -36,7 +36,7 @@ def random_state(layers: int, sizes: list[int], seed: int) -> tuple[State, dict[
 
 
 def plan_for(infos: dict[str, ParameterInfo], layers: tuple, policy: str = "stack", **options) -> GrowthPlan:
-    blocks = block_names(infos, "blocks")
+    blocks = find_block_names({name: (info.numel,) for name, info in infos.items()})
     return make_plan(infos, blocks, layers, operator="test", optimizer_state=policy, stage=1, **options)
 
 

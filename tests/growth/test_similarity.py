@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ds_stacking.growth.blocks import block_names
+from ds_stacking.growth.blocks import find_block_names
 from ds_stacking.growth.exchange import OneRank
 from ds_stacking.growth.similarity import copies, cosines, norms, seams
 from ds_stacking.growth.state import KINDS, FullState, TensorSlice
@@ -33,7 +33,7 @@ def test_copies_and_seams(layers, pairs, places) -> None:
 
 def compared(shard, infos, exchange):
     """Cosines of blocks 2 and 3 with block 0, and the norms of all blocks."""
-    blocks = block_names(infos, "blocks")
+    blocks = find_block_names({name: (info.numel,) for name, info in infos.items()})
     numels = {name: info.numel for name, info in infos.items()}
     labels = {name: str(parts[0]) for name in infos if (parts := blocks.split(name)) and infos[name].decay}
     norm = norms(shard.slices(), lambda piece: shard.read(piece, "master"), labels, numels, exchange)

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from ds_stacking.config import UserError
-from ds_stacking.growth.blocks import block_names
+from ds_stacking.growth.blocks import find_block_names
 from ds_stacking.growth.plan import ParameterInfo, make_plan
 from ds_stacking.growth.transforms import OUTPUT_PROJECTION, Transform, uniform_noise
 
@@ -71,7 +71,7 @@ def plan(names: list[str], transform: Transform):
     layers = (0, 1, 0, 1)
     return make_plan(
         infos,
-        block_names(infos, "blocks"),
+        find_block_names({name: (info.numel,) for name, info in infos.items()}),
         layers,
         operator="stack",
         optimizer_state="stack",

@@ -10,8 +10,10 @@ import pytest
 import triton
 
 from ds_stacking.kernels.cases import CASES
-from ds_stacking.kernels.offline import SHARED_LIMIT, compile_all, compile_one, format_rows, read_table, tasks
+from ds_stacking.kernels.offline import compile_all, compile_one, format_rows, read_table, tasks
 
+SHARED_LIMIT = {"sm_80": 163 * 1024, "sm_90": 227 * 1024, "sm_100": 227 * 1024, "gfx942": 64 * 1024}
+"""Shared memory that one program may use, in bytes."""
 MATRIX_KERNELS = {
     "forward",
     "backward_queries",
