@@ -24,11 +24,9 @@ def from_first_rank(decide: Callable[[], Any], exchange: Exchange) -> Any:
         except UserError as error:
             message = json.dumps({"error": str(error)}).encode()
     size = exchange.total(len(message))
-    nothing = torch.empty(0, dtype=torch.uint8)
-    whole = torch.frombuffer(bytearray(message), dtype=torch.uint8) if message else nothing
-    send = [whole if exchange.rank == 0 else nothing] * exchange.world_size
+    whole = [torch.frombuffer(bytearray(message), dtype=torch.uint8)] if exchange.rank == 0 else []
     sizes = [size] + [0] * (exchange.world_size - 1)
-    received = exchange.swap(send, sizes)[0]
+    received = exchange.swap([whole] * exchange.world_size, sizes, dtype=torch.uint8)[0]
     answer = json.loads(received.cpu().numpy().tobytes())
     if "error" in answer:
         raise UserError(answer["error"])

@@ -22,8 +22,13 @@ class Exchange(Protocol):
         """The slices of every rank, by rank. All ranks pass the same `names`, which hold every slice's name."""
         ...
 
-    def swap(self, send: Sequence[Tensor], receive_sizes: Sequence[int]) -> list[Tensor]:
-        """Send one 1-D tensor to every rank and receive one of the given size from each. dtypes agree."""
+    def swap(
+        self, send: Sequence[Sequence[Tensor]], receive_sizes: Sequence[int], *, dtype: torch.dtype = torch.float32
+    ) -> list[Tensor]:
+        """Send 1-D tensors of `dtype`, on any device, to every rank; receive one of the given size from each.
+
+        What a rank is sent arrives as one tensor, its parts in order.
+        """
         ...
 
     def total(self, value: int) -> int:
@@ -45,9 +50,11 @@ class OneRank:
         """Its own slices."""
         return [list(slices)]
 
-    def swap(self, send: Sequence[Tensor], receive_sizes: Sequence[int]) -> list[Tensor]:
+    def swap(
+        self, send: Sequence[Sequence[Tensor]], receive_sizes: Sequence[int], *, dtype: torch.dtype = torch.float32
+    ) -> list[Tensor]:
         """What it sent to itself."""
-        return list(send)
+        return [_joined(send[0], dtype, None)]
 
     def total(self, value: int) -> int:
         """The value."""
@@ -76,12 +83,14 @@ class Ranks:
         tables = [part[: int(n)].tolist() for part, n in zip(self._gather(padded), lengths, strict=True)]
         return [[TensorSlice(names[i], start, stop) for i, start, stop in table] for table in tables]
 
-    def swap(self, send: Sequence[Tensor], receive_sizes: Sequence[int]) -> list[Tensor]:
+    def swap(
+        self, send: Sequence[Sequence[Tensor]], receive_sizes: Sequence[int], *, dtype: torch.dtype = torch.float32
+    ) -> list[Tensor]:
         """One all-to-all with uneven parts."""
-        full = [part for part in send if part.numel()]
-        outgoing = (full[0] if len(full) == 1 else torch.cat(list(send))).to(self.device)
-        incoming = outgoing.new_empty(sum(receive_sizes))
-        dist.all_to_all_single(incoming, outgoing, list(receive_sizes), [part.numel() for part in send])
+        outgoing = _joined([part for parts in send for part in parts], dtype, self.device)
+        incoming = torch.empty(sum(receive_sizes), dtype=dtype, device=self.device)
+        sizes = [sum(part.numel() for part in parts) for parts in send]
+        dist.all_to_all_single(incoming, outgoing, list(receive_sizes), sizes)
         return list(incoming.split(list(receive_sizes)))
 
     def total(self, value: int) -> int:
@@ -101,6 +110,14 @@ class Ranks:
         parts = [torch.empty_like(tensor) for _ in range(self.world_size)]
         dist.all_gather(parts, tensor)
         return [part.cpu() for part in parts]
+
+
+def _joined(parts: Sequence[Tensor], dtype: torch.dtype, device: torch.device | None) -> Tensor:
+    """The parts one after another on `device` (None: where they are). CUDA joins nothing with a host tensor."""
+    there = [part if device is None else part.to(device) for part in parts]
+    if len(there) == 1:
+        return there[0]
+    return torch.cat(there) if there else torch.empty(0, dtype=dtype, device=device)
 
 
 def make_exchange(device: torch.device) -> Exchange:

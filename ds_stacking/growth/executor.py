@@ -124,9 +124,8 @@ class _Execution:
                 self.sent.append((move, torch.stack([digest(part) for part in values])))
             elif move.wanter == rank:
                 sizes[move.owner] += len(self._moved(move)) * move.numel
-        send = [torch.cat(parts) if parts else torch.empty(0) for parts in outgoing]
-        incoming = self.exchange.swap(send, sizes)
-        taken = 4 * (sum(sizes) + sum(part.numel() for part in send))
+        incoming = self.exchange.swap(outgoing, sizes)
+        taken = 4 * (sum(sizes) + sum(part.numel() for parts in outgoing for part in parts))
         self.report.bytes_received += 4 * sum(sizes)
         self.report.largest_round = max(self.report.largest_round, taken)
         position = [0] * self.exchange.world_size
@@ -156,9 +155,8 @@ class _Execution:
             returning[move.owner].append(torch.stack(found).flatten())
         for move, taken in self.sent:
             sizes[move.wanter] += taken.numel()
-        empty = torch.empty(0, dtype=torch.int64)
         if self.exchange.world_size > 1:
-            found = self.exchange.swap([torch.cat(parts) if parts else empty for parts in returning], sizes)
+            found = self.exchange.swap(returning, sizes, dtype=torch.int64)
             position = [0] * self.exchange.world_size
             for move, taken in self.sent:
                 start = position[move.wanter]

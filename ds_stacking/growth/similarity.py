@@ -122,7 +122,7 @@ class _Comparison:
                 outgoing[move.wanter] += [self.state.read(move.source, kind) for kind in self.kinds]
         mine = [move for move in moves if move.wanter == rank]
         sizes = [len(self.kinds) * sum(move.numel for move in mine if move.owner == owner) for owner in range(world)]
-        incoming = self.exchange.swap([torch.cat(parts) if parts else torch.empty(0) for parts in outgoing], sizes)
+        incoming = self.exchange.swap(outgoing, sizes)
         parts = {owner: iter(self._split(mine, owner, incoming[owner])) for owner in range(world)}
         for move in mine:
             for index in range(len(self.kinds)):

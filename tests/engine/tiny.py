@@ -82,11 +82,12 @@ def train(manager: StageManager, first: int, steps: int) -> list[float]:
         total = int(predicted.sum())
         for group in engine.optimizer.param_groups:
             group["lr"] = RATE
-        loss_sum = torch.zeros(())
+        loss_sum = torch.zeros((), device=engine.device)
         share = SEQUENCES // world_size
         mine = slice(rank * share, (rank + 1) * share)
         micro = engine.train_micro_batch_size_per_gpu()
-        parts = list(zip(tokens[mine].split(micro), predicted[mine].split(micro), strict=True))
+        tokens, predicted = tokens[mine].to(engine.device), predicted[mine].to(engine.device)
+        parts = list(zip(tokens.split(micro), predicted.split(micro), strict=True))
         stepping.optimizer_step(engine, _parts(engine, parts, total, loss_sum))
         dist.all_reduce(loss_sum)
         losses.append(float(loss_sum))

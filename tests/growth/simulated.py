@@ -31,9 +31,12 @@ class ThreadRank:
         assert {piece.name for piece in slices} <= set(names)
         return self._share(list(slices))
 
-    def swap(self, send: Sequence[Tensor], receive_sizes: Sequence[int]) -> list[Tensor]:
-        self.elements_sent += sum(part.numel() for part in send)
-        incoming = [parts[self.rank].clone() for parts in self._share(list(send))]
+    def swap(
+        self, send: Sequence[Sequence[Tensor]], receive_sizes: Sequence[int], *, dtype: torch.dtype = torch.float32
+    ) -> list[Tensor]:
+        joined = [torch.cat([torch.empty(0, dtype=dtype), *parts]) for parts in send]
+        self.elements_sent += sum(part.numel() for part in joined)
+        incoming = [parts[self.rank].clone() for parts in self._share(joined)]
         assert [part.numel() for part in incoming] == list(receive_sizes)
         return incoming
 
