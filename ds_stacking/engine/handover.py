@@ -19,6 +19,7 @@ from torch import nn
 from ds_stacking.config import UserError
 from ds_stacking.engine.factory import device
 from ds_stacking.engine.release import collect, release, warn_of_leaks, watch
+from ds_stacking.engine.working_copies import verify_working_copies
 from ds_stacking.engine.zero_state import LiveState
 from ds_stacking.growth.checks import check_finite, check_source
 from ds_stacking.growth.exchange import make_exchange
@@ -133,7 +134,10 @@ def _move(plan: GrowthPlan, source: StateReader, new: DeepSpeedEngine) -> MoveRe
             f"The grown model has the parameter {min(unplanned)}, which the plan does not know; build it as the old "
             f"one was, only deeper."
         )
-    return execute(plan, source, LiveState(new), make_exchange(device()))
+    state, exchange = LiveState(new), make_exchange(device())
+    report = execute(plan, source, state, exchange)
+    verify_working_copies(state, exchange)
+    return report
 
 
 def _counters(engine: DeepSpeedEngine) -> dict[str, int]:

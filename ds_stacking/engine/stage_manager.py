@@ -17,6 +17,7 @@ from ds_stacking.engine.factory import EngineFactory, EngineSpec, device
 from ds_stacking.engine.handover import Handover, Undone, hand_over, hand_over_parked, isolated_generators
 from ds_stacking.engine.record import GrowthRecord, growth_record
 from ds_stacking.engine.release import collect, release
+from ds_stacking.engine.working_copies import verify_working_copies
 from ds_stacking.engine.zero_state import LiveState
 from ds_stacking.growth.blocks import find_blocks
 from ds_stacking.growth.exchange import make_exchange
@@ -68,7 +69,9 @@ class StageManager:
         with isolated_generators(self.seed):
             self._engine, self._spec = self.factory.build(spec, parameters, initialize=False), spec
         plan = copy_plan(parameters, find_blocks(self._engine.module))
-        execute(plan, source, LiveState(self._engine), make_exchange(device()))
+        state, exchange = LiveState(self._engine), make_exchange(device())
+        execute(plan, source, state, exchange)
+        verify_working_copies(state, exchange)
         self.parameters, self.stage = dict(parameters), stage
         return self._engine
 

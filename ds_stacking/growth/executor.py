@@ -179,17 +179,17 @@ class _Execution:
 
 
 def digest(values: Tensor) -> Tensor:
-    """A checksum of the bits of `values` ([N] float32, any device): [2] int64 on the CPU.
+    """A checksum of the bits of `values` ([N], any dtype and device): [2] int64 on the CPU.
 
-    Pairs of elements are taken as 64-bit words, laid out as rows of 1,024 and summed by row and by column, modulo
-    2**64: a changed element changes its row's sum, two that were exchanged change those of their rows or columns. The
-    sums, a thousandth of the data, are hashed. So it runs at memory speed on every device.
+    The bytes are taken as 64-bit words, laid out as rows of 1,024 and summed by row and by column, modulo 2**64: a
+    changed element changes its row's sum, two that were exchanged change those of their rows or columns. The sums, a
+    thousandth of the data, are hashed. So it runs at memory speed on every device.
     """
-    values = values.detach().contiguous()
-    if values.storage_offset() % 2:
+    values = values.detach().contiguous().view(torch.uint8)
+    if values.storage_offset() % 8:
         values = values.clone()  # 64-bit words must be aligned
-    pairs = values.numel() // 2 * 2
-    words, odd = values[:pairs].view(torch.int64), values[pairs:].view(torch.int32).to(torch.int64)
+    full = values.numel() // 8 * 8
+    words, odd = values[:full].view(torch.int64), values[full:].to(torch.int64)
     whole = words.numel() // 1024 * 1024
     table = words[:whole].view(-1, 1024)
     sums = torch.cat([table.sum(1), table.sum(0), words[whole:], odd]).cpu()

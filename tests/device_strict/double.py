@@ -122,7 +122,6 @@ class _Python(TorchFunctionMode):
             Tensor.pin_memory: self._pin,
             Tensor.is_pinned: lambda t, *a: gpu.labels.is_pinned(t),
             Tensor.new_tensor: self._new_tensor,
-            Tensor.record_stream: lambda t, stream: None,
             Tensor.__deepcopy__: lambda t, memo: gpu.labels.set(Tensor.__deepcopy__(t, memo), gpu.labels.of(t)),
         }
 
@@ -216,6 +215,10 @@ class _Stream:
     record = wait = record_event = wait_event = wait_stream = _nothing
 
 
+def _stream_type(gpu: Gpu) -> type[_Stream]:
+    return type("Stream", (_Stream,), {"synchronize": lambda self: gpu.wait("synchronize")})
+
+
 class _Accelerator(CPU_Accelerator):
     """DeepSpeed's view of the double: its CUDA accelerator's answers."""
 
@@ -225,6 +228,7 @@ class _Accelerator(CPU_Accelerator):
     def __init__(self, gpu: Gpu) -> None:
         super().__init__()
         self.gpu = gpu
+        self.Stream = self.Event = _stream_type(gpu)
         self._name = "cuda"
 
     def is_synchronized_device(self) -> bool:
@@ -236,8 +240,8 @@ class _Accelerator(CPU_Accelerator):
     def device(self, device_index: int | None = None) -> torch.device:
         return torch.device("cuda", device_index)
 
-    def set_device(self, device_index: int) -> None:
-        self.gpu.index = device_index
+    def set_device(self, device_index: int | torch.device) -> None:
+        self.gpu.index = self.gpu.target(device_index)
 
     def current_device(self) -> int:
         return self.gpu.index
@@ -252,7 +256,7 @@ class _Accelerator(CPU_Accelerator):
         return contextlib.nullcontext()
 
     def current_stream(self, device_index: int | None = None) -> _Stream:
-        return _Stream()
+        return self.Stream()
 
     default_stream = current_stream
 
@@ -288,19 +292,16 @@ def _cuda(gpu: Gpu) -> dict[str, Any]:
         assert gpu.labels.of(state) == HOST, "a generator's state is a host tensor"
         generator[0] = state.clone()
 
-    class Stream(_Stream):
-        def synchronize(self) -> None:
-            gpu.wait("synchronize")
-
+    stream = _stream_type(gpu)
     return {
         "is_available": lambda: True,
         "current_device": lambda: gpu.index,
         "set_device": lambda index: setattr(gpu, "index", gpu.target(index)),
         "synchronize": lambda *_: gpu.wait("synchronize"),
-        "current_stream": lambda *_: Stream(),
+        "current_stream": lambda *_: stream(),
         "stream": lambda *_: contextlib.nullcontext(),
-        "Stream": Stream,
-        "Event": Stream,
+        "Stream": stream,
+        "Event": stream,
         "get_device_name": lambda *_: "double of a GPU",
         "get_rng_state": lambda *_: generator[0].clone(),
         "set_rng_state": set_state,
@@ -336,6 +337,7 @@ def strict_device(index: int) -> Iterator[Gpu]:
         for name, value in _cuda(gpu).items():
             stack.enter_context(mock.patch.object(torch.cuda, name, value))
         stack.enter_context(mock.patch.object(threading.Thread, "run", watched))
+        stack.enter_context(mock.patch.object(Tensor, "record_stream", lambda tensor, stream: None))
         stack.enter_context(mock.patch.object(torch.autograd, "_engine_run_backward", backward))
         real_accelerator.ds_accelerator = _Accelerator(gpu)
         stack.callback(setattr, real_accelerator, "ds_accelerator", before)

@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 
 from ds_stacking.config import UserError
-from ds_stacking.engine import release, stage_manager, zero_state
+from ds_stacking.engine import handover, release, stage_manager, zero_state
 from ds_stacking.engine.consolidate import consolidate
 from ds_stacking.engine.stage_manager import StageManager
 from ds_stacking.engine.zero_state import LiveState
@@ -54,7 +54,10 @@ def grown_losses(
 
 @contextmanager
 def stale_working_copies():
-    with replaced(zero_state, "refresh_working_copies", lambda engine: None):
+    with (
+        replaced(zero_state, "refresh_working_copies", lambda engine: None),
+        replaced(handover, "verify_working_copies", lambda state, exchange: None),
+    ):
         yield
 
 
