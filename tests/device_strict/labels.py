@@ -1,8 +1,8 @@
 """Which memory is the device's: labels on storages, and the rules by which CUDA and NCCL refuse a mixture.
 
-Tensors of the double are real CPU tensors, so that DeepSpeed may set `.data`, read data pointers and flatten in C++, which
-neither wrapper subclasses nor fake tensors survive; torch's `privateuse1` would need a backend and a process group in
-C++. A label belongs to a storage: views and whatever is assigned by `.data` keep it.
+Tensors of the double are real CPU tensors, so that DeepSpeed may set `.data`, read data pointers and flatten in C++,
+which neither wrapper subclasses nor fake tensors survive; torch's `privateuse1` would need a backend and a process
+group in C++. A label belongs to a storage: views and whatever is assigned by `.data` keep it.
 """
 
 from __future__ import annotations

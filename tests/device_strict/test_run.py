@@ -1,0 +1,62 @@
+"""A whole run on the double of a GPU: stages, growths, evaluations, saves, exports; stopped, resumed on more ranks."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch.distributed as dist
+from transformers import MegatronBertForMaskedLM
+
+from ds_stacking.command_line import parse_run
+from ds_stacking.config import RunAgain
+from ds_stacking.training.loop import Pretraining
+from ds_stacking.training.run import pretrain
+from tests.corpus import small_options, write_corpus
+from tests.device_strict.double import strict_device
+from tests.engine.tiny import replaced
+from tests.ranks import run_ranks
+
+pytestmark = pytest.mark.distributed
+
+
+def start(folder: str, zero: int, cut: int, precision: str) -> tuple[str, list[str]]:
+    """Train until step `cut`, or to the end; how it ended, and where the host waited for the device."""
+
+    def stop_if_asked(self: Pretraining) -> None:
+        if self.position.step == cut and self.rank == self.world_size - 1:
+            self.stop.reason = "the test"
+        original(self)
+
+    original = Pretraining.stop_if_asked
+    options = [
+        *small_options(Path(folder)),
+        *(f"--deepspeed_config=ds_configs/zero{zero}.json", f"--precision={precision}", "--kernels=torch"),
+        *("--stages=1:6,2:6,4:6", "--tokens_per_step=768", "--log_every=3", "--tracking=none", "--resume=auto"),
+    ]
+    with strict_device(dist.get_rank()) as gpu, replaced(Pretraining, "stop_if_asked", stop_if_asked):
+        try:
+            pretrain(parse_run(options))
+        except RunAgain:
+            return "stopped", gpu.waits
+    return "finished", gpu.waits
+
+
+@pytest.mark.parametrize(
+    ("zero", "precision", "first", "then"), [(2, "bf16", 3, 4), (3, "fp32", 4, 3), (1, "bf16", 8, 3)]
+)
+def test_a_run_goes_on_with_other_ranks(zero: int, precision: str, first: int, then: int, tmp_path: Path) -> None:
+    write_corpus(tmp_path / "corpus")
+    ended = run_ranks(first, start, str(tmp_path), zero, 8, precision)
+    assert {how for how, _ in ended} == {"stopped"}
+    ended = run_ranks(then, start, str(tmp_path), zero, 0, precision)
+    assert {how for how, _ in ended} == {"finished"}
+    summary = json.loads((tmp_path / "run" / "summary.json").read_bytes())
+    assert summary["finished"] and summary["world_size"] == then and summary["steps"] == 18
+    assert all(growth["tensors_verified"] > 0 for growth in summary["growths"]) and len(summary["growths"]) == 2
+    assert len(summary["growths"][1]["observations"]) == 3, "after 1, 2 and 5 steps"
+    model, report = MegatronBertForMaskedLM.from_pretrained(
+        tmp_path / "run" / "export" / "final", output_loading_info=True
+    )
+    assert not report["missing_keys"] and len(model.bert.encoder.layer) == 4
