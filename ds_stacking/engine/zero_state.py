@@ -73,7 +73,9 @@ class LiveState:
 
     def steps(self) -> dict[str, int]:
         """Adam's step count of every parameter; every rank knows them all."""
-        return {name: int(self.base.state[fragment.master]["step"]) for name, fragment in self.fragments.items()}
+        masters = {fragment.master for fragment in self.fragments.values()}  # few: each costs a wait for the device
+        steps = {master: int(self.base.state[master]["step"]) for master in masters}
+        return {name: steps[fragment.master] for name, fragment in self.fragments.items()}
 
     def commit(self, steps: Mapping[str, int]) -> None:
         """Set the step counts and refresh the working copies of the weights from the masters. Collective."""

@@ -95,9 +95,12 @@ def lives(cases: list[tuple[str, str]], folder: str) -> dict[tuple[str, str], An
 
 FULL = ["zero 2, bf16", "zero 3, bf16"]
 CASES = {
-    3: [(layout, memory) for layout in LAYOUTS for memory in ("normal", "low")]
-    + [(layout, "plain") for layout in FULL],
-    4: [(layout, memory) for layout in FULL for memory in ("normal", "low", "plain")],
+    3: [
+        *((layout, memory) for layout in FULL for memory in ("normal", "low", "plain")),
+        *((layout, "normal") for layout in ("zero 0", "zero 1, bf16", "zero 2", "zero 3")),
+        *((layout, "low") for layout in ("zero 0, bf16", "zero 1, bf16", "zero 2, offload")),
+    ],
+    4: [(layout, memory) for layout in FULL for memory in ("normal", "low")],
     8: [("zero 1, bf16", "normal"), ("zero 2, bf16", "low"), ("zero 3, bf16", "normal")],
 }
 

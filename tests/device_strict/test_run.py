@@ -21,7 +21,7 @@ from tests.ranks import run_ranks
 pytestmark = pytest.mark.distributed
 
 
-def start(folder: str, zero: int, cut: int, precision: str) -> tuple[str, list[str]]:
+def start(folder: str, zero: int, cut: int, precision: str, *more: str) -> tuple[str, list[str]]:
     """Train until step `cut`, or to the end; how it ended, and where the host waited for the device."""
 
     def stop_if_asked(self: Pretraining) -> None:
@@ -34,6 +34,7 @@ def start(folder: str, zero: int, cut: int, precision: str) -> tuple[str, list[s
         *small_options(Path(folder)),
         *(f"--deepspeed_config=ds_configs/zero{zero}.json", f"--precision={precision}", "--kernels=torch"),
         *("--stages=1:6,2:6,4:6", "--tokens_per_step=768", "--log_every=3", "--tracking=none", "--resume=auto"),
+        *more,
     ]
     with strict_device(dist.get_rank()) as gpu, replaced(Pretraining, "stop_if_asked", stop_if_asked):
         try:
@@ -60,3 +61,10 @@ def test_a_run_goes_on_with_other_ranks(zero: int, precision: str, first: int, t
         tmp_path / "run" / "export" / "final", output_loading_info=True
     )
     assert not report["missing_keys"] and len(model.bert.encoder.layer) == 4
+
+
+def test_micro_batches_are_measured_on_the_device(tmp_path: Path) -> None:
+    write_corpus(tmp_path / "corpus")
+    options = ("--micro_batch_size=auto", "--model.next_sentence=true", "--skip_above_sigma=6", "--stages=1:3,2:3")
+    ended = run_ranks(3, start, str(tmp_path), 2, 0, "bf16", *options)
+    assert {how for how, _ in ended} == {"finished"}
