@@ -58,7 +58,7 @@ class Gpu:
     def device_of(self, tensor: Tensor) -> torch.device:
         """What `tensor.device` is."""
         index = self.labels.of(tensor)
-        return torch.device("cpu") if index == HOST else torch.device("cuda", index)
+        return tensor.device if index == HOST else torch.device("cuda", index)  # meta, or the host
 
     def moved(self, tensor: Tensor, result: Tensor, index: int, *, blocking: bool) -> Tensor:
         """`result`, made from `tensor` by a conversion, in the memory of `index`."""
@@ -110,7 +110,7 @@ class _Python(TorchFunctionMode):
         self.answers: dict[Any, Callable] = {
             Tensor.device.__get__: gpu.device_of,
             Tensor.is_cuda.__get__: lambda t: gpu.labels.of(t) != HOST,
-            Tensor.is_cpu.__get__: lambda t: gpu.labels.of(t) == HOST,
+            Tensor.is_cpu.__get__: lambda t: t.is_cpu and gpu.labels.of(t) == HOST,
             Tensor.get_device: lambda t: gpu.labels.of(t),
             Tensor.grad.__set__: self._set_grad,
             Tensor.numpy: self._numpy,
@@ -153,6 +153,8 @@ class _Python(TorchFunctionMode):
             named["dtype"] = rest.pop(0)
         named |= dict(zip(("non_blocking", "copy"), rest, strict=False))
         where = named.pop("device", None)
+        if tensor.is_meta or (where is not None and torch.device(where).type == "meta"):
+            return tensor.to(*args, **kwargs)
         index = self.gpu.labels.of(tensor) if where is None else self.gpu.target(where)
         result = tensor.to(**{key: value for key, value in named.items() if value is not None})
         return self.gpu.moved(tensor, result, index, blocking=not named.get("non_blocking"))

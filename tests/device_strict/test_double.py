@@ -52,7 +52,7 @@ ALLOWED: dict[str, Callable[[], object]] = {
     "fused AdamW": lambda: adamw(torch.tensor(0.0, device=CUDA)),
     "pin": lambda: torch.ones(3).pin_memory().numpy(),
     "module": lambda: torch.nn.Linear(3, 2).to(CUDA)(on_device(4, 3)).sum().backward(),
-    "meta": lambda: torch.empty(3, device="meta") + 1,
+    "meta": lambda: torch.empty(3, device="meta") + on_device(3).to("meta"),
 }
 
 
