@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import pytest
 import torch
@@ -55,13 +56,13 @@ def verified() -> dict:
         manager.start(spec(2))
         train(manager, 0, 1)
         state, exchange = LiveState(manager.engine), make_exchange(device())
-        found = {"right": fails(lambda state=state: verify_working_copies(state, exchange))}
+        found = {"right": fails(partial(verify_working_copies, state, exchange))}
         if zero_stage or bf16:  # else the weights are the masters
             for rank in range(3):
                 found |= {(name, rank): damaged(manager, name, rank) for name in WEIGHTS}
         if bf16:
             with replaced(zero_state, "refresh_working_copies", lambda engine: None):
-                found["growth without refreshing"] = fails(lambda manager=manager: manager.grow(spec(4)))
+                found["growth without refreshing"] = fails(partial(manager.grow, spec(4)))
         found["trains on"] = train(manager, 1, 1)[0]
         del state
         release(manager.engine)
@@ -84,7 +85,7 @@ def refreshed() -> bool:
         manager = StageManager(factory(zero_stage, bf16=True), seed=SEED)
         engine = manager.start(spec(2))
         weights = []
-        for refresh in (lambda: refresh_working_copies(engine), engine.optimizer.update_lp_params):
+        for refresh in (partial(refresh_working_copies, engine), engine.optimizer.update_lp_params):
             for flat in engine.optimizer.bit16_groups_flat:
                 flat.zero_()
             refresh()
