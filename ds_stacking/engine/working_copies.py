@@ -1,7 +1,7 @@
 """Whether the weights that the forward pass uses are the masters' own, after something has written the masters.
 
-A growth and a restore verify the masters; a stale 16-bit copy beside right masters would train on old weights until the
-next step, and under ZeRO 1 to 3 only on some ranks.
+A growth and a restore verify the masters; a stale 16-bit copy beside right masters would train on old weights until
+the next step, and under ZeRO 1 to 3 on some ranks only.
 """
 
 from __future__ import annotations
