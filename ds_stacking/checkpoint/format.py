@@ -3,6 +3,7 @@
     checkpoints/step-300/
         manifest.json           name, size and sha256 of every other file; written last
         state.json              step, parameters, and whatever the run wants back (position, ledger, ...)
+        pieces.safetensors      which elements of which parameter lie in which rank's file (checkpoint/index.py)
         rank-00000.safetensors  the fp32 masters and moments that this rank alone was responsible for
         rank-00000.json         this rank's random number generators
 
@@ -21,14 +22,16 @@ from typing import cast
 from ds_stacking.growth.state import KINDS, Kind, TensorSlice
 
 FORMAT = "ds-stacking checkpoint"
-VERSION = 1
-MANIFEST, STATE = "manifest.json", "state.json"
+VERSION = 2
+READABLE = (1, 2)
+"""Version 1 has no pieces.safetensors."""
+MANIFEST, STATE, INDEX = "manifest.json", "state.json", "pieces.safetensors"
 TEMPORARY = ".tmp-"
 """Begins the name of every directory that is not published yet, or no longer."""
 
 CHECKPOINT_NAME = re.compile(r"step-(\d+)(?:-(\d+))?")
 """`step-300`, or `step-300-2` where an earlier checkpoint of the same step stands already."""
-FILE_NAME = re.compile(r"state\.json|rank-\d{5}\.(?:json|safetensors)")
+FILE_NAME = re.compile(r"state\.json|pieces\.safetensors|rank-\d{5}\.(?:json|safetensors)")
 
 
 def tensors_file(rank: int) -> str:

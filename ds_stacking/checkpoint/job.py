@@ -10,9 +10,10 @@ from __future__ import annotations
 import errno
 import json
 import os
+import re
 import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,12 +23,14 @@ from torch import Tensor
 
 from ds_stacking.checkpoint import durable
 from ds_stacking.checkpoint.durable import FileRecord, write_file
-from ds_stacking.checkpoint.format import MANIFEST, STATE, TEMPORARY, PieceFile, rank_file, tensors_file
+from ds_stacking.checkpoint.format import INDEX, MANIFEST, STATE, TEMPORARY, PieceFile, rank_file, tensors_file
+from ds_stacking.checkpoint.index import Row, index_bytes, index_rows
 from ds_stacking.checkpoint.manifest import Manifest
 from ds_stacking.checkpoint.select import published
 
-POLL = 0.02
-"""Seconds between two looks for the marks of the other ranks."""
+POLL, SLOWEST_POLL = 0.02, 1.0
+"""Seconds between the first two looks for the marks of the other ranks, and between later ones, at most."""
+MARK = re.compile(r"\.rank-(\d{5})\.(done|failed)")
 
 
 class SaveError(Exception):
@@ -53,6 +56,8 @@ class SaveJob:
     """Content of this rank's JSON file."""
     file: PieceFile
     """What this rank's safetensors file holds."""
+    names: Sequence[str]
+    """All parameters, in the order of state.json."""
     patience: float
     """Seconds that rank 0 waits for the others after it has written its own share."""
 
@@ -76,11 +81,13 @@ class SaveJob:
             contents[STATE] = [self.state]
         records = {name: write_file(self.temporary / name, parts) for name, parts in contents.items()}
         durable.sync_directory(self.temporary)
-        self._mark("done", json.dumps(records).encode())
+        rows = index_rows(self.file.pieces, self.names, self.rank)
+        self._mark("done", json.dumps({"files": records, "pieces": rows}).encode())
 
     def publish(self) -> Path:
-        """Rank 0: wait for every rank, write the manifest, give the checkpoint its name. Raises OSError, SaveError."""
-        records = self._gather()
+        """Rank 0: wait for all, write index and manifest, give the checkpoint its name. Raises OSError, SaveError."""
+        records, rows = self._gather()
+        records[INDEX] = write_file(self.temporary / INDEX, [index_bytes(rows)])
         return publish(
             self.temporary,
             self.folder,
@@ -116,25 +123,34 @@ class SaveJob:
         write_file(unfinished, [content])
         os.rename(unfinished, self._mark_path(what, self.rank))
 
-    def _gather(self) -> dict[str, FileRecord]:
-        """The records of all ranks' files, once all marks are there; the marks are removed."""
+    def _gather(self) -> tuple[dict[str, FileRecord], list[Row]]:
+        """The records of all ranks' files and the pieces in them, once all marks are there; the marks are removed."""
         records: dict[str, FileRecord] = {}
+        rows: list[Row] = []
         missing = set(range(self.world_size))
-        end = time.monotonic() + self.patience
+        end, pause = time.monotonic() + self.patience, POLL
         while missing:
-            for rank in sorted(missing):
-                if self._mark_path("failed", rank).exists():
-                    raise SaveError(f"rank {rank}: {self._mark_path('failed', rank).read_text()}")
-                if self._mark_path("done", rank).exists():
-                    entries = json.loads(self._mark_path("done", rank).read_bytes())
-                    records |= {name: FileRecord(*record) for name, record in entries.items()}
-                    self._mark_path("done", rank).unlink()
-                    missing.remove(rank)
+            for rank, what in self._marks(missing):
+                path = self._mark_path(what, rank)
+                if what == "failed":
+                    raise SaveError(f"rank {rank}: {path.read_text()}")
+                mark = json.loads(path.read_bytes())
+                records |= {name: FileRecord(*record) for name, record in mark["files"].items()}
+                rows += mark["pieces"]
+                path.unlink()
+                missing.remove(rank)
             if missing and time.monotonic() > end:
                 raise SaveError(f"rank {min(missing)} had not written its share after {self.patience:.0f} s")
             if missing:
-                time.sleep(POLL)
-        return records
+                time.sleep(pause)
+                pause = min(1.5 * pause, SLOWEST_POLL)
+        return records, rows
+
+    def _marks(self, missing: set[int]) -> Iterator[tuple[int, str]]:
+        """The marks of ranks among `missing`, failures first: one listing of the directory, not a look-up per rank."""
+        found = [match.groups() for name in os.listdir(self.temporary) if (match := MARK.fullmatch(name))]
+        marks = [(int(rank), what) for rank, what in found if int(rank) in missing]
+        return iter(sorted(marks, key=lambda mark: (mark[1] != "failed", mark[0])))
 
 
 def publish(temporary: Path, folder: Path, *, files: Mapping[str, FileRecord], step: int, **fields: Any) -> Path:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ds_stacking.checkpoint.durable import FileRecord
-from ds_stacking.checkpoint.format import FILE_NAME, FORMAT, MANIFEST, VERSION
+from ds_stacking.checkpoint.format import FILE_NAME, FORMAT, MANIFEST, READABLE, VERSION
 
 LARGEST_MANIFEST = 1 << 26
 """Bytes; more is not read."""
@@ -49,8 +49,9 @@ def read_manifest(path: Path) -> Manifest:
     content = _read_json(path / MANIFEST)
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise Unusable(f"its {MANIFEST} is not one of a {FORMAT}")
-    if content.get("version") != VERSION:
-        raise Unusable(f"it has format version {content.get('version')}, and this program reads version {VERSION}")
+    if content.get("version") not in READABLE:
+        versions = " and ".join(map(str, READABLE))
+        raise Unusable(f"it has format version {content.get('version')}, and this program reads versions {versions}")
     if content.pop("sha256", None) != _checksum(content):
         raise Unusable(f"its {MANIFEST} was changed after it was written")
     del content["format"], content["version"]

@@ -9,29 +9,25 @@ import torch
 from torch import Tensor
 
 from ds_stacking.checkpoint.format import PieceFile
+from ds_stacking.growth.holdings import Holdings
 from ds_stacking.growth.state import KINDS, StateReader, TensorSlice
 
 
-def responsible(tables: Sequence[Sequence[TensorSlice]], rank: int) -> list[TensorSlice]:
-    """What `rank` writes, given what every rank holds: each element is written by one of its holders.
+def responsible(pieces: Sequence[TensorSlice], everyone: Holdings, rank: int) -> list[TensorSlice]:
+    """What `rank`, which holds `pieces`, writes: of what all ranks hold, each element is written by one holder.
 
     What several ranks hold (ZeRO 0) they share out evenly.
     """
-    holders: dict[str, list[tuple[int, TensorSlice]]] = {}
-    for holder, table in enumerate(tables):
-        for piece in table:
-            holders.setdefault(piece.name, []).append((holder, piece))
-    return [part for piece in tables[rank] for part in _shares(piece, holders[piece.name], rank) if part.numel]
+    return [part for piece in pieces for part in _shares(piece, everyone, rank) if part.numel]
 
 
-def _shares(piece: TensorSlice, held: list[tuple[int, TensorSlice]], rank: int) -> Iterator[TensorSlice]:
+def _shares(piece: TensorSlice, everyone: Holdings, rank: int) -> Iterator[TensorSlice]:
     """Cut `piece` where the set of its holders changes; this rank's share of each part."""
-    overlapping = [(r, other) for r, other in held if other.start < piece.stop and piece.start < other.stop]
-    edges = {edge for _, other in overlapping for edge in (other.start, other.stop)}
-    borders = sorted(edge for edge in edges if piece.start <= edge <= piece.stop)
+    starts, stops, ranks = everyone.overlapping(*piece)[:, 1:4].unbind(1)
+    borders = torch.cat([starts, stops]).clamp(piece.start, piece.stop).unique().tolist()
     for start, stop in pairwise(borders):
-        ranks = sorted(r for r, other in overlapping if other.start <= start and stop <= other.stop)
-        share, count, span = ranks.index(rank), len(ranks), stop - start
+        holders = ranks[(starts <= start) & (stop <= stops)]
+        share, count, span = int((holders < rank).sum()), len(holders), stop - start
         yield TensorSlice(piece.name, start + span * share // count, start + span * (share + 1) // count)
 
 

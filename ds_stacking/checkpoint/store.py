@@ -20,19 +20,20 @@ from torch import Tensor
 
 from ds_stacking.checkpoint import durable
 from ds_stacking.checkpoint.durable import FileRecord, file_sha256, write_file
-from ds_stacking.checkpoint.format import STATE, TEMPORARY, PieceFile, parse_key, rank_file, tensors_file
+from ds_stacking.checkpoint.format import INDEX, STATE, TEMPORARY, PieceFile, rank_file, tensors_file
+from ds_stacking.checkpoint.index import PieceIndex, index_bytes, index_rows
 from ds_stacking.checkpoint.job import publish
 from ds_stacking.checkpoint.manifest import Unusable, read_manifest
 from ds_stacking.config import UserError
 from ds_stacking.growth.plan import ParameterInfo
-from ds_stacking.growth.state import KINDS, Kind, TensorSlice
+from ds_stacking.growth.state import Kind, TensorSlice
 
 
 class CheckpointReader:
     """The state in a checkpoint (StateReader of ds_stacking.growth.state); all ranks see all of it.
 
     Files are mapped into memory: a rank reads from the disk only what it asks for. `find` or `newest_valid`
-    (ds_stacking.checkpoint.select) comes first; here only headers are checked. Raises UserError where the tensors
+    (ds_stacking.checkpoint.select) comes first; here only the index is checked. Raises UserError where the tensors
     do not cover the parameters.
     """
 
@@ -44,7 +45,7 @@ class CheckpointReader:
             self.step: int = content["step"]
             self.parameters = {name: ParameterInfo(**info) for name, info in content["parameters"].items()}
             self.extra: dict[str, Any] = content["extra"]
-            self._pieces = self._index()
+            self._pieces = PieceIndex(path, self.manifest, self.parameters)
         except (Unusable, OSError, ValueError, KeyError, TypeError) as error:
             raise UserError(f"Checkpoint {path} cannot be loaded: {error}; choose another one.") from None
 
@@ -72,29 +73,8 @@ class CheckpointReader:
 
     def read(self, piece: TensorSlice, kind: Kind) -> Tensor:
         """The elements of `piece`: [N] float32; a view of the mapped file where they lie in one."""
-        parts = []
-        for held, stored in self._pieces[piece.name][kind]:
-            start, stop = max(piece.start, held.start), min(piece.stop, held.stop)
-            if start < stop:
-                parts.append(stored[start - held.start : stop - held.start])
+        parts = list(self._pieces.parts(piece, kind))
         return parts[0] if len(parts) == 1 else torch.cat(parts) if parts else torch.empty(0)
-
-    def _index(self) -> dict[str, dict[Kind, list[tuple[TensorSlice, Tensor]]]]:
-        """The pieces of every parameter in order, with what each holds."""
-        found: dict[str, dict[Kind, list[tuple[TensorSlice, Tensor]]]] = {
-            name: {kind: [] for kind in KINDS} for name in self.parameters
-        }
-        for rank in range(self.manifest.world_size):
-            for key, stored in map_tensors(self.path / tensors_file(rank)).items():
-                piece, kind = parse_key(key)
-                if len(stored) != piece.numel:
-                    raise ValueError(f"{key} in {tensors_file(rank)} has {len(stored)} elements")
-                found[piece.name][kind].append((piece, stored))
-        for name, info in self.parameters.items():
-            for kind in KINDS:
-                found[name][kind].sort(key=lambda item: item[0].start)
-                _check_cover(name, info.numel, [piece for piece, _ in found[name][kind]])
-        return found
 
 
 class CheckpointState:
@@ -165,9 +145,11 @@ class CheckpointState:
             os.fsync(file.fileno())
         parameters = {name: asdict(info) for name, info in self.parameters.items()}
         content = {"step": self.step, "parameters": parameters, "extra": self.extra}
+        rows = index_rows(self._layout.pieces, self.parameters, rank=0)
         files = {
             tensors_file(0): FileRecord(self._layout.nbytes, file_sha256(self._path)),
             STATE: write_file(self._temporary / STATE, [json.dumps(content).encode()]),
+            INDEX: write_file(self._temporary / INDEX, [index_bytes(rows)]),
         }
         for rank, states in enumerate(self.generators):
             files[rank_file(rank)] = write_file(self._temporary / rank_file(rank), [states])
@@ -193,37 +175,3 @@ class CheckpointState:
             file.write(header)
         mapped = torch.from_file(str(self._path), shared=True, size=self._layout.nbytes // 4, dtype=torch.float32)
         return mapped[len(header) // 4 :]
-
-
-def _check_cover(name: str, numel: int, pieces: list[TensorSlice]) -> None:
-    """Raise ValueError unless `pieces`, in order, cover elements 0..numel exactly once."""
-    at = 0
-    for piece in pieces:
-        if piece.start != at:
-            break
-        at = piece.stop
-    if at != numel:
-        raise ValueError(f"it does not hold all of {name}")
-
-
-def map_tensors(path: Path) -> dict[str, Tensor]:
-    """The tensors of a safetensors file of flat float32 tensors, by key, as views of the mapped file.
-
-    The file itself is never written to. The safetensors library would copy what it reads. Raises ValueError where
-    the header does not fit the file.
-    """
-    size = path.stat().st_size
-    with path.open("rb") as file:
-        begin = 8 + int.from_bytes(file.read(8), "little")
-        header = json.loads(file.read(begin - 8))
-    elements = torch.from_file(str(path), shared=False, size=size // 4, dtype=torch.float32)
-    tensors = {}
-    for key, entry in header.items():
-        if key == "__metadata__":
-            continue
-        start, stop = (begin + offset for offset in entry["data_offsets"])
-        fits = begin <= start <= stop <= size and start % 4 == 0 and [(stop - start) // 4] == entry["shape"]
-        if entry["dtype"] != "F32" or not fits:
-            raise ValueError(f"{key} in {path.name} is no flat float32 tensor inside the file")
-        tensors[key] = elements[start // 4 : stop // 4]
-    return tensors

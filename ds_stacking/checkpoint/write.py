@@ -24,6 +24,7 @@ from ds_stacking.checkpoint.snapshot import Snapshot, responsible
 from ds_stacking.checkpoint.verify import verify
 from ds_stacking.config import UserError
 from ds_stacking.growth.exchange import Exchange
+from ds_stacking.growth.holdings import holdings
 from ds_stacking.growth.plan import ParameterInfo
 from ds_stacking.growth.state import StateReader
 
@@ -112,7 +113,8 @@ class CheckpointWriter:
             return
         rank = self.exchange.rank
         attempt = self.exchange.total(secrets.randbits(62) if rank == 0 else 0)
-        tables = self.exchange.tables(state.slices(), list(parameters))
+        pieces = state.slices()
+        everyone = holdings(pieces, parameters, self.exchange)
         content = {"step": step, "parameters": {name: asdict(info) for name, info in parameters.items()}}
         job = SaveJob(
             folder=self.folder,
@@ -124,7 +126,8 @@ class CheckpointWriter:
             identity=self.identity,
             state=json.dumps(content | {"extra": extra}).encode(),
             generators=json.dumps(capture_generators()).encode(),
-            file=PieceFile(responsible(tables, rank)),
+            file=PieceFile(responsible(pieces, everyone, rank)),
+            names=list(parameters),
             patience=self.patience,
         )
         try:

@@ -24,8 +24,8 @@ from ds_stacking.engine.zero_state import LiveState
 from ds_stacking.growth.checks import check_finite, check_source
 from ds_stacking.growth.exchange import make_exchange
 from ds_stacking.growth.executor import MoveReport, execute
+from ds_stacking.growth.holdings import holdings
 from ds_stacking.growth.plan import GrowthPlan
-from ds_stacking.growth.schedule import holdings
 from ds_stacking.growth.state import ParkedState, StateReader
 
 Build = Callable[[], DeepSpeedEngine]

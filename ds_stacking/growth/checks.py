@@ -6,34 +6,33 @@ from collections.abc import Mapping, Sequence
 
 from ds_stacking.config import UserError
 from ds_stacking.growth.exchange import Exchange
+from ds_stacking.growth.holdings import Holdings
 from ds_stacking.growth.plan import GrowthPlan
 from ds_stacking.growth.state import KINDS, Kind, StateReader, TensorSlice
-
-Holdings = Mapping[str, Sequence[tuple[int, TensorSlice]]]
-"""Slices by tensor name, each with the rank that holds it."""
 
 
 def check_source(plan: GrowthPlan, held: Holdings) -> None:
     """Raise UserError where the source lacks a tensor of the plan, or has it in another size."""
+    sizes = held.sizes
     for entry in plan.entries:
         if entry.source is not None:
-            _check_size("The state to be grown", entry.source, entry.info.numel, held)
+            _check_size("The state to be grown", entry.source, entry.info.numel, sizes)
 
 
 def check_target(plan: GrowthPlan, held: Holdings) -> None:
     """Raise UserError where the grown model lacks a tensor of the plan, or has it in another size."""
+    sizes = held.sizes
     for entry in plan.entries:
-        _check_size("The grown model", entry.target, entry.info.numel, held)
+        _check_size("The grown model", entry.target, entry.info.numel, sizes)
 
 
-def _check_size(what: str, name: str, numel: int, held: Holdings) -> None:
-    if name not in held:
+def _check_size(what: str, name: str, numel: int, sizes: Mapping[str, int]) -> None:
+    if name not in sizes:
         raise UserError(f"{what} has no tensor {name}, which the plan names; make the plan from this very model.")
-    size = max(piece.stop for _, piece in held[name])
-    if size != numel:
+    if sizes[name] != numel:
         raise UserError(
-            f"{what} has tensor {name} with {size:,} elements, but the plan says {numel:,}: another architecture; "
-            f"make the plan from this very model."
+            f"{what} has tensor {name} with {sizes[name]:,} elements, but the plan says {numel:,}: another "
+            f"architecture; make the plan from this very model."
         )
 
 

@@ -9,8 +9,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ds_stacking.growth.state import TensorSlice
-
 
 class Exchange(Protocol):
     """Collective operations; every rank calls them in the same order."""
@@ -18,8 +16,8 @@ class Exchange(Protocol):
     rank: int
     world_size: int
 
-    def tables(self, slices: Sequence[TensorSlice], names: Sequence[str]) -> list[list[TensorSlice]]:
-        """The slices of every rank, by rank. All ranks pass the same `names`, which hold every slice's name."""
+    def tables(self, rows: Tensor) -> Tensor:
+        """The rows of all ranks, by rank, each behind its rank's number: [n, C] int64 -> [N, 1 + C] on the CPU."""
         ...
 
     def swap(
@@ -46,9 +44,9 @@ class OneRank:
     rank = 0
     world_size = 1
 
-    def tables(self, slices: Sequence[TensorSlice], names: Sequence[str]) -> list[list[TensorSlice]]:
-        """Its own slices."""
-        return [list(slices)]
+    def tables(self, rows: Tensor) -> Tensor:
+        """Its own rows."""
+        return with_ranks([rows])
 
     def swap(
         self, send: Sequence[Sequence[Tensor]], receive_sizes: Sequence[int], *, dtype: torch.dtype = torch.float32
@@ -73,15 +71,12 @@ class Ranks:
         self.world_size = dist.get_world_size()
         self.device = device
 
-    def tables(self, slices: Sequence[TensorSlice], names: Sequence[str]) -> list[list[TensorSlice]]:
-        """Gathered as numbers, padded to the longest table: no pickle crosses ranks."""
-        index = {name: i for i, name in enumerate(names)}
-        rows = torch.tensor([(index[s.name], s.start, s.stop) for s in slices], dtype=torch.int64).reshape(-1, 3)
-        lengths = self._gather(torch.tensor([len(rows)]))
-        padded = torch.zeros(max(int(n) for n in lengths), 3, dtype=torch.int64)
+    def tables(self, rows: Tensor) -> Tensor:
+        """Gathered padded to the longest table."""
+        lengths = self._gather(torch.tensor([len(rows)]))[:, 0].tolist()
+        padded = rows.new_zeros(max(lengths), rows.shape[1])
         padded[: len(rows)] = rows
-        tables = [part[: int(n)].tolist() for part, n in zip(self._gather(padded), lengths, strict=True)]
-        return [[TensorSlice(names[i], start, stop) for i, start, stop in table] for table in tables]
+        return with_ranks([table[:n] for table, n in zip(self._gather(padded), lengths, strict=True)])
 
     def swap(
         self, send: Sequence[Sequence[Tensor]], receive_sizes: Sequence[int], *, dtype: torch.dtype = torch.float32
@@ -105,11 +100,18 @@ class Ranks:
         dist.all_reduce(values)
         return values.cpu()
 
-    def _gather(self, tensor: Tensor) -> list[Tensor]:
+    def _gather(self, tensor: Tensor) -> Tensor:
+        """[...] of every rank -> [ranks, ...] on the CPU."""
         tensor = tensor.to(self.device)
-        parts = [torch.empty_like(tensor) for _ in range(self.world_size)]
-        dist.all_gather(parts, tensor)
-        return [part.cpu() for part in parts]
+        everyone = tensor.new_empty(self.world_size, *tensor.shape)
+        dist.all_gather_into_tensor(everyone, tensor)
+        return everyone.cpu()
+
+
+def with_ranks(tables: Sequence[Tensor]) -> Tensor:
+    """Tables of ranks 0, 1, ... one below the other, a column with the rank before the others."""
+    ranks = torch.arange(len(tables)).repeat_interleave(torch.tensor([len(table) for table in tables]))
+    return torch.cat([ranks[:, None], torch.cat(list(tables))], 1)
 
 
 def _joined(parts: Sequence[Tensor], dtype: torch.dtype, device: torch.device | None) -> Tensor:

@@ -1,7 +1,7 @@
 """The one executor: moves state from a reader to a writer as a plan says, between any two shardings, and verifies it.
 
-What a rank already holds it copies itself; only the rest crosses ranks, once, in rounds that carry no more than one
-block's elements.
+What a rank already holds it copies itself; only the rest crosses ranks, once, in rounds in which no rank sends or
+receives more than one block's elements.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from ds_stacking.growth.state import KINDS, Kind, StateReader, StateWriter
 from ds_stacking.growth.transforms import Transform
 
 ROUND = 2 << 20
-"""Most elements of a kind that cross ranks at one time; larger buffers would be mapped anew each time."""
+"""Most elements of a kind that a rank sends or receives at one time; larger buffers would be mapped anew each time."""
 
 
 @dataclass(kw_only=True)
@@ -75,7 +75,7 @@ class _Execution:
             for move in own:
                 self._copy(move)
         with self._clock("exchange"):
-            for carried in rounds(crossing, min(largest_block(self.plan), ROUND)):
+            for carried in rounds(crossing, min(largest_block(self.plan), ROUND), self.exchange):
                 self._carry(carried)
         with self._clock("commit"):
             self.writer.commit({entry.target: entry.info.step for entry in self.plan.entries})
@@ -84,7 +84,7 @@ class _Execution:
             if self.exchange.total(len(wrong)):
                 where = ", ".join(wrong[:5]) or "on another rank"
                 raise RuntimeError(f"After the growth these tensors differ from their source: {where}.")
-            self.report.tensors_verified = len({move.entry.target for move in moves})
+            self.report.tensors_verified = sum(entry.source is not None for entry in self.plan.entries)
         return self.report
 
     @contextmanager

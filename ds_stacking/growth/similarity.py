@@ -108,7 +108,8 @@ class _Comparison:
             if move.owner == move.wanter == self.exchange.rank:
                 for index, kind in enumerate(self.kinds):
                     self._add(move, index, self.state.read(move.source, kind))
-        for carried in rounds([move for move in moves if move.crosses], largest_block(self.plan)):
+        crossing = [move for move in moves if move.crosses]
+        for carried in rounds(crossing, largest_block(self.plan), self.exchange):
             self._carry(carried)
         sums = self.exchange.add_up(self.sums)
         return {kind: {block: _cosine(sums[block, i]) for block in pairs} for i, kind in enumerate(self.kinds)}

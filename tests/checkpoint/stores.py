@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ds_stacking.checkpoint.store import CheckpointReader
 from ds_stacking.checkpoint.write import CheckpointWriter
-from ds_stacking.growth.exchange import Exchange, OneRank
+from ds_stacking.growth.exchange import Exchange, OneRank, with_ranks
 from ds_stacking.growth.plan import ParameterInfo
 from ds_stacking.growth.state import KINDS, FullState, TensorSlice
 
@@ -67,8 +67,8 @@ class Threads:
         self._barrier.wait()
         return values
 
-    def tables(self, slices: Sequence[TensorSlice], names: Sequence[str]) -> list[list[TensorSlice]]:
-        return self._all(list(slices))
+    def tables(self, rows: Tensor) -> Tensor:
+        return with_ranks(self._all(rows))
 
     def swap(self, send: Sequence[Tensor], receive_sizes: Sequence[int]) -> list[Tensor]:
         received = [parts[self.rank] for parts in self._all(list(send))]

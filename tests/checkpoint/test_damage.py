@@ -9,7 +9,10 @@ import shutil
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file
 
+from ds_stacking.checkpoint.format import INDEX
+from ds_stacking.checkpoint.index import index_bytes
 from ds_stacking.checkpoint.manifest import Unusable, read_manifest
 from ds_stacking.checkpoint.select import find, find_together, newest_valid
 from ds_stacking.checkpoint.store import CheckpointReader
@@ -76,7 +79,7 @@ DAMAGES = {
     "manifest of something else": (lambda p: (p / "manifest.json").write_text("[1]"), "is not one of a"),
     "endlessly nested manifest": (lambda p: (p / "manifest.json").write_text("[" * 200_000), "empty or no JSON"),
     "changed manifest": (lambda p: edit_manifest(p, resign=False, sequence=9), "manifest.json was changed"),
-    "other format version": (lambda p: edit_manifest(p, version=2), "it has format version 2"),
+    "other format version": (lambda p: edit_manifest(p, version=3), "it has format version 3"),
     "manifest without files": (lambda p: edit_manifest(p, files=None), "lacks something"),
     "manifest that names other files": (
         lambda p: edit_manifest(p, files={"../../secret": {"size": 1, "sha256": ""}}),
@@ -119,6 +122,40 @@ def pristine(tmp_path_factory) -> Path:
 def folder(pristine, tmp_path) -> Path:
     shutil.copytree(pristine, tmp_path / "checkpoints")
     return tmp_path / "checkpoints"
+
+
+@pytest.mark.parametrize("world_size", [1, 3])
+def test_a_checkpoint_of_the_first_version_is_read(tmp_path, world_size) -> None:
+    """It has no index; where its pieces lie stands in the headers of its files."""
+    path = in_threads(world_size, lambda exchange: save(tmp_path, 5, random_state(5), exchange))[0]
+    (path / INDEX).unlink()
+    files = {name: record._asdict() for name, record in read_manifest(path).files.items() if name != INDEX}
+    edit_manifest(path, version=1, files=files)
+    assert newest_valid(tmp_path, IDENTITY).notes == ()
+    assert equal(stored(path), random_state(5))
+    content = (path / TENSORS).read_bytes()
+    (path / TENSORS).write_bytes(content.replace(b"exp_avg/embedding/0-", b"exp_avg/embedding/1-"))
+    with pytest.raises(UserError, match="another layout"):
+        CheckpointReader(path)
+
+
+INDEX_FAULTS = {
+    "a piece is missing": (lambda rows: rows[1:], "does not hold all of embedding"),
+    "a piece begins too late": (lambda rows: [[0, 1, *rows[0][2:]], *rows[1:]], "does not hold all of embedding"),
+    "a piece is there twice": (lambda rows: [*rows, rows[0]], "does not hold all of embedding"),
+    "an unknown parameter": (lambda rows: [[9, *rows[0][1:]], *rows[1:]], "pieces are of unknown parameters"),
+    "an unknown file": (lambda rows: [[*rows[0][:3], 3], *rows[1:]], "pieces are in unknown files"),
+}
+
+
+@pytest.mark.parametrize("fault", INDEX_FAULTS)
+def test_an_index_that_cannot_be_right_is_refused(folder, fault) -> None:
+    path = folder / "step-200"
+    rows = load_file(path / INDEX)["pieces"].tolist()
+    change, reason = INDEX_FAULTS[fault]
+    (path / INDEX).write_bytes(index_bytes(change(rows)))
+    with pytest.raises(UserError, match=reason):
+        CheckpointReader(path)
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
@@ -224,4 +261,4 @@ def test_an_error_of_rank_zero_is_raised_on_all(folder) -> None:
 def test_the_manifest_reads_back(folder) -> None:
     manifest = read_manifest(folder / "step-200")
     assert (manifest.step, manifest.sequence, manifest.keep, manifest.world_size) == (200, 2, False, 1)
-    assert manifest.identity == IDENTITY and set(manifest.files) == {TENSORS, "rank-00000.json", "state.json"}
+    assert manifest.identity == IDENTITY and set(manifest.files) == {TENSORS, "rank-00000.json", "state.json", INDEX}

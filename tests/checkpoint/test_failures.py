@@ -10,8 +10,10 @@ import threading
 from pathlib import Path
 
 import pytest
+import torch
 
 from ds_stacking.checkpoint import durable, job
+from ds_stacking.checkpoint.format import PieceFile
 from ds_stacking.checkpoint.job import SaveJob
 from ds_stacking.checkpoint.select import newest_valid
 from ds_stacking.checkpoint.snapshot import Snapshot
@@ -104,6 +106,35 @@ def test_a_rank_that_does_not_come_is_not_waited_for_for_ever(tmp_path, monkeypa
     reports = in_threads(2, lambda exchange: attempt(writer(tmp_path, exchange, patience=0.2), 1))
     assert "rank 1 had not written its share" in reports[0].error
     assert newest_valid(tmp_path) is None
+
+
+def test_marks_are_gathered_by_listings_not_by_a_look_up_per_rank(tmp_path, monkeypatch) -> None:
+    """Every second rank is there at the first look, the others at the third."""
+    ranks = [
+        SaveJob(folder=tmp_path, attempt=1, rank=rank, world_size=40, step=1, keep=False, identity={}, state=b"{}",
+                generators=b"{}", file=PieceFile([]), names=[], patience=10.0)
+        for rank in range(40)
+    ]  # fmt: skip
+    for one in ranks[::2]:
+        one.write_share(torch.empty(0))
+    calls = {"listdir": 0, "stat": 0}
+    listdir, stat = os.listdir, os.stat
+
+    def counted_listdir(path: Path) -> list[str]:
+        calls["listdir"] += 1
+        if calls["listdir"] == 3:
+            for one in ranks[1::2]:
+                one.write_share(torch.empty(0))
+        return listdir(path)
+
+    def counted_stat(*args: object, **options: object) -> os.stat_result:
+        calls["stat"] += Path(args[0]).name.startswith(".rank-")
+        return stat(*args, **options)
+
+    monkeypatch.setattr(os, "listdir", counted_listdir)
+    monkeypatch.setattr(os, "stat", counted_stat)
+    records, _ = ranks[0]._gather()
+    assert len(records) == 2 * 40 + 1 and calls == {"listdir": 3, "stat": 0}
 
 
 def test_a_slow_write_makes_the_next_save_be_skipped(tmp_path, monkeypatch) -> None:

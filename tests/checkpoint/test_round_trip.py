@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import builtins
+import io
 import json
 import stat
+from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 import pytest
+import safetensors.torch
 import torch
 from safetensors.torch import load_file
 
@@ -17,6 +23,7 @@ from ds_stacking.checkpoint.store import CheckpointReader
 from ds_stacking.checkpoint.write import CheckpointWriter
 from ds_stacking.config import UserError
 from ds_stacking.growth.exchange import OneRank
+from ds_stacking.growth.holdings import holdings
 from ds_stacking.growth.plan import ParameterInfo
 from ds_stacking.growth.state import KINDS, FullState, TensorSlice
 from tests.checkpoint.stores import IDENTITY, NUMELS, PARAMETERS, Shard, equal, in_threads, random_state, save, stored
@@ -60,7 +67,7 @@ def test_everything_else_comes_back(tmp_path) -> None:
 def test_ranks_write_disjoint_pieces_of_equal_size(tmp_path) -> None:
     full = random_state(1)
     in_threads(4, lambda exchange: save(tmp_path, 1, full, exchange))
-    files = sorted((tmp_path / "step-1").glob("*.safetensors"))
+    files = sorted((tmp_path / "step-1").glob("rank-*.safetensors"))
     sizes = [sum(tensor.numel() for tensor in load_file(file).values()) for file in files]
     assert len(files) == 4 and sum(sizes) == 3 * sum(NUMELS.values())
     assert max(sizes) - min(sizes) <= 3 * len(NUMELS)
@@ -72,7 +79,8 @@ def test_partly_shared_pieces_are_written_once() -> None:
         [TensorSlice("a", 4, 10), TensorSlice("b", 0, 1)],
         [TensorSlice("a", 0, 10), TensorSlice("b", 0, 1)],
     ]
-    written = [piece for rank in range(3) for piece in responsible(tables, rank)]
+    everyone = in_threads(3, lambda exchange: holdings(tables[exchange.rank], ["a", "b"], exchange))
+    written = [piece for rank in range(3) for piece in responsible(tables[rank], everyone[rank], rank)]
     for name, numel in {"a": 10, "b": 1}.items():
         elements = sorted(e for piece in written if piece.name == name for e in range(piece.start, piece.stop))
         assert elements == list(range(numel))
@@ -96,7 +104,7 @@ def test_size_is_twelve_bytes_for_each_parameter(tmp_path) -> None:
 def test_files_are_json_and_safetensors_and_private(tmp_path) -> None:
     path = save(tmp_path / "run" / "checkpoints", 1)
     names = sorted(file.name for file in path.iterdir())
-    assert names == ["manifest.json", "rank-00000.json", "rank-00000.safetensors", "state.json"]
+    assert names == ["manifest.json", "pieces.safetensors", "rank-00000.json", "rank-00000.safetensors", "state.json"]
     for file in path.iterdir():
         assert stat.S_IMODE(file.stat().st_mode) == 0o600
         load_file(file) if file.suffix == ".safetensors" else json.loads(file.read_text())
@@ -144,6 +152,25 @@ def test_a_reader_gives_any_slice(tmp_path) -> None:
         piece = TensorSlice("embedding", start, stop)
         for kind in KINDS:
             assert torch.equal(reader.read(piece, kind), full.read(piece, kind))
+
+
+def test_a_reader_opens_no_file_but_those_it_reads_from(tmp_path, monkeypatch) -> None:
+    in_threads(7, lambda exchange: save(tmp_path, 1, Shard(random_state(1), exchange.rank, 7), exchange))
+    opened: list[str] = []
+    for owner, name in ((builtins, "open"), (io, "open"), (torch, "from_file"), (safetensors.torch, "load_file")):
+        monkeypatch.setattr(owner, name, _noting(getattr(owner, name), opened))
+    reader = CheckpointReader(tmp_path / "step-1")
+    reader.read(TensorSlice("embedding", 0, 10), "master")
+    reader.read(TensorSlice("embedding", 0, 10), "exp_avg")
+    assert sorted(opened) == ["manifest.json", "pieces.safetensors", "rank-00000.safetensors", "state.json"]
+
+
+def _noting(function: Callable, names: list[str]) -> Callable:
+    def noted(path: Any, *args: Any, **options: Any) -> Any:
+        names.append(Path(path).name)
+        return function(path, *args, **options)
+
+    return noted
 
 
 def test_a_reader_refuses_what_does_not_cover_the_parameters(tmp_path) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ds_stacking.growth.exchange import with_ranks
 from ds_stacking.growth.state import KINDS, Kind, TensorSlice
 
 
@@ -27,9 +28,8 @@ class ThreadRank:
         self._barrier.wait(timeout=60)
         return everyone
 
-    def tables(self, slices: Sequence[TensorSlice], names: Sequence[str]) -> list[list[TensorSlice]]:
-        assert {piece.name for piece in slices} <= set(names)
-        return self._share(list(slices))
+    def tables(self, rows: Tensor) -> Tensor:
+        return with_ranks(self._share(rows))
 
     def swap(
         self, send: Sequence[Sequence[Tensor]], receive_sizes: Sequence[int], *, dtype: torch.dtype = torch.float32
