@@ -9,55 +9,24 @@ from __future__ import annotations
 import copy
 import difflib
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
 from ds_stacking.config import UserError
-
-BATCH_KEYS = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
-
-KNOWN_KEYS = (
-    *BATCH_KEYS,
-    "gradient_clipping",
-    "bf16",
-    "zero_optimization",
-    "data_types",
-    "communication_data_type",
-    "activation_checkpointing",
-    "compile",
-    "comms_logger",
-    "flops_profiler",
-    "disable_python_gc",
-    "memory_breakdown",
-    "steps_per_print",
-    "wall_clock_breakdown",
-    "zero_force_ds_cpu_optimizer",
-)
-
-REFUSED_KEYS = {
-    "optimizer": "the recipe's `optimizer` sets it",
-    "scheduler": "the recipe's `schedule` and stages set the learning rate",
-    "fp16": "training runs in bf16 or fp32, set by --precision",
-    "zero_allow_untested_optimizer": "every optimizer used here is tested",
-    "gradient_predivide_factor": "the loss is already normalised over the global batch",
-    "prescale_gradients": "the loss is already normalised over the global batch",
-    "gradient_allreduce_op": "the loss is already normalised over the global batch",
-}
-
-REFUSED_BF16_KEYS = ("bf16_master_weights_and_grads", "bf16_optimizer_states")
-"""They drop the fp32 masters and moments, from which a growth is made."""
+from ds_stacking.engine.ds_keys import KEYS, SECTIONS
 
 
 def load_ds_config(path: str) -> dict[str, Any]:
     """Read and check a DeepSpeed configuration file.
 
-    Raises UserError, one sentence, for a missing file, no JSON, unknown keys and keys that contradict each other.
+    Raises UserError, one sentence, for a missing file, no JSON, keys that are unknown, refused or there twice, values
+    that DeepSpeed would refuse later, and keys that contradict each other.
     """
     try:
-        raw = json.loads(Path(path).read_text())
+        raw = json.loads(Path(path).read_text(), object_pairs_hook=lambda pairs: _once(path, pairs))
     except OSError as error:
         raise UserError(
             f"DeepSpeed configuration {path} cannot be read ({error.strerror}); give --deepspeed_config."
@@ -66,84 +35,75 @@ def load_ds_config(path: str) -> dict[str, Any]:
         raise UserError(f"DeepSpeed configuration {path} is no JSON: {error}.") from None
     if not isinstance(raw, dict):
         raise UserError(f"DeepSpeed configuration {path} must be a JSON object.")
-    for key in raw:
-        _check_key(path, key)
-    _check_zero(path, raw)
-    _check_bf16(path, raw.get("bf16", {}))
+    for name, value in raw.items():
+        _check_key(path, name, value)
+    raw.setdefault("zero_optimization", {}).setdefault("stage", 0)
+    _check_types(path, raw)
+    _check_offload(raw["zero_optimization"], path)
     return raw
 
 
-def _check_key(path: str, key: str) -> None:
-    if key in REFUSED_KEYS:
-        raise UserError(f"{path}: remove {key!r}, {REFUSED_KEYS[key]}.")
-    if key not in KNOWN_KEYS:
-        raise UserError(f"{path}: unknown key {key!r}{_nearest(key, KNOWN_KEYS)}")
+def _once(path: str, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object whose keys stand there once each; the json module would let the last one win."""
+    names = [name for name, _ in pairs]
+    twice = [name for name in names if names.count(name) > 1]
+    if twice:
+        raise UserError(f"{path}: the key {twice[0]!r} stands there twice; keep one.")
+    return dict(pairs)
+
+
+def _check_key(path: str, name: str, value: Any) -> None:
+    """Raise UserError where the table refuses a key, or one inside it; `name` has its sections before it."""
+    if name in SECTIONS:
+        if value is None and name.startswith("zero_optimization.offload_"):
+            return  # DeepSpeed's own default
+        if not isinstance(value, dict):
+            raise UserError(f"{path}: {name} must be a JSON object.")
+        for inner, content in value.items():
+            _check_key(path, f"{name}.{inner}", content)
+    elif name not in KEYS:
+        section = name.rpartition(".")[0]
+        known = {key.removeprefix(section).strip(".").split(".")[0] for key in KEYS if key.startswith(section)}
+        raise UserError(f"{path}: unknown key {name!r}{_nearest(name.rpartition('.')[2], known)}")
+    elif KEYS[name].refused:
+        raise UserError(f"{path}: remove {name!r}, {KEYS[name].refused}.")
+    elif not KEYS[name].check(value):
+        raise UserError(f"{path}: {name} is {value!r}; it must be {KEYS[name].values}.")
 
 
 def _nearest(key: str, known: Iterable[str]) -> str:
-    near = difflib.get_close_matches(key, list(known), n=1)
+    near = difflib.get_close_matches(key, sorted(known), n=1)
     return f"; did you mean {near[0]!r}?" if near else "; remove it."
 
 
-def _check_bf16(path: str, bf16: Any) -> None:
-    from deepspeed.runtime.precision_config import DeepSpeedBF16Config
-
-    if not isinstance(bf16, dict) or not (bf16.get("enabled", "auto") == "auto" or isinstance(bf16["enabled"], bool)):
-        raise UserError(f'{path}: bf16 must be an object with "enabled": "auto", true or false.')
-    _check_section(path, "bf16", {**bf16, "enabled": True}, DeepSpeedBF16Config)
-    for key in REFUSED_BF16_KEYS:
-        if bf16.get(key):
-            raise UserError(f"{path}: remove bf16.{key}, a growth needs fp32 masters and moments.")
-
-
-def _check_zero(path: str, raw: dict[str, Any]) -> None:
+def _check_types(path: str, raw: Mapping[str, Any]) -> None:
+    """Raise UserError where DeepSpeed would refuse a value, which it does only when it builds an engine."""
+    from deepspeed.comm.config import CommsLoggerConfig
     from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+    from deepspeed.utils.config import DeepSpeedThroughputTimerConfig
 
-    zero = raw.setdefault("zero_optimization", {"stage": 0})
-    if not isinstance(zero, dict):
-        raise UserError(f'{path}: zero_optimization must be a JSON object, such as {{"stage": 2}}.')
-    if type(zero.get("stage", 0)) is not int or zero.get("stage", 0) not in range(4):
-        raise UserError(f"{path}: zero_optimization.stage is {zero['stage']!r}; it must be 0, 1, 2 or 3.")
-    _check_section(path, "zero_optimization", zero, DeepSpeedZeroConfig)
-    for key, field in DeepSpeedZeroConfig.model_fields.items():
-        extra = field.json_schema_extra
-        if key in zero and isinstance(extra, dict) and extra.get("deprecated"):
-            raise UserError(f"{path}: zero_optimization.{key} is deprecated; use {extra['new_param']}.")
-    _check_offload(zero, path)
-
-
-def _check_offload(zero: dict[str, Any], path: str) -> None:
-    """Raise UserError where the section `zero_optimization` offloads what its ZeRO stage cannot."""
-    stage = zero.get("stage", 0)
-    if _offloads(zero, "offload_param") and stage != 3:
-        raise UserError(f"{path}: offload_param needs ZeRO stage 3, but the stage is {stage}.")
-    if _offloads(zero, "offload_optimizer") and stage == 0:
-        raise UserError(f"{path}: offload_optimizer needs ZeRO stage 1, 2 or 3, but the stage is 0.")
-    for key in ("offload_param", "offload_optimizer"):
-        if (zero.get(key) or {}).get("device") == "nvme":
-            raise UserError(f"{path}: {key} to nvme is not supported; use cpu.")
+    _check_section(path, "zero_optimization", raw["zero_optimization"], DeepSpeedZeroConfig)
+    _check_section(path, "comms_logger", raw.get("comms_logger", {}), CommsLoggerConfig)
+    timer = raw.get("timers", {}).get("throughput", {})
+    _check_section(path, "timers.throughput", timer, DeepSpeedThroughputTimerConfig)
 
 
 def _check_section(path: str, name: str, content: dict[str, Any], model: type[BaseModel]) -> None:
-    """Raise UserError, with the nearest known key, where DeepSpeed would refuse a section."""
     try:
         model(**content)
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(str(part) for part in (name, *first["loc"]))
-        if first["type"] != "extra_forbidden":
-            raise UserError(f"{path}: {where} is {first['input']!r}: {first['msg']}.") from None
-        *parents, key = first["loc"]
-        known = _fields(model, [str(parent) for parent in parents])
-        raise UserError(f"{path}: unknown key {where!r}{_nearest(str(key), known)}") from None
+        raise UserError(f"{path}: {where} is {first['input']!r}: {first['msg']}.") from None
 
 
-def _fields(model: type[BaseModel], parents: list[str]) -> list[str]:
-    """Keys of the section `model`, or of the one inside it that `parents` lead to."""
-    for parent in parents:
-        inner = [model.model_fields[parent].annotation, *get_args(model.model_fields[parent].annotation)]
-        model = next(hint for hint in inner if isinstance(hint, type) and issubclass(hint, BaseModel))
-    return [field.alias or name for name, field in model.model_fields.items()]
+def _check_offload(zero: dict[str, Any], path: str) -> None:
+    """Raise UserError where the section `zero_optimization` offloads what its ZeRO stage cannot."""
+    stage = zero["stage"]
+    if _offloads(zero, "offload_param") and stage != 3:
+        raise UserError(f"{path}: offload_param needs ZeRO stage 3, but the stage is {stage}.")
+    if _offloads(zero, "offload_optimizer") and stage == 0:
+        raise UserError(f"{path}: offload_optimizer needs ZeRO stage 1, 2 or 3, but the stage is 0.")
 
 
 def _offloads(zero: dict[str, Any], key: str) -> bool:
@@ -190,5 +150,23 @@ def resolve_ds_config(
     if zero_stage is not None:
         config["zero_optimization"]["stage"] = zero_stage
         _check_offload(config["zero_optimization"], f"zero_stage {zero_stage} of a stage")
+    _set_gradient_sums(config, bf16=bf16, accumulation=accumulation)
     config.setdefault("steps_per_print", 2**31)
     return config
+
+
+def _set_gradient_sums(config: dict[str, Any], *, bf16: bool, accumulation: int) -> None:
+    """Say in which type the gradients of a step's micro-batches are summed: fp32, unless the file says bf16.
+
+    DeepSpeed 0.19.8 sums in fp32 as ZeRO stage 3 only: stage 0 refuses, stage 1 takes an optimizer that does not skip
+    a NaN, and stage 2 sums in bf16 all the same where gradients cross ranks once per step. There stepping.py sums.
+    """
+    asked = config.pop("data_types", {}).get("grad_accum_dtype", "auto")
+    if asked == "bf16" and not bf16:
+        raise UserError(
+            "The DeepSpeed configuration sums gradients in bf16, but the precision is fp32; use --precision."
+        )
+    if asked == "bf16":
+        config["data_types"] = {"grad_accum_dtype": "bf16"}
+    elif bf16 and accumulation > 1 and config["zero_optimization"]["stage"] == 3:
+        config["data_types"] = {"grad_accum_dtype": "fp32"}

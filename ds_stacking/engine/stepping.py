@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 
 import torch
 from deepspeed.runtime.engine import DeepSpeedEngine
@@ -11,21 +12,66 @@ from deepspeed.runtime.engine import DeepSpeedEngine
 def optimizer_step(engine: DeepSpeedEngine, losses: Iterable[torch.Tensor]) -> bool:
     """Differentiate the losses of a step's micro-batches, as they are made, and take the step; False if it was not.
 
-    ZeRO stages 1 and 2 sum gradients on each rank and reduce them once; by itself stage 2 would after every
-    micro-batch. Stage 3 does, so that no rank holds all gradients.
+    ZeRO stages 0, 1 and 2 sum gradients on each rank and reduce them once; by itself stage 2 would after every
+    micro-batch. Stage 3 does, so that no rank holds all gradients. The sums are fp32 unless the DeepSpeed
+    configuration says otherwise (`data_types.grad_accum_dtype`): in bf16 a small gradient is lost beside a large sum.
     """
     taken = False
-    if engine.gradient_accumulation_steps() == 1 or engine.zero_optimization_stage() not in (1, 2):
+    steps = engine.gradient_accumulation_steps()
+    stage = engine.zero_optimization_stage()
+    if steps == 1 or stage == 3:
         for loss in losses:
             engine.backward(loss, scale_wrt_gas=False)
             taken = guarded_step(engine)
         return taken
-    with engine.coalesce_grad_reduction():
+    with _reduced_once(engine), _summed_in_fp32(engine):
         for loss in losses:
             engine.backward(loss, scale_wrt_gas=False)
-    for _ in range(engine.gradient_accumulation_steps()):  # all but the last only count
+    for _ in range(steps):  # all but the last only count
         taken = guarded_step(engine)
     return taken
+
+
+@contextmanager
+def _reduced_once(engine: DeepSpeedEngine) -> Iterator[None]:
+    """Leave gradients where they are inside, and reduce them over ranks at the end."""
+    if engine.zero_optimization_stage() > 0:
+        with engine.coalesce_grad_reduction():
+            yield
+        return
+    with engine.no_sync():
+        yield
+    engine.buffered_allreduce_fallback()
+
+
+@contextmanager
+def _summed_in_fp32(engine: DeepSpeedEngine) -> Iterator[None]:
+    """Sum the 16-bit gradients of the backward passes inside in fp32, and round the sums once, at the end.
+
+    A parameter's gradient is added and freed as soon as a backward pass has made it, so that a rank holds 4 bytes per
+    parameter and no more.
+    """
+    if not engine.bfloat16_enabled() or engine._config.grad_accum_dtype == "bf16":
+        yield
+        return
+    sums: dict[torch.Tensor, torch.Tensor] = {}
+
+    def add(parameter: torch.Tensor) -> None:
+        assert parameter.grad is not None
+        if parameter in sums:
+            sums[parameter].add_(parameter.grad)
+        else:
+            sums[parameter] = parameter.grad.float()
+        parameter.grad = None
+
+    hooks = [p.register_post_accumulate_grad_hook(add) for p in engine.module.parameters() if p.requires_grad]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+    for parameter in list(sums):
+        parameter.grad = sums.pop(parameter).to(parameter.dtype)
 
 
 def guarded_step(engine: DeepSpeedEngine) -> bool:

@@ -64,6 +64,26 @@ def test_shipped_files_take_everything_from_the_recipe(path: Path) -> None:
         ({"zero_optimizaton": {"stage": 2}}, "unknown key 'zero_optimizaton'; did you mean 'zero_optimization'?"),
         ({"optimizer": {"type": "Adam"}}, "remove 'optimizer', the recipe's `optimizer` sets it."),
         ({"fp16": {"enabled": True}}, "remove 'fp16', training runs in bf16 or fp32"),
+        ({"optimizer": None}, "remove 'optimizer', the recipe's `optimizer` sets it."),
+        ('{"dump_state": true, "dump_state": false}', "the key 'dump_state' stands there twice; keep one."),
+        ({"dump_state": 1}, "dump_state is 1; it must be true or false."),
+        ({"steps_per_print": 0}, "steps_per_print is 0; it must be a whole number above 0."),
+        ({"communication_data_type": "fp16"}, """communication_data_type is 'fp16'; it must be "fp32" or "bf16"."""),
+        ({"log_level": "loud"}, "log_level is 'loud'; it must be debug, info, warning, error or critical."),
+        ({"comms_logger": {"prof_ops": 3}}, "comms_logger.prof_ops is 3"),
+        ({"comms_logger": {"prof_op": []}}, "unknown key 'comms_logger.prof_op'; did you mean 'prof_ops'?"),
+        ({"timers": {"throughput": {"enabled": "loud"}}}, "timers.throughput.enabled is 'loud'"),
+        ({"timers": {"thruput": {}}}, "unknown key 'timers.thruput'; did you mean 'throughput'?"),
+        ({"data_types": {"grad_accum_dtype": "fp64"}}, "data_types.grad_accum_dtype is 'fp64'"),
+        ({"data_types": {"param_dtype": "bf16"}}, "remove 'data_types.param_dtype', weights are bf16 or fp32"),
+        ({"compile": {"deepcompile": True}}, "remove 'compile', the recipe's `compile` compiles"),
+        ({"flops_profiler": {"enabled": True}}, "remove 'flops_profiler', the ledger counts FLOPs"),
+        ({"activation_checkpointing": {}}, "remove 'activation_checkpointing'"),
+        (zero(allgather_bucket_size=401), "allgather_bucket_size is 401; it must be an even number above 0."),
+        (zero(mics_shard_size=2), "remove 'zero_optimization.mics_shard_size', DeepSpeed itself has removed it."),
+        (zero(offload_optimizer={"device": "cpu", "ratio": 0.5}), "would keep the learning rate 0."),
+        (zero(zenflow={"topk_ratio": 0.1}), "remove 'zero_optimization.zenflow', it needs CUDA"),
+        (zero(offload_optimizer="cpu"), "zero_optimization.offload_optimizer must be a JSON object."),
         (zero(stge=1), "unknown key 'zero_optimization.stge'; did you mean 'stage'?"),
         (
             zero(offload_optimizer={"devic": "cpu"}),
@@ -74,13 +94,14 @@ def test_shipped_files_take_everything_from_the_recipe(path: Path) -> None:
         (zero(stage=4), "zero_optimization.stage is 4; it must be 0, 1, 2 or 3."),
         (zero(stage="2"), "zero_optimization.stage is '2'; it must be 0, 1, 2 or 3."),
         (zero(reduce_bucket_size="big"), "zero_optimization.reduce_bucket_size is 'big'"),
-        (zero(cpu_offload=True), "zero_optimization.cpu_offload is deprecated; use offload_optimizer."),
+        (zero(cpu_offload=True), "remove 'zero_optimization.cpu_offload', it is deprecated; use offload_optimizer."),
         (zero(offload_param={"device": "cpu"}), "offload_param needs ZeRO stage 3, but the stage is 2."),
         (zero(stage=0, offload_optimizer={"device": "cpu"}), "offload_optimizer needs ZeRO stage 1, 2 or 3"),
-        (zero(offload_optimizer={"device": "nvme", "nvme_path": "/x"}), "offload_optimizer to nvme is not supported"),
+        (zero(offload_optimizer={"device": "nvme"}), """device is 'nvme'; it must be "none" or "cpu"."""),
+        (zero(stage=None), "zero_optimization.stage is None; it must be 0, 1, 2 or 3."),
         ({"zero_optimization": 2}, "zero_optimization must be a JSON object"),
-        ({"bf16": True}, 'bf16 must be an object with "enabled": "auto", true or false.'),
-        ({"bf16": {"enabled": 1}}, 'bf16 must be an object with "enabled": "auto", true or false.'),
+        ({"bf16": True}, "bf16 must be a JSON object."),
+        ({"bf16": {"enabled": 2}}, 'bf16.enabled is 2; it must be "auto", true or false.'),
         ({"bf16": {"enabld": True}}, "unknown key 'bf16.enabld'; did you mean 'enabled'?"),
         ({"bf16": {"bf16_optimizer_states": True}}, "a growth needs fp32 masters and moments."),
     ],
@@ -123,6 +144,34 @@ def test_precision_must_agree(tmp_path: Path) -> None:
     raw = load(tmp_path, {"bf16": {"enabled": True}})
     assert resolve(raw, bf16=True)["bf16"]["enabled"] is True
     with pytest.raises(UserError, match="sets bf16.enabled to True, but the precision is fp32"):
+        resolve(raw, bf16=False)
+
+
+@pytest.mark.parametrize(
+    ("asked", "zero_stage", "bf16", "accumulation", "given"),
+    [
+        (None, 3, True, 2, "fp32"),
+        ("auto", 3, True, 2, "fp32"),
+        ("bf16", 3, True, 2, "bf16"),
+        (None, 3, True, 1, None),
+        (None, 3, False, 2, None),
+        ("fp32", 0, True, 2, None),
+        (None, 1, True, 2, None),
+        ("bf16", 2, True, 2, "bf16"),
+        ("fp32", 2, False, 2, None),
+    ],
+)
+def test_gradients_are_summed_in_fp32(
+    tmp_path: Path, asked: str | None, zero_stage: int, bf16: bool, accumulation: int, given: str | None
+) -> None:
+    content = zero(stage=zero_stage) | ({"data_types": {"grad_accum_dtype": asked}} if asked else {})
+    config = resolve(load(tmp_path, content), bf16=bf16, accumulation=accumulation)
+    assert config.get("data_types", {}).get("grad_accum_dtype") == given
+
+
+def test_sums_in_bf16_need_bf16(tmp_path: Path) -> None:
+    raw = load(tmp_path, {"data_types": {"grad_accum_dtype": "bf16"}})
+    with pytest.raises(UserError, match="sums gradients in bf16, but the precision is fp32"):
         resolve(raw, bf16=False)
 
 
