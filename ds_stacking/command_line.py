@@ -6,7 +6,9 @@ sentence, printed once however many ranks met it.
 
 from __future__ import annotations
 
+import contextlib
 import difflib
+import faulthandler
 import json
 import os
 import re
@@ -22,12 +24,16 @@ from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 from jsonargparse import ArgumentParser, Namespace, set_dumper, set_parsing_settings
 
-from ds_stacking.config import RunAgain, RunConfig, StageConfig, UserError
+from ds_stacking.config import OtherRankFailed, RunAgain, RunConfig, StageConfig, UserError
 
 RECIPES = Path(__file__).resolve().parent.parent / "launchers" / "recipes"
 """Shipped recipes; `--recipe NAME` finds them by name."""
 WAIT_FOR_RANK_0 = 15.0
 """Seconds that another rank waits before it prints bad input: rank 0 has most likely met and printed the same."""
+LONGEST_END = 60.0
+"""Seconds from an error to the end of its process, at most."""
+FAILURE_FILE = "DS_STACKING_FAILURE_FILE"
+"""Names the file into which ranks write the errors that would come again, for whoever decides about a new start."""
 Options = TypeVar("Options")
 
 
@@ -269,6 +275,7 @@ def run_main(main: Callable[[], None]) -> int:
     try:
         main()
     except UserError as error:
+        _prepare_to_end(rank, error)
         if rank != 0:
             time.sleep(WAIT_FOR_RANK_0)
         print(f"error: {error}", file=sys.stderr, flush=True)
@@ -277,7 +284,31 @@ def run_main(main: Callable[[], None]) -> int:
         if rank == 0:
             print(stopped, flush=True)
         return RunAgain.exit_code
-    except Exception:
+    except OtherRankFailed as error:
+        _prepare_to_end(rank, error)
+        print(f"error: rank {rank} ends: {error}", file=sys.stderr, flush=True)
+        return 1
+    except Exception as error:
+        _prepare_to_end(rank, error)
         traceback.print_exc()
         return 1
     return 0
+
+
+def _prepare_to_end(rank: int, error: Exception) -> None:
+    """Tell the batch script of a failure that would come again, and see to it that this process ends."""
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        # libraries wait for lost partners at exit too; this timer is no Python thread
+        faulthandler.dump_traceback_later(LONGEST_END, exit=True)
+    file = os.environ.get(FAILURE_FILE)
+    if file and not _follows_a_loss(error):
+        with contextlib.suppress(OSError), open(file, "a") as failures:
+            failures.write(f"rank {rank}: {type(error).__name__}: {str(error).partition(chr(10))[0]}\n")
+
+
+def _follows_a_loss(error: Exception) -> bool:
+    """Whether an error only says that another rank is gone, which may have been killed and may run again."""
+    kinds = {kind.__name__ for kind in type(error).__mro__}  # of torch.distributed, which may not be imported here
+    return (
+        not kinds.isdisjoint({"DistError", "OtherRankFailed"}) or re.search("gloo|nccl", str(error), re.I) is not None
+    )

@@ -29,6 +29,10 @@ class RunAgain(Exception):
     """sysexits.h's EX_TEMPFAIL, try again."""
 
 
+class OtherRankFailed(RuntimeError):
+    """Another rank failed in what all do together; its text has that rank's words where they are known."""
+
+
 def require(condition: object, message: str) -> None:
     """Raise UserError with `message` unless the condition holds."""
     if not condition:

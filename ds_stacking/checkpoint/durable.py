@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import shutil
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -41,10 +41,14 @@ def write_file(path: Path, parts: Iterable[bytes | memoryview]) -> FileRecord:
     return FileRecord(size, hasher.hexdigest())
 
 
-def file_sha256(path: Path) -> str:
-    """The sha256 of a file's content, as hexadecimal digits."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def file_sha256(path: Path, count: Callable[[int], None] = lambda size: None) -> str:
+    """The sha256 of a file's content, as hexadecimal digits; `count` is told the bytes read, again and again."""
+    hasher, buffer = hashlib.sha256(), memoryview(bytearray(CHUNK))
+    with open(path, "rb", buffering=0) as file:
+        while size := file.readinto(buffer):
+            hasher.update(buffer[:size])
+            count(size)
+    return hasher.hexdigest()
 
 
 def make_directory(path: Path) -> None:

@@ -1,16 +1,20 @@
-"""Which checkpoint a run goes on from: the newest valid one, chosen by rank 0 for all ranks."""
+"""Which checkpoint a run goes on from: the newest valid one, chosen by rank 0 and read by all ranks, a share each."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import heapq
+from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass, field
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from ds_stacking.checkpoint.format import CHECKPOINT_NAME, MANIFEST
 from ds_stacking.checkpoint.manifest import Manifest, Unusable, read_manifest
-from ds_stacking.checkpoint.share import from_first_rank
-from ds_stacking.checkpoint.verify import verify
+from ds_stacking.checkpoint.share import from_first_rank, side_by_side
+from ds_stacking.checkpoint.verify import content_fault, describe, find_faults, inspect
 from ds_stacking.config import UserError
 from ds_stacking.growth.exchange import Exchange
 
@@ -26,6 +30,10 @@ class Found:
     """One line for everything newer or strange that was passed over."""
     branch: bool = False
     """Whether it is another run's, and a new run begins with its state."""
+
+
+Search = Generator[tuple[Path, Manifest], str | None, Found | None]
+"""A search yields a checkpoint whose content is to be read, and is sent its fault or None."""
 
 
 def published(folder: Path) -> list[tuple[Path, Manifest | Unusable]]:
@@ -48,16 +56,58 @@ def newest_valid(folder: Path, identity: Mapping[str, Any] | None = None) -> Fou
 
     Raises UserError where something is there but nothing valid: a run never starts afresh by mistake.
     """
+    return _alone(_search_folder(folder, identity))
+
+
+def find(path: Path, identity: Mapping[str, Any] | None = None) -> Found:
+    """The checkpoint that a user means by `path`: itself, or the newest valid one of a run directory or its folder.
+
+    Raises UserError where `path` names one checkpoint and that one is unusable, or where nothing is there.
+    """
+    found = _alone(_search(path, identity))
+    assert found is not None
+    return found
+
+
+def find_together(
+    path: Path,
+    exchange: Exchange,
+    *,
+    identity: Mapping[str, Any] | None = None,
+    exact: bool = False,
+    alive: Callable[[], None] = lambda: None,
+) -> Found | None:
+    """`newest_valid(path)`, or with `exact` `find(path)`. All ranks call it together.
+
+    Rank 0 searches, and all ranks read the files of what it finds, a share each; `alive` is called while that gets on.
+    Raises UserError on every rank, also where some rank cannot see the folder.
+    """
+    search = _search(path, identity) if exact else _search_folder(path, identity)
+    fault: str | None = None
+    while True:
+        answer = from_first_rank(lambda: _next(search, fault), exchange)  # noqa: B023 -- called before it returns
+        if answer is None:
+            return None
+        if "found" in answer:
+            return Found(path=Path(answer["found"]), step=answer["step"], notes=tuple(answer["notes"]))
+        fault = _check_together(Path(answer["check"]), answer["manifest"], exchange, alive)
+
+
+def _search_folder(folder: Path, identity: Mapping[str, Any] | None) -> Search:
+    """`newest_valid`, which yields what it wants to have read and is sent the fault that was found there."""
     notes = [
         f"{path} is passed over: it is no checkpoint." for path in _visible(folder) if not _is_checkpoint_name(path)
     ]
     for path, _ in published(folder):
         try:
-            manifest = verify(path, identity)
-        except Unusable as reason:
-            notes.append(f"Checkpoint {path} is skipped: {reason}.")
-            continue
-        return Found(path=path, step=manifest.step, notes=tuple(notes))
+            manifest = inspect(path, identity)
+        except Unusable as unusable:
+            reason: str | None = str(unusable)
+        else:
+            reason = yield path, manifest
+            if reason is None:
+                return Found(path=path, step=manifest.step, notes=tuple(notes))
+        notes.append(f"Checkpoint {path} is skipped: {reason}.")
     if not notes:
         return None
     raise UserError(
@@ -66,52 +116,97 @@ def newest_valid(folder: Path, identity: Mapping[str, Any] | None = None) -> Fou
     )
 
 
-def find(path: Path, identity: Mapping[str, Any] | None = None) -> Found:
-    """The checkpoint that a user means by `path`: itself, or the newest valid one of a run directory or its folder.
-
-    Raises UserError where `path` names one checkpoint and that one is unusable, or where nothing is there.
-    """
+def _search(path: Path, identity: Mapping[str, Any] | None) -> Search:
+    """`find` in the same way."""
     if not path.is_dir():
         raise UserError(f"There is no folder {path} to resume from; give a run directory or a checkpoint.")
     if (path / MANIFEST).exists() or _is_checkpoint_name(path):
         try:
-            return Found(path=path, step=verify(path, identity).step)
-        except Unusable as reason:
-            raise UserError(f"Checkpoint {path} cannot be loaded: {reason}; choose another one.") from None
+            manifest = inspect(path, identity)
+        except Unusable as unusable:
+            reason: str | None = str(unusable)
+        else:
+            reason = yield path, manifest
+            if reason is None:
+                return Found(path=path, step=manifest.step)
+        raise UserError(f"Checkpoint {path} cannot be loaded: {reason}; choose another one.")
     inner = path / "checkpoints"
-    found = newest_valid(inner if inner.is_dir() else path, identity)
+    found = yield from _search_folder(inner if inner.is_dir() else path, identity)
     if found is None:
         raise UserError(f"There is no checkpoint in {path} to resume from; give another folder, or start a new run.")
     return found
 
 
-def find_together(
-    path: Path, exchange: Exchange, *, identity: Mapping[str, Any] | None = None, exact: bool = False
-) -> Found | None:
-    """`newest_valid(path)`, or with `exact` `find(path)`, decided by rank 0. All ranks call it together.
+def _alone(search: Search) -> Found | None:
+    fault = None
+    try:
+        while True:
+            fault = content_fault(*search.send(fault))
+    except StopIteration as end:
+        return end.value
 
-    Raises UserError on every rank, also where some rank cannot see the chosen folder.
-    """
 
-    def decide() -> dict[str, Any] | None:
-        try:
-            found = find(path, identity) if exact else newest_valid(path, identity)
-        except OSError as error:
-            raise UserError(f"{error.filename} cannot be read ({error.strerror}); mend its permissions.") from None
+def _next(search: Search, fault: str | None) -> dict[str, Any] | None:
+    """Rank 0: what is to be read next, or what was found, as JSON values."""
+    try:
+        path, manifest = search.send(fault)
+    except StopIteration as end:
+        found: Found | None = end.value
         if found is None:
             return None
-        return {"path": str(found.path.absolute()), "step": found.step, "notes": found.notes}
+        return {"found": str(found.path.absolute()), "step": found.step, "notes": found.notes}
+    except OSError as error:
+        raise UserError(f"{error.filename} cannot be read ({error.strerror}); mend its permissions.") from None
+    return {"check": str(path.absolute()), "manifest": _fingerprint(manifest)}
 
-    answer = from_first_rank(decide, exchange)
-    if answer is None:
+
+def _check_together(path: Path, fingerprint: str, exchange: Exchange, alive: Callable[[], None]) -> str | None:
+    """What is wrong with the content of a checkpoint's files, each of which is read by one rank."""
+    manifest = side_by_side(lambda: _see(path, fingerprint), exchange)
+    blind = exchange.total(int(manifest is None))
+    if blind or manifest is None:
+        raise UserError(f"{blind} ranks do not see {path}; put the run directory on storage that all nodes share.")
+    sizes = [record.size for record in manifest.files.values()]
+    names, mine = list(manifest.files), shares(sizes, exchange.world_size)[exchange.rank]
+    read = [0]
+
+    def count(size: int) -> None:
+        read[0] += size  # threads may lose each other's number, which is a sign of life and no sum
+
+    def work() -> list[int]:
+        return find_faults(path, manifest, [names[index] for index in mine], count)
+
+    faults = torch.zeros(len(names), dtype=torch.int64)
+    faults[mine] = torch.tensor(side_by_side(work, exchange, progress=lambda: read[0], alive=alive), dtype=torch.int64)
+    return describe(names, exchange.add_up(faults).tolist())
+
+
+def shares(sizes: Sequence[int], ranks: int) -> list[list[int]]:
+    """Indices of files by rank, each given to one: the largest first, to whoever has the least.
+
+    Where there are fewer files than ranks, every n-th rank takes one, so that they are spread over the nodes.
+    """
+    takers = min(len(sizes), ranks)
+    taken: list[list[int]] = [[] for _ in range(ranks)]
+    loads = [(0, taker * ranks // takers) for taker in range(takers)]
+    for index in sorted(range(len(sizes)), key=lambda index: (-sizes[index], index)):
+        load, rank = heapq.heappop(loads)
+        taken[rank].append(index)
+        heapq.heappush(loads, (load + sizes[index], rank))
+    return taken
+
+
+def _see(path: Path, fingerprint: str) -> Manifest | None:
+    """The manifest, where this rank sees the same one as rank 0."""
+    try:
+        manifest = read_manifest(path)
+    except Unusable:
         return None
-    found = Found(path=Path(answer["path"]), step=answer["step"], notes=tuple(answer["notes"]))
-    blind = exchange.total(int(not (found.path / MANIFEST).is_file()))
-    if blind:
-        raise UserError(
-            f"{blind} ranks do not see {found.path}; put the run directory on storage that all nodes share."
-        )
-    return found
+    return manifest if _fingerprint(manifest) == fingerprint else None
+
+
+def _fingerprint(manifest: Manifest) -> str:
+    return sha256(manifest.to_bytes()).hexdigest()
 
 
 def _visible(folder: Path) -> list[Path]:

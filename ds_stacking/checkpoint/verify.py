@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import stat
-from collections.abc import Mapping
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Mapping, Sequence
+from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from typing import Any
 
 from ds_stacking.checkpoint.durable import file_sha256
 from ds_stacking.checkpoint.format import CHECKPOINT_NAME, MANIFEST
 from ds_stacking.checkpoint.manifest import Manifest, Unusable, read_manifest
+
+CHANGED = -1
+"""The fault of a file that is not what was written."""
 
 
 def verify(path: Path, identity: Mapping[str, Any] | None = None) -> Manifest:
@@ -21,13 +25,20 @@ def verify(path: Path, identity: Mapping[str, Any] | None = None) -> Manifest:
     With `identity`, each of its values must be the checkpoint's too. No file is opened that the manifest does not
     list, and none is interpreted before its checksum is right. Raises Unusable with the reason.
     """
+    manifest = inspect(path, identity)
+    if reason := content_fault(path, manifest):
+        raise Unusable(reason)
+    return manifest
+
+
+def inspect(path: Path, identity: Mapping[str, Any] | None = None) -> Manifest:
+    """The same with the cheap checks only: manifest, name, identity, the sizes of all files."""
     if path.is_symlink() or not path.is_dir():
         raise Unusable("it is no directory")
     manifest = read_manifest(path)
     _check_name(path, manifest)
     _check_identity(manifest, identity or {})
     _check_sizes(path, manifest)
-    _check_content(path, manifest)
     return manifest
 
 
@@ -69,13 +80,35 @@ def _check_sizes(path: Path, manifest: Manifest) -> None:
             raise Unusable(f"{name} has {found[name].st_size} bytes instead of {record.size}")
 
 
-def _check_content(path: Path, manifest: Manifest) -> None:
-    workers = min(8, len(os.sched_getaffinity(0)))
-    try:
-        with ThreadPoolExecutor(workers) as pool:
-            sums = list(pool.map(lambda name: file_sha256(path / name), manifest.files))
-    except OSError as error:
-        raise Unusable(f"{Path(error.filename).name} cannot be read ({error.strerror})") from None
-    for (name, record), found in zip(manifest.files.items(), sums, strict=True):
-        if found != record.sha256:
-            raise Unusable(f"{name} was changed after it was written (its sha256 differs)")
+def content_fault(path: Path, manifest: Manifest) -> str | None:
+    """What is wrong with the content of a checkpoint's files, read by this rank alone; None where nothing is."""
+    names = list(manifest.files)
+    return describe(names, find_faults(path, manifest, names))
+
+
+def find_faults(
+    path: Path, manifest: Manifest, names: Sequence[str], count: Callable[[int], None] = lambda size: None
+) -> list[int]:
+    """By file: 0 where its content is what the manifest says, CHANGED, or the error number of reading it.
+
+    `count` is told the bytes read, in several threads.
+    """
+
+    def fault(name: str) -> int:
+        try:
+            return 0 if file_sha256(path / name, count) == manifest.files[name].sha256 else CHANGED
+        except OSError as error:
+            return error.errno or errno.EIO
+
+    with ThreadPool(min(8, len(os.sched_getaffinity(0)))) as pool:  # its threads do not keep a process from ending
+        return pool.map(fault, names, chunksize=1)
+
+
+def describe(names: Sequence[str], faults: Sequence[int]) -> str | None:
+    """The first of the faults in words; None where there is none."""
+    for name, fault in zip(names, faults, strict=True):
+        if fault == CHANGED:
+            return f"{name} was changed after it was written (its sha256 differs)"
+        if fault:
+            return f"{name} cannot be read ({os.strerror(fault)})"
+    return None

@@ -7,6 +7,7 @@ import socket
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +16,12 @@ import deepspeed.ops
 import torch
 from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime.engine import DeepSpeedEngine
+from deepspeed.utils import groups
 from filelock import FileLock
 from torch import nn
 
 from ds_stacking.config import OptimizerConfig
+from ds_stacking.engine.agreement import agreed
 from ds_stacking.engine.ds_config import offloads_optimizer, resolve_ds_config
 from ds_stacking.growth.plan import ParameterInfo, parameter_groups
 
@@ -57,10 +60,39 @@ class EngineFactory:
         self, spec: EngineSpec, parameters: Mapping[str, ParameterInfo] | None = None, *, initialize: bool = True
     ) -> DeepSpeedEngine:
         """A new engine; `parameters` fixes the parameter groups of a grown model. All ranks call it together."""
-        model = self.build_model(spec.layers, initialize)
+        with agreed("making the model"):
+            model = self.build_model(spec.layers, initialize)
         if parameters is None:
             parameters = self.describe(model)
-        config = resolve_ds_config(
+        config = self._config(spec)
+        optimizer = self._make_optimizer(self._groups(model, parameters), offload=offloads_optimizer(config))
+        engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config, dist_init_required=False)
+        if not self.optimizer.clip and hasattr(engine.optimizer, "check_grad_overflow"):
+            # in fp32 DeepSpeed looks for gradients that are not finite only where it clips them
+            engine.optimizer.check_grad_overflow = True
+        return engine
+
+    def try_memory(self, spec: EngineSpec, parameters: int) -> None:
+        """Take the device memory of an engine's weights and optimizer state, and give it back; no other rank is asked.
+
+        So a rank without room fails here, where no other waits for it in a collective call. Raises
+        torch.OutOfMemoryError.
+        """
+        config, ranks = self._config(spec), torch.distributed.get_world_size()
+        stage = config["zero_optimization"].get("stage", 0)
+        weights = (2 if self.bf16 else 4) * parameters // (ranks if stage == 3 else 1)
+        part = parameters // (ranks if stage else 1)
+        masters = 0 if stage == 0 and not self.bf16 else 1  # the weights are the masters there
+        sizes = [weights, *[4 * part] * (masters + 2)]
+        if offloads_optimizer(config):
+            sizes = [weights]
+        if stage == 3 and config["zero_optimization"].get("offload_param"):
+            sizes = []
+        taken = [torch.empty(size, dtype=torch.uint8, device=device()) for size in sizes]
+        del taken
+
+    def _config(self, spec: EngineSpec) -> dict[str, Any]:
+        return resolve_ds_config(
             dict(self.ds_config),
             zero_stage=spec.zero_stage,
             bf16=self.bf16,
@@ -69,13 +101,6 @@ class EngineFactory:
             accumulation=spec.accumulation,
             world_size=torch.distributed.get_world_size(),
         )
-        groups = self._groups(model, parameters)
-        optimizer = self._make_optimizer(groups, offload=offloads_optimizer(config))
-        engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config, dist_init_required=False)
-        if not self.optimizer.clip and hasattr(engine.optimizer, "check_grad_overflow"):
-            # in fp32 DeepSpeed looks for gradients that are not finite only where it clips them
-            engine.optimizer.check_grad_overflow = True
-        return engine
 
     def describe(self, model: nn.Module) -> dict[str, ParameterInfo]:
         """The trainable parameters of a first stage's model, in an engine or not.
@@ -117,10 +142,12 @@ class EngineFactory:
         return torch.optim.AdamW(groups, fused=True, **settings)
 
 
-def init_distributed(*, alone: bool = False) -> None:
+def init_distributed(*, alone: bool = False, limit: timedelta | None = None) -> None:
     """Join the default process group; a process that no launcher started becomes the only rank.
 
     So does every process with `alone`, for engines of its own; under a launcher it keeps the device that it was given.
+    `limit` is the longest that a collective call may take (without it DeepSpeed's 10 minutes hold), also in the group
+    that DeepSpeed makes for itself, to which torch would give its own 10 minutes under NCCL.
     """
     if alone or "RANK" not in os.environ:
         only = {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
@@ -133,7 +160,11 @@ def init_distributed(*, alone: bool = False) -> None:
     # On a CPU DeepSpeed would compile an all-reduce for its inference; load_cpu_adam says what that risks.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     get_accelerator().set_device(int(os.environ["LOCAL_RANK"]))
-    deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)
+    asked = {} if limit is None else {"timeout": limit}
+    deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False, **asked)
+    if limit is not None:
+        for group in (torch.distributed.group.WORLD, groups._clone_world_group()):
+            torch.distributed.distributed_c10d._set_pg_timeout(limit, group)
 
 
 def load_cpu_adam() -> None:

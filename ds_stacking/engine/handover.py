@@ -1,6 +1,7 @@
 """Hands a live engine's state over to a new engine, beside the old one or after parking its state on the host.
 
-Everything that can be checked is checked before the old engine is touched, and a failure leaves a usable engine.
+Everything that can be checked is checked before the old engine is touched, and a failure leaves a usable engine. Each
+phase succeeds on all ranks or fails on all (ds_stacking.engine.agreement).
 """
 
 from __future__ import annotations
@@ -17,12 +18,13 @@ from deepspeed.runtime.engine import DeepSpeedEngine
 from torch import nn
 
 from ds_stacking.config import UserError
+from ds_stacking.engine.agreement import Stranded, agreed
 from ds_stacking.engine.factory import device
 from ds_stacking.engine.release import collect, release, warn_of_leaks, watch
 from ds_stacking.engine.working_copies import verify_working_copies
 from ds_stacking.engine.zero_state import LiveState
 from ds_stacking.growth.checks import check_finite, check_source
-from ds_stacking.growth.exchange import make_exchange
+from ds_stacking.growth.exchange import OneRank, make_exchange
 from ds_stacking.growth.executor import MoveReport, execute
 from ds_stacking.growth.holdings import holdings
 from ds_stacking.growth.plan import GrowthPlan
@@ -55,17 +57,21 @@ def hand_over(old: DeepSpeedEngine, plan: GrowthPlan, build: Build) -> Handover:
     """Build a new engine beside `old`, move the state as `plan` says, verify it, free `old`. Collective.
 
     Raises UserError before anything is touched for bad input, and whatever `build` raises; where the state of the
-    new engine differs from its source it raises RuntimeError. In each case `old` is as it was.
+    new engine differs from its source it raises RuntimeError, and OtherRankFailed where it was another rank that
+    failed. In each case `old` is as it was. Raises Stranded where no rank can go on.
     """
     seconds: dict[str, float] = {}
     source = LiveState(old)
-    with _clock(seconds, "check"):
+    with _clock(seconds, "check"), agreed("checking the state to be grown"):
         _check(old, plan, source)
     new = None
     try:
-        with _clock(seconds, "build"):
+        with _clock(seconds, "build"), agreed("building the grown engine"):
             new = build()
-        report = _move(plan, source, new)
+        with agreed("moving the state"):
+            report = _move(plan, source, new)
+    except Stranded:
+        raise
     except BaseException:
         if new is not None:
             release(new)
@@ -85,30 +91,37 @@ def hand_over_parked(
 ) -> Handover:
     """The same in less device memory: the old state is copied to the host and `old` freed before `build` is called.
 
-    Raises UserError before anything is touched for bad input; where the rest fails, raises Undone from the error with
-    an engine made by `rebuild`, to which the plan `before` brought the parked state back.
+    Raises UserError before anything is touched for bad input; where the rest fails on any rank, raises Undone from the
+    error with an engine made by `rebuild`, to which the plan `before` brought the parked state back. Raises Stranded
+    where no rank can go on.
     """
     seconds: dict[str, float] = {}
     source = LiveState(old)
-    with _clock(seconds, "check"):
+    with _clock(seconds, "check"), agreed("checking the state to be grown"):
         _check(old, plan, source)
     with _clock(seconds, "park"):
-        parked, counters = ParkedState(source), _counters(old)
+        with agreed("copying the state to the host"):
+            parked, counters = ParkedState(source), _counters(old)
         shell = old.module
         watched = watch(old)
         del source
         release(old)
         collect()
+    new = None
     try:
-        with _clock(seconds, "build"):
+        with _clock(seconds, "build"), agreed("building the grown engine"):
             new = build()
-        report = _move(plan, parked, new)
+        with agreed("moving the state"):
+            report = _move(plan, parked, new)
         _carry(shell, new, plan, counters)
+    except Stranded:
+        raise
     except Exception as error:
         new = None
         collect()
-        restored = rebuild()
-        _move(before, parked, restored)
+        with agreed("bringing the engine before the growth back"):
+            restored = rebuild()
+            _move(before, parked, restored)
         _carry(shell, restored, before, counters)
         raise Undone(restored) from error
     return Handover(engine=new, report=report, seconds=seconds | report.seconds, leaked_bytes=warn_of_leaks(watched))
@@ -124,7 +137,8 @@ def _check(engine: DeepSpeedEngine, plan: GrowthPlan, source: LiveState) -> None
         )
     names = [entry.source for entry in plan.entries if entry.source is not None]
     check_source(plan, holdings(source.slices(), dict.fromkeys(names), exchange))
-    check_finite(source, exchange)
+    with agreed("looking for numbers that are not finite"):
+        check_finite(source, OneRank())
 
 
 def _move(plan: GrowthPlan, source: StateReader, new: DeepSpeedEngine) -> MoveReport:
@@ -134,9 +148,11 @@ def _move(plan: GrowthPlan, source: StateReader, new: DeepSpeedEngine) -> MoveRe
             f"The grown model has the parameter {min(unplanned)}, which the plan does not know; build it as the old "
             f"one was, only deeper."
         )
-    state, exchange = LiveState(new), make_exchange(device())
-    report = execute(plan, source, state, exchange)
-    verify_working_copies(state, exchange)
+    with agreed("making the optimizer's state"):
+        target = LiveState(new)
+    exchange = make_exchange(device())
+    report = execute(plan, source, target, exchange)
+    verify_working_copies(target, exchange)
     return report
 
 
@@ -164,8 +180,10 @@ def isolated_generators(seed: int) -> Iterator[None]:
     """Seed torch inside, and leave every generator (Python, NumPy, torch, devices) as it was outside."""
     python, numpy = random.getstate(), np.random.get_state()
     devices = [device().index] if device().type == "cuda" else []
-    with torch.random.fork_rng(devices=devices):
-        torch.manual_seed(seed)
-        yield
-    random.setstate(python)
-    np.random.set_state(numpy)
+    try:
+        with torch.random.fork_rng(devices=devices):
+            torch.manual_seed(seed)
+            yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(numpy)

@@ -13,6 +13,7 @@ from typing import Literal
 
 from deepspeed.runtime.engine import DeepSpeedEngine
 
+from ds_stacking.engine.agreement import agreed
 from ds_stacking.engine.factory import EngineFactory, EngineSpec, device
 from ds_stacking.engine.handover import Handover, Undone, hand_over, hand_over_parked, isolated_generators
 from ds_stacking.engine.record import GrowthRecord, growth_record
@@ -57,7 +58,7 @@ class StageManager:
 
     def start(self, spec: EngineSpec) -> DeepSpeedEngine:
         """Build the first stage's engine, its weights drawn from the seed."""
-        with isolated_generators(self.seed):
+        with agreed("building the first engine"), isolated_generators(self.seed):
             self._engine, self._spec = self.factory.build(spec), spec
         self.parameters = self.factory.describe(self._engine.module)
         return self._engine
@@ -66,12 +67,13 @@ class StageManager:
         self, spec: EngineSpec, parameters: Mapping[str, ParameterInfo], source: StateReader, *, stage: int
     ) -> DeepSpeedEngine:
         """Build the engine of `stage` and fill it from a store, such as a checkpoint; every tensor is verified."""
-        with isolated_generators(self.seed):
+        with agreed("building the engine to restore"), isolated_generators(self.seed):
             self._engine, self._spec = self.factory.build(spec, parameters, initialize=False), spec
         plan = copy_plan(parameters, find_blocks(self._engine.module))
-        state, exchange = LiveState(self._engine), make_exchange(device())
-        execute(plan, source, state, exchange)
-        verify_working_copies(state, exchange)
+        with agreed("restoring the state"):
+            state, exchange = LiveState(self._engine), make_exchange(device())
+            execute(plan, source, state, exchange)
+            verify_working_copies(state, exchange)
         self.parameters, self.stage = dict(parameters), stage
         return self._engine
 
@@ -111,9 +113,11 @@ class StageManager:
         """Grow into the engine that `spec` describes. All ranks call it together, between optimizer steps.
 
         Raises UserError for a depth that the operator cannot reach and for a state that is not finite, before anything
-        is touched, and RuntimeError where a tensor of the new engine differs from its source. The current engine is
-        then one that goes on as if nothing had happened: the old one, or with `growth_memory` "low", where that had
-        been freed, a new one with its parked state.
+        is touched, and RuntimeError where a tensor of the new engine differs from its source, or whatever else one
+        rank met while the engine was built or filled: that rank raises its own error, the others OtherRankFailed. The
+        current engine is then one that goes on as if nothing had happened: the old one, or with `growth_memory` "low",
+        where that had been freed, a new one with its parked state. Raises Stranded where ranks wait for a failed one
+        in a collective call; the run must end then.
         """
         assert self.engine.micro_steps % self.engine.gradient_accumulation_steps() == 0, "in the middle of a step"
         plan = self.plan(spec.layers, operator, optimizer_state)
@@ -147,5 +151,7 @@ class StageManager:
     def _build(self, plan: GrowthPlan, spec: EngineSpec) -> DeepSpeedEngine:
         """The engine for `plan`; its weights are drawn only where blocks are fresh, else they are overwritten."""
         fresh = any(entry.source is None for entry in plan.entries)
+        with agreed("looking for the memory of the grown engine"):
+            self.factory.try_memory(spec, sum(entry.info.numel for entry in plan.entries))
         with isolated_generators(self.seed + plan.to_layers):
             return self.factory.build(spec, plan.parameters, initialize=fresh)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Callable
 from dataclasses import asdict, replace
 from hashlib import sha256
 from pathlib import Path
@@ -49,22 +50,23 @@ def identity(config: RunConfig, fingerprint: str) -> dict[str, Any]:
     return {"recipe": sha256(text.encode()).hexdigest(), "model": decisive["model"], "data": fingerprint}
 
 
-def find_checkpoint(config: RunConfig, expected: dict[str, Any]) -> Found | None:
-    """The checkpoint that `--resume` or else `--branch_from` asks for, chosen by rank 0 for all.
+def find_checkpoint(config: RunConfig, expected: dict[str, Any], alive: Callable[[], None]) -> Found | None:
+    """The checkpoint that `--resume` or else `--branch_from` asks for, the same on all ranks.
 
-    None where the run starts at step 0. Raises UserError where there is something to go on from but nothing valid.
+    It is read to the last byte before, which calls `alive` while it gets on. None where the run starts at step 0.
+    Raises UserError where there is something to go on from but nothing valid.
     """
     exchange = make_exchange(device())
     found = None
     if config.resume == "auto":
-        found = find_together(Path(config.run_dir) / "checkpoints", exchange, identity=expected)
+        found = find_together(Path(config.run_dir) / "checkpoints", exchange, identity=expected, alive=alive)
     elif config.resume:
-        found = find_together(Path(config.resume), exchange, identity=expected, exact=True)
+        found = find_together(Path(config.resume), exchange, identity=expected, exact=True, alive=alive)
         assert found is not None
         _check_depth(config, CheckpointReader(found.path))
     if found is None and config.branch_from:
         shared = {name: expected[name] for name in ("model", "data")}
-        found = find_together(Path(config.branch_from), exchange, identity=shared, exact=True)
+        found = find_together(Path(config.branch_from), exchange, identity=shared, exact=True, alive=alive)
         assert found is not None
         found = replace(found, branch=True)
         reader = CheckpointReader(found.path)

@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from ds_stacking.checkpoint.share import side_by_side
 from ds_stacking.checkpoint.write import CheckpointWriter
 from ds_stacking.config import RunAgain, RunConfig, StageConfig
 from ds_stacking.data.batches import Batch, EvalBatches, MaskedBatches
@@ -25,6 +26,7 @@ from ds_stacking.engine.factory import Engine, EngineSpec
 from ds_stacking.engine.stage_manager import GrowthRecord, StageManager
 from ds_stacking.engine.stepping import optimizer_step
 from ds_stacking.evaluation.masked_lm import HeldOutLoss, held_out_loss
+from ds_stacking.growth.exchange import make_exchange
 from ds_stacking.training.batching import BatchPlan
 from ds_stacking.training.checkpointing import save, tell_reports
 from ds_stacking.training.export import export_stage
@@ -76,6 +78,7 @@ class Pretraining:
     device: torch.device
     writer: CheckpointWriter
     stop: StopRequest
+    watchdog: Watchdog
     position: Position = field(default_factory=Position)
     growths: list[GrowthRecord] = field(default_factory=list)
 
@@ -84,7 +87,6 @@ class Pretraining:
         self.health = Health(
             limit=self.config.max_skipped_steps, sigma=self.config.skip_above_sigma, device=self.device
         )
-        self.watchdog = Watchdog(self.config.hang_timeout)
         self.manager.evaluate = lambda _: self.evaluate().every
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
         self.loss_sum = torch.zeros((), dtype=torch.float64, device=self.device)
@@ -312,15 +314,19 @@ class Pretraining:
         self.ledger.stage.eval_loss_end = loss.every
         self.ledger.stage.eval_loss_masked_end = loss.masked
         tensors = consolidate(self.engine, self.manager.parameters)
-        if tensors is not None:
-            export_stage(
-                self.run_dir,
-                stage=index,
-                layers=stage.layers,
-                tensors=tensors,
-                model=self.config.model,
-                data=self.data,
-            )
+
+        def export() -> None:
+            if tensors is not None:
+                export_stage(
+                    self.run_dir,
+                    stage=index,
+                    layers=stage.layers,
+                    tensors=tensors,
+                    model=self.config.model,
+                    data=self.data,
+                )
+
+        side_by_side(export, make_exchange(self.device))  # a large model takes rank 0 minutes
         save(self, stage_end=True)
         self.stop_if_asked()
 

@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 
 from ds_stacking.checkpoint.select import Found
+from ds_stacking.checkpoint.share import side_by_side
 from ds_stacking.config import ModelConfig, RunConfig, StageConfig, UserError
 from ds_stacking.data.batches import EvalBatches, MaskedBatches
 from ds_stacking.data.masking import Masker
@@ -24,11 +25,14 @@ from ds_stacking.engine.ds_config import load_ds_config, resolve_ds_config
 from ds_stacking.engine.factory import EngineFactory, device, init_distributed, native_bf16
 from ds_stacking.engine.host import keep_freed_memory, limit_threads
 from ds_stacking.engine.stage_manager import StageManager
+from ds_stacking.evaluation.masked_lm import HeldOutLoss
+from ds_stacking.growth.exchange import make_exchange
 from ds_stacking.growth.operators import layer_map, parse_operator
 from ds_stacking.growth.triggers import parse_trigger
 from ds_stacking.models.bert import Bert, has_kernels
 from ds_stacking.models.compiling import compile_parts
 from ds_stacking.planning.parts import part_of
+from ds_stacking.training.alarm import Alarm
 from ds_stacking.training.batching import BatchPlan, plan_batch
 from ds_stacking.training.checkpointing import cut_metrics, find_checkpoint, identity, make_writer, restore
 from ds_stacking.training.export import finish_export
@@ -46,6 +50,7 @@ from ds_stacking.training.run_directory import (
 )
 from ds_stacking.training.tracking import make_tracker
 from ds_stacking.training.triggering import triggered_stages
+from ds_stacking.training.watchdog import Watchdog, collective_limit
 
 
 def pretrain(config: RunConfig) -> None:
@@ -64,24 +69,40 @@ def pretrain(config: RunConfig) -> None:
     plans = check_stages(config, ds_config, bf16=bf16, world_size=world_size)
     data = prepare(config.data, config.tokenizer, config.corpus, log=console.line)
     config = replace(config, model=_model_config(config.model, data))
-    init_distributed()
+    init_distributed(limit=collective_limit(config.hang_timeout))
+    with Watchdog(config.hang_timeout) as watchdog, Alarm() as alarm:
+        run, found = _prepare(config, data, plans, ds_config, watchdog, bf16=bf16)
+        console.resolved(_resolved(run, why))
+        try:
+            stage_finished = _resume(run, found)
+            run.train(stage_finished=stage_finished)
+            _finish(run)
+        except BaseException as error:
+            alarm.sound(error)  # before what may take seconds
+            run.close(exit_code=1)
+            raise
+        alarm.close()
+        run.close()
+
+
+def _prepare(
+    config: RunConfig,
+    data: PreparedData,
+    plans: list[BatchPlan],
+    ds_config: Mapping[str, Any],
+    watchdog: Watchdog,
+    *,
+    bf16: bool,
+) -> tuple[Pretraining, Found | None]:
+    """The run, its configuration complete, and the checkpoint that it goes on from."""
     if config.kernels == "auto":
         config = replace(config, kernels="fused" if has_kernels(device()) else "torch")
     config = replace(config, stages=triggered_stages(config))
     expected = identity(config, data.fingerprint)
-    found = find_checkpoint(config, expected)
+    found = find_checkpoint(config, expected, watchdog.beat)
     config = _micro_batches(config, data, plans, ds_config, bf16=bf16, resumed=found is not None)
-    plans = check_stages(config, ds_config, bf16=bf16, world_size=world_size)
-    run = _build(config, data, plans, ds_config, expected, found, bf16=bf16)
-    console.resolved(_resolved(run, why))
-    try:
-        stage_finished = _resume(run, found)
-        run.train(stage_finished=stage_finished)
-        _finish(run)
-    except BaseException:
-        run.close(exit_code=1)
-        raise
-    run.close()
+    plans = check_stages(config, ds_config, bf16=bf16, world_size=dist.get_world_size())
+    return _build(config, data, plans, ds_config, expected, found, watchdog, bf16=bf16), found
 
 
 def _resume(run: Pretraining, found: Found | None) -> bool:
@@ -214,6 +235,7 @@ def _build(
     ds_config: Mapping[str, Any],
     expected: dict[str, Any],
     found: Found | None,
+    watchdog: Watchdog,
     *,
     bf16: bool,
 ) -> Pretraining:
@@ -233,10 +255,14 @@ def _build(
         **_blocks(config, data),
     )
     run_dir = Path(config.run_dir)
-    if rank == 0:
-        claim_run_directory(config, _record(config, data), keep=found is not None and not found.branch)
-        if found is not None:
-            cut_metrics(run_dir, found)
+
+    def claim() -> None:
+        if rank == 0:
+            claim_run_directory(config, _record(config, data), keep=found is not None and not found.branch)
+            if found is not None:
+                cut_metrics(run_dir, found)
+
+    side_by_side(claim, make_exchange(device()))  # --overwrite may have much to delete
     return Pretraining(
         config=config,
         data=data,
@@ -251,6 +277,7 @@ def _build(
         device=device(),
         writer=make_writer(config, expected),
         stop=StopRequest(run_dir),
+        watchdog=watchdog,
     )
 
 
@@ -308,8 +335,16 @@ def _stage_text(config: RunConfig, stage: StageConfig, index: int) -> str:
 def _finish(run: Pretraining) -> None:
     """The last evaluation, the exported model's card, the figure, and summary.json as the last thing."""
     loss, shuffled = run.evaluate(), run.evaluate_shuffled()
-    if run.rank != 0:
-        return
+
+    def report() -> None:
+        if run.rank == 0:
+            _write_reports(run, loss, shuffled)
+
+    side_by_side(report, make_exchange(run.device))
+
+
+def _write_reports(run: Pretraining, loss: HeldOutLoss, shuffled: HeldOutLoss) -> None:
+    """On rank 0."""
     ledger = run.ledger
     summary: dict[str, Any] = {
         "finished": True,

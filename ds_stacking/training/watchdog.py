@@ -11,12 +11,23 @@ import signal
 import sys
 import threading
 import time
+from datetime import timedelta
+
+MARGIN = 60.0
+"""Seconds by which a collective call may outlast `hang_timeout`: the watchdog comes first and shows where it stood."""
+LONGEST = timedelta(days=1)
+"""Time limit of collective calls where the watchdog is off."""
+
+
+def collective_limit(hang_timeout: float) -> timedelta:
+    """The time limit of collective calls that fits a watchdog of `hang_timeout` seconds."""
+    return timedelta(seconds=hang_timeout + MARGIN) if hang_timeout else LONGEST
 
 
 class Watchdog:
     """A thread that ends the process by SIGABRT when no beat came for `seconds`; 0 turns it off.
 
-    It prints where every thread stands first. The launcher then ends the other ranks.
+    It prints where every thread stands first. The launcher then ends the other ranks. A `with` closes it.
     """
 
     def __init__(self, seconds: float) -> None:
@@ -25,6 +36,12 @@ class Watchdog:
         self._closed = threading.Event()
         if seconds:
             threading.Thread(target=self._watch, name="watchdog", daemon=True).start()
+
+    def __enter__(self) -> Watchdog:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
 
     def beat(self) -> None:
         """Note progress."""

@@ -78,6 +78,9 @@ class Threads:
     def total(self, value: int) -> int:
         return sum(self._all(value))
 
+    def add_up(self, values: Tensor) -> Tensor:
+        return sum(self._all(values))
+
 
 def in_threads(world_size: int, case: Callable[[Exchange], Any]) -> list[Any]:
     """What `case(exchange)` returns on each of `world_size` ranks."""

@@ -232,7 +232,7 @@ def test_a_reader_refuses_without_a_manifest(folder) -> None:
 def test_unreadable_files_are_damage(folder, monkeypatch) -> None:
     """Permissions do not bind root, so the operating system's refusal is imitated."""
 
-    def refuse(path: Path) -> str:
+    def refuse(path: Path, count) -> str:
         raise PermissionError(13, "Permission denied", str(path))
 
     monkeypatch.setattr("ds_stacking.checkpoint.verify.file_sha256", refuse)

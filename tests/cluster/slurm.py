@@ -54,8 +54,9 @@ SlurmdTimeout=8
 KillWait=30
 MinJobAge=600
 PropagateResourceLimits=NONE
-NodeName=node0 NodeHostname={host} NodeAddr=127.0.0.1 Port={ports[1]} CPUs=8 State=UNKNOWN
-NodeName=node1 NodeHostname={host} NodeAddr=127.0.0.1 Port={ports[2]} CPUs=8 State=UNKNOWN
+GresTypes=gpu
+NodeName=node0 NodeHostname={host} NodeAddr=127.0.0.1 Port={ports[1]} CPUs=8 Gres=gpu:2 State=UNKNOWN
+NodeName=node1 NodeHostname={host} NodeAddr=127.0.0.1 Port={ports[2]} CPUs=8 Gres=gpu:2 State=UNKNOWN
 PartitionName=all Nodes=node0,node1 Default=YES MaxTime=60 State=UP
 """
 
@@ -88,6 +89,7 @@ class Cluster:
         (self.folder / "munge.key").chmod(0o600)
         values = {"host": socket.gethostname().split(".")[0], "user": getpass.getuser(), "ports": _free_ports(3)}
         (self.folder / "slurm.conf").write_text(SLURM_CONF.format(folder=self.folder, **values))
+        (self.folder / "gres.conf").write_text("Name=gpu File=/dev/null\nName=gpu File=/dev/zero\n")  # no GPUs
         options = {"socket": "munge.socket", "key-file": "munge.key", "pid-file": "munge.pid"}
         options |= {"log-file": "munge.log", "seed-file": "munge.seed"}
         places = [f"--{option}={self.folder / name}" for option, name in options.items()]

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from tests.cluster.slurm import Cluster, missing_programs, wait_for
+from tests.cluster.slurm import ROOT, Cluster, missing_programs, wait_for
 from tests.corpus import small_options, write_corpus
 
 pytestmark = pytest.mark.cluster
@@ -111,6 +112,57 @@ def test_the_script_refuses_a_run_directory_that_it_does_not_know(cluster: Clust
     job = cluster.submit([f"--output={log}"], ["--output_dir=elsewhere"])
     wait_for(lambda: cluster.job(job)["JobState"] == "FAILED", "the refusal")
     assert cluster.job(job)["ExitCode"] == "2:0" and "give the run directory as RUN_DIR" in log.read_text()
+
+
+@pytest.fixture(scope="module")
+def faulty(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An environment whose python starts failing_rank.py in the place of pretrain.py."""
+    folder = tmp_path_factory.mktemp("faulty")
+    (folder / "bin").mkdir()
+    python = folder / "bin" / "python"
+    python.write_text(f'#!/bin/sh\nshift\nexec {sys.executable} {ROOT}/tests/launchers/failing_rank.py "$@"\n')
+    python.chmod(0o755)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("fault", "killed", "code", "restarts"),
+    [
+        ("1:raise:stuck", False, "1:0", "0"),  # the alarm ends the rank that waits in C
+        ("1:raise:deaf", True, "1:0", "0"),  # that rank ends by a signal, and yet the error would come again
+        ("1:killed:run", False, "137:0", "1"),  # started again, and killed again
+    ],
+)
+def test_an_error_is_not_requeued_and_a_killed_rank_is(
+    cluster: Cluster, folder: Path, faulty: Path, fault: str, killed: bool, code: str, restarts: str
+) -> None:
+    run = folder / fault.replace(":", "-")
+    log = run.with_suffix(".log")
+    variables = {"RUN_DIR": str(run), "VENV": str(faulty), "FAULT": fault, "MAX_RESTARTS": "1"}
+    job = cluster.submit([*TWO_NODES, f"--output={log}"], options(folder, "--tracking=none"), **variables)
+    if killed:
+        wait_for(lambda: list(folder.glob(f"{run.name}.failed-*")), "the error of rank 1", START)
+        for process in cluster.processes("RANK=0", f"SLURM_JOB_ID={job}"):
+            process.kill()
+    wait_for(lambda: cluster.job(job)["JobState"] == "FAILED", "the end of the job", START)
+    said = log.read_text()
+    assert (cluster.job(job)["ExitCode"], cluster.job(job)["Restarts"]) == (code, restarts), said
+    assert ("not requeued, it would fail again: rank 1: RuntimeError: injected" in said) == (restarts == "0")
+    assert not list(folder.glob(f"{run.name}.failed-*"))
+
+
+def test_each_rank_gets_its_share_of_the_cores_or_the_job_is_refused(cluster: Cluster, folder: Path) -> None:
+    log = folder / "cores.log"
+    gpus = ["--ntasks-per-node=2", "--gpus-per-node=2", f"--output={log}", "--open-mode=truncate"]
+    job = cluster.submit(gpus, options(folder))
+    wait_for(lambda: cluster.job(job)["JobState"] == "FAILED", "the refusal")
+    assert cluster.job(job)["ExitCode"] == "2:0"
+    assert log.read_text().startswith("error: each rank has one CPU core, which starves its GPU; add --cpus-per-task")
+    show = folder / "show.sh"
+    show.write_text("#!/bin/bash\nsource launchers/slurm/cores.sh\nsrun sh -c 'echo $SLURM_CPUS_PER_TASK cores'\n")
+    for more, cores in ((["--exclusive"], 4), (["--cpus-per-task=3"], 3)):
+        cluster.run("sbatch", "--wait", *gpus, *more, str(show))
+        assert log.read_text() == f"{cores} cores\n" * 2
 
 
 def test_a_comparison_is_an_array_whose_tasks_stop_and_go_on(cluster: Cluster, folder: Path) -> None:
