@@ -25,6 +25,7 @@ from ds_stacking.checkpoint.durable import FileRecord, write_file
 from ds_stacking.checkpoint.format import MANIFEST, STATE, TEMPORARY, PieceFile, rank_file, tensors_file
 from ds_stacking.checkpoint.manifest import Manifest
 from ds_stacking.checkpoint.select import published
+from ds_stacking.common.files import sync_directory
 
 POLL = 0.02
 """Seconds between two looks for the marks of the other ranks."""
@@ -75,7 +76,7 @@ class SaveJob:
         if self.rank == 0:
             contents[STATE] = [self.state]
         records = {name: write_file(self.temporary / name, parts) for name, parts in contents.items()}
-        durable.sync_directory(self.temporary)
+        sync_directory(self.temporary)
         self._mark("done", json.dumps(records).encode())
 
     def publish(self) -> Path:
@@ -145,10 +146,10 @@ def publish(temporary: Path, folder: Path, *, files: Mapping[str, FileRecord], s
     others = [manifest.sequence for _, manifest in published(folder) if isinstance(manifest, Manifest)]
     manifest = Manifest(step=step, sequence=1 + max(others, default=0), files=files, **fields)
     write_file(temporary / MANIFEST, [manifest.to_bytes()])
-    durable.sync_directory(temporary)
+    sync_directory(temporary)
     path = _free_name(folder, step)
     os.rename(temporary, path)
-    durable.sync_directory(folder)
+    sync_directory(folder)
     return path
 
 
