@@ -39,11 +39,12 @@ def main() -> None:
 
 def _workspace(project: str, entity: str | None, out: Path | None) -> str | Path:
     """Send the workspace and return its address, or write it to `out`."""
+    from ds_stacking.common.files import write_text
     from ds_stacking.reports.workspace import build_workspace, save_workspace, workspace_json
 
     if out is None:
         return save_workspace(entity, project)
-    out.write_text(workspace_json(build_workspace(entity or "entity", project)))
+    write_text(out, workspace_json(build_workspace(entity or "entity", project)))
     return out
 
 

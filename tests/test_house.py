@@ -20,6 +20,7 @@ LAUNCHERS = sorted((ROOT / "launchers").rglob("*.py"))
 OTHERS = sorted(path for folder in ("benchmarks", "tests") for path in (ROOT / folder).rglob("*.py"))
 
 ARROWS = {
+    "common": set(),
     "config": set(),
     "command_line": {"config"},
     "kernels": set(),
@@ -33,8 +34,8 @@ ARROWS = {
     "planning": {"config", "models"},
     "training": {"planning", "config", "growth", "models", "engine", "checkpoint", "data", "evaluation", "reports"},
 }
-"""Rooms of the library and the rooms that each may import."""
-PACKAGES = {"config": set(), "kernels": {"torch", "triton"}, "growth": {"torch"}}
+"""Rooms of the library and the rooms that each may import, beside `common`, which all but the kernels may."""
+PACKAGES = {"common": set(), "config": set(), "kernels": {"torch", "triton"}, "growth": {"torch"}}
 """Rooms that must do with these packages beside the standard library."""
 FORBIDDEN_MODULES = {"pickle", "cPickle", "dill", "cloudpickle", "marshal", "shelve", "joblib"}
 FORBIDDEN_CALLS = {
@@ -47,6 +48,17 @@ FORBIDDEN_CALLS = {
     "yaml.load",
     "yaml.unsafe_load",
 }
+WRITERS = {
+    "ds_stacking/common/files.py": "it is what the others use",
+    "ds_stacking/checkpoint/durable.py": "into a directory that is renamed when it is whole",
+    "ds_stacking/checkpoint/huggingface.py": "into a directory that is renamed when it is whole",
+    "ds_stacking/checkpoint/store.py": "into a directory that is renamed when it is whole",
+    "ds_stacking/data/token_file.py": "into a directory that is renamed when it is whole",
+    "ds_stacking/training/comparison.py": "a log, which grows",
+    "kernels/offline.py": "a table of the repository, which git keeps",
+    "ds_stacking/training/tracking.py": "metrics.jsonl, which grows line by line",
+}
+"""Files that may open others for writing, and why; all else is written by common/files.py."""
 PICKLING_COLLECTIVES = {"broadcast_object_list", "all_gather_object", "gather_object", "scatter_object_list"}
 
 
@@ -77,7 +89,7 @@ def wrong_imports(where: str, source: str) -> list[str]:
     for name in imports(source):
         top, *rest = name.split(".")
         if top == "ds_stacking":
-            fine = rest[0] in {where, *ARROWS[where]}
+            fine = rest[0] in {where, *ARROWS[where]} or (rest[0] == "common" and where != "kernels")
         elif top == "deepspeed":
             fine = where == "engine"
         else:
@@ -102,6 +114,23 @@ def dangers(source: str) -> list[str]:
     return found
 
 
+def writes_in_place(source: str) -> list[str]:
+    """Calls after which, cut short, half a file stands under its final name."""
+    found = []
+    for node in ast.walk(ast.parse(source)):
+        if not isinstance(node, ast.Call):
+            continue
+        name = ast.unparse(node.func)
+        method = name.split(".")[-1]
+        texts = [*node.args, *(keyword.value for keyword in node.keywords)]
+        modes = [n.value for n in texts if isinstance(n, ast.Constant) and isinstance(n.value, str)]
+        opens = method in ("open", "fdopen") and any(re.fullmatch("[wax]b?[+]?t?", mode) for mode in modes)
+        by_name = method in ("savefig", "ZipFile") and ast.unparse(node.args[0]) != "file"
+        if opens or by_name or name == "json.dump" or method in ("write_text", "write_bytes") and name != "write_text":
+            found.append(name)
+    return found
+
+
 def test_the_plan_names_every_room() -> None:
     assert {room(path) for path in LIBRARY} <= {*ARROWS, "__init__"}
 
@@ -122,6 +151,8 @@ def test_imports_follow_the_arrows(path: Path) -> None:
         ("models", "from ds_stacking import engine"),
         ("config", "import torch"),
         ("data", "import ds_stacking.models.bert"),
+        ("common", "from ds_stacking.config import UserError"),
+        ("kernels", "from ds_stacking.common.files import write_json"),
     ],
 )
 def test_a_wrong_import_is_found(where: str, source: str) -> None:
@@ -150,6 +181,32 @@ def test_no_code_runs_foreign_code(path: Path) -> None:
 )
 def test_a_danger_is_found(source: str) -> None:
     assert len(dangers(source)) == 1
+
+
+@pytest.mark.parametrize("path", [*LIBRARY, *LAUNCHERS], ids=relative)
+def test_every_file_is_whole_or_absent(path: Path) -> None:
+    assert bool(writes_in_place(path.read_text())) == (relative(path) in WRITERS)
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "json.dump(content, file)",
+        "path.write_text(text)",
+        "(folder / name).write_bytes(b'')",
+        "open(path, 'w')",
+        "path.open('a', encoding='utf-8')",
+        "path.open(mode='xb')",
+        "zipfile.ZipFile(path, 'w')",
+        "figure.savefig(path)",
+    ],
+)
+def test_a_write_in_place_is_found(source: str) -> None:
+    assert len(writes_in_place(source)) == 1
+
+
+def test_reading_is_no_write() -> None:
+    assert writes_in_place("path.open('rb')\nopen(path)\nwrite_text(path, text)\nfigure.savefig(file)") == []
 
 
 def test_model_eval_is_no_danger() -> None:

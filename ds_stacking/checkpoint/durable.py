@@ -57,15 +57,6 @@ def make_directory(path: Path) -> None:
     path.mkdir(exist_ok=True, mode=0o700)
 
 
-def sync_directory(path: Path) -> None:
-    """Force a directory's entries to the disk."""
-    handle = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
 def remove_checkpoint(path: Path) -> None:
     """Delete a directory; it loses its name first, so that a crash in between leaves no half of a checkpoint."""
     doomed = path.with_name(f"{TEMPORARY}removed-{path.name}")

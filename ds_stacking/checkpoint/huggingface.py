@@ -19,7 +19,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from ds_stacking.checkpoint.durable import sync_directory
+from ds_stacking.common.files import sync_directory, write_json
 from ds_stacking.config import UserError
 from ds_stacking.growth.plan import GrowthPlan, ParameterInfo
 from ds_stacking.growth.state import Kind, TensorSlice
@@ -136,11 +136,11 @@ class HuggingFaceWriter:
         for path in self.reader.folder.iterdir():
             if path.is_file() and path.name != INDEX and path.suffix not in (".safetensors", ".bin", ".pt"):
                 shutil.copyfile(path, self._temporary / path.name)
-        (self._temporary / "config.json").write_text(json.dumps(self.config, indent=2) + "\n")
+        write_json(self._temporary / "config.json", self.config)
         if set(self._file_of.values()) != {SINGLE}:
             total = sum(view.numel() * view.element_size() for view in self._views.values())
             index = {"metadata": {"total_size": total}, "weight_map": self._file_of}
-            (self._temporary / INDEX).write_text(json.dumps(index, indent=2) + "\n")
+            write_json(self._temporary / INDEX, index)
         self._views.clear()
         for path in self._temporary.iterdir():
             with open(path, "rb") as file:

@@ -27,6 +27,7 @@ from ds_stacking.checkpoint.format import INDEX, MANIFEST, STATE, TEMPORARY, Pie
 from ds_stacking.checkpoint.index import Row, index_bytes, index_rows
 from ds_stacking.checkpoint.manifest import Manifest
 from ds_stacking.checkpoint.select import published
+from ds_stacking.common.files import sync_directory
 
 POLL, SLOWEST_POLL = 0.02, 1.0
 """Seconds between the first two looks for the marks of the other ranks, and between later ones, at most."""
@@ -80,7 +81,7 @@ class SaveJob:
         if self.rank == 0:
             contents[STATE] = [self.state]
         records = {name: write_file(self.temporary / name, parts) for name, parts in contents.items()}
-        durable.sync_directory(self.temporary)
+        sync_directory(self.temporary)
         rows = index_rows(self.file.pieces, self.names, self.rank)
         self._mark("done", json.dumps({"files": records, "pieces": rows}).encode())
 
@@ -161,10 +162,10 @@ def publish(temporary: Path, folder: Path, *, files: Mapping[str, FileRecord], s
     others = [manifest.sequence for _, manifest in published(folder) if isinstance(manifest, Manifest)]
     manifest = Manifest(step=step, sequence=1 + max(others, default=0), files=files, **fields)
     write_file(temporary / MANIFEST, [manifest.to_bytes()])
-    durable.sync_directory(temporary)
+    sync_directory(temporary)
     path = _free_name(folder, step)
     os.rename(temporary, path)
-    durable.sync_directory(folder)
+    sync_directory(folder)
     return path
 
 

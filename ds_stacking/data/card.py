@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from ds_stacking.common.files import whole_file, write_text
 from ds_stacking.data.token_file import SPLITS, Split
 
 CARD, FIGURE = "card.md", "lengths.png"
@@ -17,7 +18,7 @@ def write_card(folder: Path, manifest: dict[str, Any], splits: dict[str, Split],
     """Write card.md and, beside it, the figure of the documents' lengths."""
     lengths = {split: np.concatenate([np.diff(file.offsets) - 1 for file in splits[split].files]) for split in SPLITS}
     draw_lengths(lengths, folder / FIGURE)
-    (folder / CARD).write_text(card(manifest, lengths, examples), encoding="utf-8")
+    write_text(folder / CARD, card(manifest, lengths, examples))
 
 
 def card(manifest: dict[str, Any], lengths: dict[str, np.ndarray], examples: list[str]) -> str:
@@ -86,7 +87,8 @@ def draw_lengths(lengths: dict[str, np.ndarray], path: Path) -> None:
     axis.set(xlabel="length of the document in tokens", ylabel="share in percent")
     axis.legend(frameon=False)
     axis.spines[["top", "right"]].set_visible(False)
-    figure.savefig(path, dpi=150)
+    with whole_file(path) as file:
+        figure.savefig(file, dpi=150, format="png")
 
 
 def _near(identity: dict[str, Any], totals: dict[str, int]) -> str:

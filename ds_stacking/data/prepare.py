@@ -20,13 +20,14 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
+from ds_stacking.common.files import write_json
 from ds_stacking.config import CorpusConfig
 from ds_stacking.data.cache import cache_root, locked
 from ds_stacking.data.corpus import identify_source, iterate_documents
 from ds_stacking.data.mixture import is_mixture
 from ds_stacking.data.prepared_data import PreparedData, open_cached, open_mixture, open_prepared
 from ds_stacking.data.prepared_folder import TOKENIZER, is_prepared
-from ds_stacking.data.token_file import MANIFEST, SPLITS, write_json, write_token_files
+from ds_stacking.data.token_file import MANIFEST, SPLITS, write_token_files
 from ds_stacking.data.tokenizer import (
     TRAINING_CHARACTERS,
     count_vocabulary,

@@ -11,12 +11,13 @@ from typing import Any, cast
 
 import numpy as np
 
+from ds_stacking.common.files import write_json
 from ds_stacking.config import CorpusConfig, UserError
 from ds_stacking.data.cache import cache_root, locked
 from ds_stacking.data.leaks import find_leak
 from ds_stacking.data.mixture import Mixture, read_mixture
 from ds_stacking.data.prepared_folder import TOKENIZER, is_prepared, open_folder, token_counts
-from ds_stacking.data.token_file import MANIFEST, SPLITS, Split, TokenFile, unigram_entropy, write_json
+from ds_stacking.data.token_file import MANIFEST, SPLITS, Split, TokenFile, unigram_entropy
 from ds_stacking.data.tokenizer import SpecialIds, continuing_tokens, load_tokenizer, special_ids, tokenizer_hash
 
 

@@ -30,6 +30,7 @@ import numpy as np
 from filelock import FileLock, Timeout
 from transformers import PreTrainedTokenizerBase
 
+from ds_stacking.common.files import is_leftover, write_json
 from ds_stacking.config import UserError
 from ds_stacking.data import worker
 from ds_stacking.data.build import Build, ahead, in_batches
@@ -38,7 +39,7 @@ from ds_stacking.data.corpus import identify_source, raw_documents
 from ds_stacking.data.leaks import Leak, find_leak
 from ds_stacking.data.preparation_config import PreparationConfig
 from ds_stacking.data.shards import read_manifest
-from ds_stacking.data.token_file import MANIFEST, SPLITS, Split, TokenFile, token_type, unigram_entropy, write_json
+from ds_stacking.data.token_file import MANIFEST, SPLITS, Split, TokenFile, token_type, unigram_entropy
 from ds_stacking.data.tokenizer import (
     TRAINING_CHARACTERS,
     count_vocabulary,
@@ -138,7 +139,7 @@ def _claimed(folder: Path, identity: dict[str, Any]) -> Iterator[None]:
                     f"{folder} was begun with another {', '.join(different)}; "
                     f"give the same options and unchanged files, or choose another --output_dir."
                 )
-        elif any(path.name != ".lock" for path in folder.iterdir()):
+        elif any(path.name != ".lock" and not is_leftover(path) for path in folder.iterdir()):
             raise UserError(f"{folder} holds other files; choose another --output_dir.")
         else:
             write_json(folder / BEGUN, identity)

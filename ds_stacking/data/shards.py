@@ -17,7 +17,8 @@ from typing import Any
 
 import numpy as np
 
-from ds_stacking.data.token_file import MANIFEST, SPLITS, SplitWriter, file_sha256, write_array, write_json
+from ds_stacking.common.files import write_json
+from ds_stacking.data.token_file import MANIFEST, SPLITS, SplitWriter, file_sha256, write_array
 from ds_stacking.data.worker import Tokenised
 
 _EXAMPLES = 3

@@ -8,7 +8,6 @@ which is written last.
 
 from __future__ import annotations
 
-import json
 import os
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
@@ -113,13 +112,6 @@ def unigram_entropy(counts: np.ndarray, special: tuple[int, ...]) -> float:
     counts[list(special)] = 0
     shares = counts[counts > 0] / max(counts.sum(), 1)
     return float(-(shares * np.log(shares)).sum())
-
-
-def write_json(path: Path, content: dict[str, Any]) -> None:
-    """Write a JSON file through to the disk."""
-    with path.open("w", encoding="utf-8") as file:
-        file.write(json.dumps(content, indent=2) + "\n")
-        flush(file)
 
 
 def write_array(path: Path, values: np.ndarray) -> str:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModel, PreTrainedModel
 
+from ds_stacking.common.files import write_json
 from ds_stacking.config import CorpusConfig, UserError
 from ds_stacking.data.corpus import iterate_documents
 from ds_stacking.data.tokenizer import load_tokenizer, special_ids
@@ -77,7 +78,7 @@ def analyse(config: AttentionConfig) -> Path:
         "growths": partings(subject.growths, stages, as_grown),
     }
     subject.output_dir.mkdir(parents=True, exist_ok=True)
-    (subject.output_dir / "attention.json").write_text(json.dumps(record, allow_nan=False) + "\n")
+    write_json(subject.output_dir / "attention.json", record)
     return subject.output_dir
 
 

@@ -19,6 +19,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
+from ds_stacking.common.files import write_json, write_text
 from ds_stacking.config import UserError
 from ds_stacking.engine.ds_config import load_ds_config
 from ds_stacking.engine.factory import init_distributed, native_bf16
@@ -139,7 +140,7 @@ class GlueRun:
             ids = self.data(job.task).test[name].ids
             words = [labels[int(value)] if labels else f"{min(5.0, max(0.0, value)):.3f}" for value in predictions]
             rows = [f"{index}\t{word}\n" for index, word in zip(ids, words, strict=True)]
-            path.write_text("".join(["index\tprediction\n", *rows]))
+            write_text(path, "".join(["index\tprediction\n", *rows]))
 
     def path(self, job: Job) -> Path:
         """The file of a job's result."""
@@ -160,14 +161,6 @@ def run_glue(config: GlueConfig) -> bool:
     init_distributed(alone=True)
     run.work()
     return run.rank == 0
-
-
-def write_json(path: Path, content: dict[str, Any]) -> None:
-    """Write a JSON file by a temporary name and one rename."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    content = {name: None if value != value else value for name, value in content.items()}  # JSON knows no NaN
-    temporary.write_text(json.dumps(content, indent=2, allow_nan=False) + "\n")
-    temporary.replace(path)
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -15,6 +15,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from ds_stacking.common.files import whole_file
 from ds_stacking.config import UserError
 
 Record = Mapping[str, Any]
@@ -43,7 +44,8 @@ def draw_attention(folder: str | Path) -> list[Path]:
         for name, figure in figures.items():
             for suffix in ("png", "svg"):
                 written.append(Path(folder) / f"{name}.{suffix}")
-                figure.savefig(written[-1], metadata={"Date": None} if suffix == "svg" else None)
+                with whole_file(written[-1]) as file:
+                    figure.savefig(file, format=suffix, metadata={"Date": None} if suffix == "svg" else None)
     return written
 
 

@@ -8,6 +8,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from ds_stacking.common.files import whole_file
 from ds_stacking.reports.comparison import Results, label_of
 from ds_stacking.reports.curves import axis_unit
 
@@ -25,7 +26,8 @@ def draw_comparison(results: Results, path: Path) -> Path:
     panels[0].set_ylabel("held-out loss on [MASK] positions (nats)")
     handles, labels = panels[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), frameon=False)
-    figure.savefig(path)
+    with whole_file(path) as file:
+        figure.savefig(file, format="png")
     return path
 
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import os
 from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
@@ -11,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from ds_stacking.common.files import write_json, write_text
 from ds_stacking.reports.comparison import SECONDS, Effect, End, Results, label_of, read_comparison
 from ds_stacking.reports.comparison_figure import CLOCKS, draw_comparison
 from ds_stacking.reports.curves import axis_unit, read_metrics
@@ -37,11 +36,11 @@ def write_comparison(folder: str | Path) -> str:
     target = results.folder / "report"
     target.mkdir(exist_ok=True)
     text = markdown(results)
-    _write(target / "table.md", text + "\n")
-    _write(target / "report.json", json.dumps(content(results), indent=1) + "\n")
+    write_text(target / "table.md", text + "\n")
+    write_json(target / "report.json", content(results))
     if results.ends:
         draw_comparison(results, target / "comparison.png")
-    _write(target / "report.html", html(results))
+    write_text(target / "report.html", html(results))
     return f"{text}\n\nreport  {target / 'report.html'}"
 
 
@@ -243,10 +242,3 @@ def _ends_of(results: Results, arm: str, cost: str, colour: int) -> list[Line]:
         if ends
     ]
     return [Line(points=points, colour=colour, label=arm, dots=True, style="dashed")] if points else []
-
-
-def _write(path: Path, text: str) -> None:
-    """Write by a temporary name: tasks of a job array write the same report."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(text)
-    temporary.replace(path)

@@ -11,6 +11,7 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from ds_stacking.common.files import whole_file
 from ds_stacking.config import UserError
 
 Records = Sequence[Mapping[str, Any]]
@@ -81,7 +82,8 @@ def draw_curves(run_dir: str | Path) -> Path:
         raise UserError(f"{run_dir} holds no evaluation yet; draw its curves after the first one.")
     path = Path(run_dir) / "report" / "curves.png"
     path.parent.mkdir(exist_ok=True)
-    build_figure(records).savefig(path)
+    with whole_file(path) as file:
+        build_figure(records).savefig(file, format="png")
     return path
 
 

@@ -19,6 +19,8 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from ds_stacking.common.files import whole_file, write_json, write_text
+
 PUBLISHED: dict[str, dict[str, tuple[float, ...]]] = {
     "BERT-Base": {
         "CoLA": (52.1,),
@@ -102,9 +104,9 @@ def write_glue_report(folder: str | Path, jobs: Sequence[str]) -> GlueReport:
     text = "\n\n".join(part for part in (_table(rows), *_notes(rows, failed)) if part)
     target = Path(folder) / "report"
     target.mkdir(exist_ok=True)
-    (target / "glue.md").write_text(f"# GLUE\n\n{text}\n")
+    write_text(target / "glue.md", f"# GLUE\n\n{text}\n")
     content = {"rows": [asdict(row) for row in rows], "failed": failed, "published": PUBLISHED}
-    (target / "glue.json").write_text(json.dumps(content, indent=2) + "\n")
+    write_json(target / "glue.json", content)
     return GlueReport(rows=rows, failed=failed, text=text)
 
 
@@ -229,9 +231,9 @@ def write_submission(folder: str | Path, report: GlueReport) -> str:
     if not found:
         return "No test sets, so no submission."
     path = Path(folder) / "submission.zip"
-    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
-        for name, file in found.items():
-            archive.write(file, f"{name}.tsv")
+    with whole_file(path) as file, zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, answers in found.items():
+            archive.write(answers, f"{name}.tsv")
     missing = [name for name in SUBMITTED if name not in found]
     lacks = f"; the server also wants {', '.join(missing)}" if missing else ""
     return f"{path} holds the predictions of each task's best seed{lacks}."

@@ -10,6 +10,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, StrMethodFormatter
 
+from ds_stacking.common.files import whole_file
+
 COSINES = {
     "copy_cosine_master": ("weights", "#0072B2", "-"),
     "copy_cosine_exp_avg": ("first moment", "#D55E00", "--"),
@@ -25,7 +27,8 @@ def draw_growths(run_dir: str | Path, growths: Sequence[Mapping[str, Any]]) -> P
         return None
     path = Path(run_dir) / "report" / "growths.png"
     path.parent.mkdir(exist_ok=True)
-    build_figure(growths).savefig(path)
+    with whole_file(path) as file:
+        build_figure(growths).savefig(file, format="png")
     return path
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
+from ds_stacking.common.files import write_text
 from ds_stacking.config import UserError
 from ds_stacking.reports.table import count, duration, flops, loss, stage_markdown
 
@@ -49,7 +50,7 @@ def write_model_card(
     )
     metadata = _metadata(name, model, summary, config, licence)
     card = ModelCard(f"---\n{metadata.to_yaml()}\n---\n\n" + "\n\n".join(sections) + "\n")
-    card.save(path.with_name("README.md"))
+    write_text(path.with_name("README.md"), str(card))
     return path.with_name("README.md")
 
 

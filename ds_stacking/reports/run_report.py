@@ -12,6 +12,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from ds_stacking.common.files import write_text
 from ds_stacking.reports.curves import CURVES, UNITS, Records, axis_unit, read_metrics
 from ds_stacking.reports.page import cards, charts, heading, legend, page, paragraph, table
 from ds_stacking.reports.svg import Chart, Line, Point, thin_out
@@ -60,7 +61,7 @@ def write_report(run_dir: str | Path, summary: Mapping[str, Any] | None = None) 
     config = json.loads((run_dir / "config.json").read_text()) if (run_dir / "config.json").exists() else {}
     path = run_dir / "report" / "report.html"
     path.parent.mkdir(exist_ok=True)
-    path.write_text(html(records, config, summary or {}))
+    write_text(path, html(records, config, summary or {}))
     return path
 
 

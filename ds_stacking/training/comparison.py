@@ -20,9 +20,10 @@ from typing import Any, Literal
 
 from filelock import FileLock
 
+from ds_stacking.common.files import write_json, write_text
 from ds_stacking.config import RunAgain, RunConfig, UserError
 from ds_stacking.training.arms import ARMS, ArmRun, Cost, check_arms, pilot_stages, plan_arms
-from ds_stacking.training.run_directory import CONFIG, METRICS, STOP, is_finished, write_json
+from ds_stacking.training.run_directory import CONFIG, METRICS, STOP, is_finished
 
 PLAN = "comparison.json"
 PILOT_STEPS = 60
@@ -125,7 +126,7 @@ class Comparison:
             return True
         if code == RunAgain.exit_code:
             raise RunAgain(f"stopped in {run.path}; the same command goes on")
-        failed.write_text(f"ended with code {code}: {_last_line(path.with_suffix('.log'))}\n")
+        write_text(failed, f"ended with code {code}: {_last_line(path.with_suffix('.log'))}\n")
         self.say(f"{run.path} failed: {failed.read_text().strip()}")
         return False
 

@@ -18,10 +18,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from ds_stacking.common.files import write_json
 from ds_stacking.engine.zero_state import LiveState
 from ds_stacking.growth.plan import ParameterInfo
 from ds_stacking.growth.state import StateReader
-from ds_stacking.training.run_directory import write_json
 
 if TYPE_CHECKING:
     from ds_stacking.training.loop import Pretraining

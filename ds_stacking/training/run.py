@@ -16,6 +16,7 @@ import torch.distributed as dist
 
 from ds_stacking.checkpoint.select import Found
 from ds_stacking.checkpoint.share import side_by_side
+from ds_stacking.common.files import write_json
 from ds_stacking.config import ModelConfig, RunConfig, StageConfig, UserError
 from ds_stacking.data.batches import EvalBatches, MaskedBatches
 from ds_stacking.data.masking import Masker
@@ -46,7 +47,6 @@ from ds_stacking.training.run_directory import (
     check_run_directory,
     claim_run_directory,
     is_finished,
-    write_json,
 )
 from ds_stacking.training.tracking import make_tracker
 from ds_stacking.training.triggering import triggered_stages

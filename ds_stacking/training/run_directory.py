@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from ds_stacking.common.files import write_json
 from ds_stacking.config import RunConfig, UserError
 
 CONFIG, SUMMARY, METRICS, STOP = "config.json", "summary.json", "metrics.jsonl", "stop"
@@ -65,23 +65,3 @@ def claim_run_directory(config: RunConfig, resolved: Mapping[str, Any], *, keep:
     path.mkdir(parents=True, exist_ok=True)
     write_json(path / CONFIG, resolved)
     return path
-
-
-def write_json(path: Path, content: Mapping[str, Any]) -> None:
-    """Write a JSON file by a temporary name, fsync and one rename."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    with temporary.open("w") as file:
-        json.dump(finite(content), file, indent=2, allow_nan=False)
-        file.write("\n")
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
-
-
-def finite(value: Any) -> Any:
-    """`value` with None for every number that is not finite: JSON knows no NaN."""
-    if isinstance(value, Mapping):
-        return {key: finite(inner) for key, inner in value.items()}
-    if isinstance(value, list | tuple):
-        return [finite(inner) for inner in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value

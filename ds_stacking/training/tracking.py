@@ -21,8 +21,8 @@ from typing import Any, Protocol
 
 import psutil
 
+from ds_stacking.common.files import finite, write_text
 from ds_stacking.config import RunConfig, StageConfig, UserError
-from ds_stacking.training.run_directory import finite
 
 logger = logging.getLogger(__name__)
 
@@ -221,7 +221,7 @@ def _start(run_dir: Path, name: str, config: Mapping[str, Any]) -> Any:
 def _run_id(run_dir: Path) -> str:
     path = run_dir / "wandb_id.txt"
     if not path.exists():
-        path.write_text(uuid.uuid4().hex[:16] + "\n")
+        write_text(path, uuid.uuid4().hex[:16] + "\n")
     return path.read_text().strip()
 
 

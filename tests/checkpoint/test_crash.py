@@ -69,7 +69,7 @@ def inside_the_pruning() -> None:
 POINTS = {
     "before the save": (before(durable, "make_directory"), 1),
     "inside the tensors": (inside("rank-00000.safetensors"), 1),
-    "after the tensors": (before(durable, "sync_directory"), 1),
+    "after the tensors": (before(job, "sync_directory"), 1),
     "inside state.json": (inside("state.json"), 1),
     "before the mark": (before(SaveJob, "_mark"), 1),
     "after the mark": (after(SaveJob, "_mark"), 1),

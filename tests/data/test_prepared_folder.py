@@ -56,6 +56,51 @@ if __name__ == "__main__":
     fields |= {"data": data, "output_dir": output_dir, "tokenizer": tokenizer, "corpus": source}
     prepare_folder(PreparationConfig(**fields), print)
 """
+KILLED_AT_A_RENAME = KILLED.replace(
+    """    build.ShardWriter.add = die
+""",
+    """    renames, replace = int(sys.argv[4]), os.replace
+
+    def die_or_replace(*names):
+        calls.append(None)
+        os.kill(os.getpid(), signal.SIGKILL) if len(calls) == renames else replace(*names)
+
+    os.replace = die_or_replace
+""",
+)
+KILLED_IN_EVERY_FILE = """
+import os, signal, sys
+from ds_stacking.config import SourceConfig
+from ds_stacking.data.preparation_config import PreparationConfig
+from ds_stacking.data import build
+from ds_stacking.data.prepared_folder import prepare_folder
+
+def prepare(last):
+    written, fsync = [], os.fsync
+
+    def counted(handle):
+        name = os.readlink(f"/proc/self/fd/{handle}")
+        if os.path.isfile(name) and not name.endswith((".bin", ".npy")):
+            written.append(name)
+            if len(written) == last:
+                os.ftruncate(handle, os.fstat(handle).st_size // 2)
+                os.kill(os.getpid(), signal.SIGKILL)
+        fsync(handle)
+
+    os.fsync = counted
+    prepare_folder(PreparationConfig(**fields), print)
+    os._exit(0)
+
+if __name__ == "__main__":
+    build._BATCH_CHARACTERS = 5000
+    fields = {"sentences": True, "near_duplicates": 0.8, "max_leak": 100, "shard_tokens": 8000, "workers": 1}
+    fields |= {"corpus": SourceConfig(eval_percent=30.0)}
+    fields |= dict(zip(("data", "output_dir", "tokenizer"), sys.argv[1:]))
+    cut = 0
+    while (status := os.waitpid(os.fork() or prepare(cut + 1), 0)[1]) == signal.SIGKILL:
+        cut += 1
+    print(cut, os.waitstatus_to_exitcode(status))
+"""
 
 
 @pytest.fixture(scope="module")
@@ -176,6 +221,19 @@ def test_any_number_of_workers_and_a_kill_give_the_same_shards(
     assert any(f"{len(finished)} finished shards are kept" in line for line in lines)
     assert {name: (killed / name).stat().st_mtime_ns for name in finished} == finished
     assert arrays(killed) == arrays(folder)
+
+
+def test_a_kill_in_the_middle_of_any_file_leaves_a_folder_that_goes_on(
+    folder: Path, source: Path, tokenizer: str, tmp_path: Path
+):
+    """JSON files, card and figure are whole or absent: no start finds half of one, whichever was cut short."""
+    (tmp_path / "script.py").write_text(KILLED_IN_EVERY_FILE)
+    command = [sys.executable, str(tmp_path / "script.py"), str(source), str(tmp_path / "cut"), tokenizer]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    cut, code = result.stdout.split("\n")[-2].split()
+    assert code == "0", result.stderr
+    assert int(cut) >= 5, "the beginning, a shard, the figure, the card and the manifest"
+    assert arrays(tmp_path / "cut") == arrays(folder)
 
 
 @pytest.mark.parametrize("name", ["train.bin", "eval_offsets.npy", "digests.npy", "manifest.json"])

@@ -1,4 +1,4 @@
-"""The run directory: what is refused before anything is written, what --overwrite deletes, whole files only."""
+"""The run directory: what is refused before anything is written, what --overwrite deletes."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from ds_stacking.config import RunConfig, UserError
-from ds_stacking.training.run_directory import CONFIG, OURS, check_run_directory, claim_run_directory, write_json
+from ds_stacking.training.run_directory import CONFIG, OURS, check_run_directory, claim_run_directory
 
 
 def config(path: Path, *, overwrite: bool = False) -> RunConfig:
@@ -94,13 +94,3 @@ def test_others_cannot_read_a_run(tmp_path: Path) -> None:
     folder = claim_run_directory(config(tmp_path / "run"), {})
     assert stat.S_IMODE(folder.stat().st_mode) == 0o700
     assert stat.S_IMODE((folder / CONFIG).stat().st_mode) == 0o600
-
-
-def test_a_failed_write_leaves_the_old_file(tmp_path: Path) -> None:
-    path = tmp_path / "summary.json"
-    write_json(path, {"step": 1})
-    with pytest.raises(TypeError):
-        write_json(path, {"step": 2, "bad": object()})
-    assert json.loads(path.read_text()) == {"step": 1}
-    write_json(path, {"step": 3})
-    assert json.loads(path.read_text()) == {"step": 3}
