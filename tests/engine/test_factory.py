@@ -71,4 +71,4 @@ def late_partner(group: str) -> float:
 @pytest.mark.parametrize("group", ["default", "DeepSpeed's"])
 def test_a_collective_call_ends_at_our_limit(group: str) -> None:
     with pytest.raises(AssertionError, match=r"given up after [12]\.\d s"):
-        run_ranks(2, late_partner, group, timeout=40)
+        run_ranks(2, late_partner, group, timeout=120)
