@@ -90,6 +90,7 @@ class EngineFactory:
             sizes = []
         taken = [torch.empty(size, dtype=torch.uint8, device=device()) for size in sizes]
         del taken
+        get_accelerator().empty_cache()
 
     def _config(self, spec: EngineSpec) -> dict[str, Any]:
         return resolve_ds_config(

@@ -101,6 +101,7 @@ def _prepare(
     expected = identity(config, data.fingerprint)
     found = find_checkpoint(config, expected, watchdog.beat)
     config = _micro_batches(config, data, plans, ds_config, bf16=bf16, resumed=found is not None)
+    watchdog.beat()
     plans = check_stages(config, ds_config, bf16=bf16, world_size=dist.get_world_size())
     return _build(config, data, plans, ds_config, expected, found, watchdog, bf16=bf16), found
 

@@ -1,9 +1,10 @@
-"""Starting engines where a killed process left torch's compilation lock behind."""
+"""Starting engines where a killed process left torch's compilation lock behind; the time limit of collective calls."""
 
 from __future__ import annotations
 
 import os
 import shutil
+import time
 from pathlib import Path
 
 import pytest
@@ -43,3 +44,31 @@ def shared_memory_operator() -> object:
 def test_no_compiler_runs_at_a_start_without_offload() -> None:
     """DeepSpeed compiles its shared-memory all-reduce for CPUs at every first start, under torch's lock."""
     assert run_ranks(2, shared_memory_operator) == [None, None]
+
+
+def late_partner(group: str) -> float:
+    """Seconds after which a rank whose partner does not come gives up, with a limit of one second."""
+    from datetime import timedelta
+
+    import torch
+    import torch.distributed as dist
+    from deepspeed.utils import groups
+
+    from ds_stacking.engine.factory import init_distributed
+
+    init_distributed(limit=timedelta(seconds=1))
+    begin = time.monotonic()
+    if dist.get_rank() == 0:
+        with pytest.raises(RuntimeError, match=r"(?i)timed out|timeout"):
+            dist.all_reduce(torch.ones(1), group={"default": None, "DeepSpeed's": groups._clone_world_group()}[group])
+        dist.distributed_c10d._get_default_store().set("given up", "")
+        raise TimeoutError(f"given up after {time.monotonic() - begin:.1f} s")
+    dist.distributed_c10d._get_default_store().wait(["given up"])
+    time.sleep(5)
+    return 0.0
+
+
+@pytest.mark.parametrize("group", ["default", "DeepSpeed's"])
+def test_a_collective_call_ends_at_our_limit(group: str) -> None:
+    with pytest.raises(AssertionError, match=r"given up after [12]\.\d s"):
+        run_ranks(2, late_partner, group, timeout=120)

@@ -150,6 +150,8 @@ class Ranks:
                     if rank not in ended and process.exitcode in (-signal.SIGKILL, -signal.SIGABRT):
                         ended[rank] = "killed"
                         end = min(end, time.monotonic() + after_a_death)
+                    if rank not in ended and process.exitcode == 1:
+                        ended[rank] = "failed"  # the alarm ends a process at once
                 assert time.monotonic() < end, f"a rank did not end; the others: {ended}"
                 time.sleep(0.02)
         finally:

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from datetime import timedelta
 from pathlib import Path
+
+from ds_stacking.training.watchdog import LONGEST, collective_limit
 
 ROOT = Path(__file__).parents[2]
 
@@ -29,3 +32,8 @@ def test_progress_keeps_it_alive() -> None:
 def test_it_can_be_off_and_be_closed() -> None:
     assert watched("time.sleep(1)", 0).returncode == 0
     assert watched("dog.close()\ntime.sleep(2)", 0.5).returncode == 0
+
+
+def test_it_comes_before_the_time_limit_of_collective_calls() -> None:
+    assert collective_limit(1800) == timedelta(seconds=1860)
+    assert collective_limit(0) == LONGEST, "never is no limit that torch knows"
