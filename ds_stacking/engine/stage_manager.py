@@ -19,6 +19,7 @@ from ds_stacking.engine.record import GrowthRecord, growth_record
 from ds_stacking.engine.release import collect, release
 from ds_stacking.engine.zero_state import LiveState
 from ds_stacking.growth.blocks import find_blocks
+from ds_stacking.growth.blocks_alike import check_alike
 from ds_stacking.growth.exchange import make_exchange
 from ds_stacking.growth.executor import execute
 from ds_stacking.growth.operators import layer_map, parse_operator
@@ -145,4 +146,6 @@ class StageManager:
         """The engine for `plan`; its weights are drawn only where blocks are fresh, else they are overwritten."""
         fresh = any(entry.source is None for entry in plan.entries)
         with isolated_generators(self.seed + plan.to_layers):
-            return self.factory.build(spec, plan.parameters, initialize=fresh)
+            new = self.factory.build(spec, plan.parameters, initialize=fresh)
+        check_alike(self.engine.module, new.module, find_blocks(self.engine.module), plan.layers)
+        return new
