@@ -27,6 +27,8 @@ from ds_stacking.growth.plan import GrowthPlan, ParameterInfo, copy_plan, make_p
 from ds_stacking.growth.state import ParkedState, StateReader
 
 Evaluate = Callable[[DeepSpeedEngine], float]
+INITIALISATION = frozenset({"std"})
+"""Attributes of our layers that differ where weights need not be drawn, since they will be overwritten."""
 
 
 class StageManager:
@@ -147,5 +149,6 @@ class StageManager:
         fresh = any(entry.source is None for entry in plan.entries)
         with isolated_generators(self.seed + plan.to_layers):
             new = self.factory.build(spec, plan.parameters, initialize=fresh)
-        check_alike(self.engine.module, new.module, find_blocks(self.engine.module), plan.layers)
+        old = self.engine.module
+        check_alike(old, new.module, find_blocks(old), plan.layers, besides=INITIALISATION)
         return new

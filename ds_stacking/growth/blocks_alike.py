@@ -23,11 +23,14 @@ DEEPSPEED = ("ds_", "applied_pre_backward_ref_cnt")
 """How the attributes begin that DeepSpeed keeps its books in."""
 
 
-def check_alike(old: nn.Module, new: nn.Module, blocks: BlockNames, layers: LayerMap) -> None:
+def check_alike(
+    old: nn.Module, new: nn.Module, blocks: BlockNames, layers: LayerMap, *, besides: frozenset[str] = frozenset()
+) -> None:
     """Raise UserError where a block of `new` does something else than the block of `old` that it is made from.
 
     Compared are the classes of a block's parts, their plain attributes, and lists of one entry per block in the
-    configuration of the model. An attribute that counts the blocks is their name, and is left out.
+    configuration of the model. An attribute that counts the blocks is their name, and is left out; so are those called
+    as `besides` says.
     """
     before, after = _facts(old, blocks.prefix), _facts(new, blocks.prefix)
     counters = _counters([*before, *after], [*range(len(before)), *range(len(after))])
@@ -35,6 +38,8 @@ def check_alike(old: nn.Module, new: nn.Module, blocks: BlockNames, layers: Laye
         if source is None:
             continue
         for name in sorted((before[source].keys() | facts.keys()) - counters):
+            if name.rpartition(".")[2] in besides:
+                continue
             here, there = facts.get(name), before[source].get(name)
             if here != there:
                 raise UserError(
@@ -48,11 +53,11 @@ def _facts(model: nn.Module, prefix: str) -> list[Facts]:
     """What is known of every block."""
     container = model.get_submodule(prefix)
     assert isinstance(container, nn.ModuleList)
-    facts: list[dict[str, Any]] = [dict(_attributes(block)) for block in container]
-    for name, entries in _per_block(model, prefix, len(facts)):
-        for known, entry in zip(facts, entries, strict=True):
-            known[name] = entry
-    return facts
+    lists = dict(_per_block(model, prefix, len(container)))
+    return [
+        dict(_attributes(block)) | {name: entries[index] for name, entries in lists.items()}
+        for index, block in enumerate(container)
+    ]
 
 
 def _attributes(block: nn.Module) -> Iterator[tuple[str, Any]]:
@@ -85,9 +90,9 @@ def _counters(facts: Sequence[Facts], positions: Sequence[int]) -> set[str]:
     """Names whose value is the block's position plus a constant, in every block."""
     found = set()
     for name, first in facts[0].items():
-        values = [known.get(name) for known in facts]
-        if all(type(value) is int for value in values) and {
-            value - position for value, position in zip(values, positions, strict=True)
-        } == {first}:
+        if type(first) is int and all(
+            type(known.get(name)) is int and known[name] - position == first
+            for known, position in zip(facts, positions, strict=True)
+        ):
             found.add(name)
     return found

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -18,7 +19,11 @@ from ds_stacking.engine.grow import grow_engine
 from ds_stacking.engine.growable import check_growable
 from ds_stacking.engine.parameter_groups import make_groups
 from ds_stacking.engine.release import release
+from ds_stacking.engine.stage_manager import StageManager
+from ds_stacking.models.bert import Bert
+from tests.engine import tiny
 from tests.engine.test_grow import config, gpt2, loss, train
+from tests.engine.tiny import SEED, factory, model_config, spec
 from tests.ranks import run_ranks
 
 pytestmark = pytest.mark.distributed
@@ -90,6 +95,36 @@ def cases() -> dict[str, tuple[str, bool]]:
         zero_optimization={"stage": 3, "offload_optimizer": {"device": "cpu", "ratio": 0.5}},
     )
     return found
+
+
+def numbered(layers: int, initialize: bool) -> Bert:
+    """A model whose last block knows that it is the last."""
+    model = Bert(model_config(), layers, initialize=initialize)
+    for block in model.blocks:
+        block.last = block is model.blocks[-1]
+    return model
+
+
+def managed() -> list[tuple[str, list[float]]]:
+    """What a growth of our own engines says where copies would do something else, and losses after it."""
+    found = []
+    for growth_memory in ("normal", "low"):
+        engines = replace(factory(2), build_model=numbered)
+        manager = StageManager(engines, seed=SEED, growth_memory=growth_memory)
+        manager.start(spec(2))
+        tiny.train(manager, 0, 2)
+        try:
+            manager.grow(spec(4))
+        except UserError as error:
+            found.append((str(error), tiny.train(manager, 2, 2)))
+    return found
+
+
+def test_our_own_engines_ask_the_same_of_their_blocks() -> None:
+    (message, losses), (low_message, low_losses) = run_ranks(1, managed)[0]
+    assert message == low_message and "Block 1 of the grown model cannot take the weights of block 1" in message
+    assert "last is False there and True in its source" in message
+    assert losses == low_losses
 
 
 def test_what_growth_would_lose_is_refused_before_anything_is_touched() -> None:
