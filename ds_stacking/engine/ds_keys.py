@@ -13,6 +13,8 @@ from typing import Any
 ALL = (0, 1, 2, 3)
 FLAT = (1, 2)
 """ZeRO stages that lay each parameter group out in one flat tensor."""
+OFF = (None, False, "auto")
+"""Values that switch a key off; 0 counts as false."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,8 +26,10 @@ class Key:
     """Why it is refused; empty where it works."""
     others: bool = False
     """Whether grow_engine minds it in engines of others too, since it bears on the state that a growth moves."""
-    harmless: tuple[Any, ...] = ()
-    """Values besides null, false and "auto" with which it changes nothing."""
+    harmless: tuple[Any, ...] = OFF
+    """Values with which it changes nothing, for engines of others."""
+    switch: str = ""
+    """The key inside a section refused whole that has such a value where the section is switched off."""
     stages: tuple[int, ...] = ALL
     """ZeRO stages in which it has an effect."""
     values: str = ""
@@ -36,9 +40,8 @@ class Key:
     def idle(self, value: Any) -> bool:
         """Whether the key with this value changes nothing."""
         if isinstance(value, dict):
-            switches = [value.get(name) for name in ("enabled", "deepcompile", "autotp_size")]
-            return all(switch in (None, False, *self.harmless) for switch in switches)
-        return value in (None, False, "auto", *self.harmless)
+            return bool(self.switch) and value.get(self.switch) in self.harmless
+        return value in self.harmless
 
 
 def _works(
@@ -51,8 +54,10 @@ def _works(
     return [Key(name=name, stages=stages, values=values, check=check, others=others) for name in names]
 
 
-def _refused(reason: str, *names: str, others: bool = False, harmless: tuple[Any, ...] = ()) -> list[Key]:
-    return [Key(name=name, refused=reason, others=others, harmless=harmless) for name in names]
+def _refused(
+    reason: str, *names: str, others: bool = False, harmless: tuple[Any, ...] = OFF, switch: str = ""
+) -> list[Key]:
+    return [Key(name=name, refused=reason, others=others, harmless=harmless, switch=switch) for name in names]
 
 
 def _within(section: str, *names: str) -> tuple[str, ...]:
@@ -105,7 +110,9 @@ TOP = [
     ),
     *_refused("the recipe's `optimizer` sets it", "optimizer"),
     *_refused("the recipe's `schedule` and stages set the learning rate", "scheduler"),
-    *_refused("training runs in bf16 or fp32, set by --precision", "fp16", "torch_autocast", others=True),
+    *_refused(
+        "training runs in bf16 or fp32, set by --precision", "fp16", "torch_autocast", others=True, switch="enabled"
+    ),
     *_refused('it is the old name of "bf16"', "bfloat16"),
     *_refused(
         "a growth needs fp32 masters and moments",
@@ -124,24 +131,25 @@ TOP = [
         "a growth must know where an optimizer step ends",
         "managed_gradient_accumulation",
         others=True,
-        harmless=(True,),
+        harmless=(None, True),
     ),
     *_refused(
         "models recompute activations by the recipe's `model.gradient_checkpointing`", "activation_checkpointing"
     ),
-    *_refused("the recipe's `compile` compiles a model block by block", "compile", others=True),
+    *_refused("the recipe's `compile` compiles a model block by block", "compile", others=True, switch="deepcompile"),
     *_refused("the ledger counts FLOPs, and the profiler replaces functions of torch", "flops_profiler"),
     *_refused("it collects garbage several times a step, which then takes ten times as long", "memory_breakdown"),
     *_refused(TRACKED, "tensorboard", "wandb", "csv_monitor", "comet"),
     *_refused(NOT_SAVED, "checkpoint", "datastates_ckpt"),
-    *_refused("the data pipeline of this program makes the batches", "data_efficiency", others=True),
+    *_refused("the data pipeline of this program makes the batches", "data_efficiency", others=True, switch="enabled"),
     *_refused("the data pipeline of this program makes the batches", "dataloader_drop_last"),
     *_refused("nothing in DeepSpeed reads it any more", "disable_allgather", "vocabulary_size", "allgather_size"),
     *_refused(NO_PARALLELISM, "pipeline", "data_parallel_size", "use_data_before_expert_parallelism"),
     *_refused(NO_PARALLELISM, "seq_parallel_communication_data_type"),
-    *_refused(NO_PARALLELISM, "tensor_parallel", "sequence_parallel_size", others=True, harmless=(1,)),
-    *_refused(NO_PARALLELISM, "expert_parallel", others=True),
-    *_refused(SERVED, "hybrid_engine", others=True),
+    *_refused(NO_PARALLELISM, "sequence_parallel_size", others=True, harmless=(*OFF, 1)),
+    *_refused(NO_PARALLELISM, "tensor_parallel", others=True, harmless=(*OFF, 1), switch="autotp_size"),
+    *_refused(NO_PARALLELISM, "expert_parallel", others=True, switch="enabled"),
+    *_refused(SERVED, "hybrid_engine", others=True, switch="enabled"),
     *_refused(SERVED, "autotuning", "weight_quantization"),
     *_refused(NVME, "aio"),
     *_refused(
@@ -174,7 +182,7 @@ ZERO = [
         "the part of the optimizer that stays on the device would keep the learning rate 0",
         "offload_optimizer.ratio",
         others=True,
-        harmless=(1.0,),
+        harmless=(None, "auto", 1.0),
     ),
     *_refused(
         "it needs CUDA, so that no test here can run it",
@@ -184,7 +192,10 @@ ZERO = [
     ),
     *_refused("it works with super_offload only", "offload_optimizer.cpuadam_cores_perc"),
     *_refused(
-        "growth is not tested with a second copy of the weights", "zero_hpz_partition_size", others=True, harmless=(1,)
+        "growth is not tested with a second copy of the weights",
+        "zero_hpz_partition_size",
+        others=True,
+        harmless=(*OFF, 1),
     ),
     *_refused(
         NVME,

@@ -9,10 +9,13 @@ from deepspeed.runtime.engine import DeepSpeedEngine
 from torch import nn
 
 from ds_stacking.config import UserError
+from ds_stacking.engine.growable import check_growable
 from ds_stacking.engine.handover import hand_over, isolated_generators
 from ds_stacking.engine.record import GrowthRecord, growth_record
+from ds_stacking.engine.release import release
 from ds_stacking.engine.zero_state import LiveState, parameter_numels
 from ds_stacking.growth.blocks import find_blocks
+from ds_stacking.growth.blocks_alike import check_alike
 from ds_stacking.growth.operators import layer_map, parse_operator
 from ds_stacking.growth.plan import GrowthPlan, ParameterInfo, make_plan
 
@@ -36,9 +39,11 @@ def grow_engine(
     groups of their own, whose "birth" numbers the growth that made them, since one group has one step count.
 
     All ranks call it together, between optimizer steps. The weights of fresh blocks are drawn from `seed`; no random
-    number generator moves. Raises UserError for a depth that the operator cannot reach, for frozen parameters and for
-    a state that is not finite, and RuntimeError where the new state differs from the old; `engine` is then as it was.
+    number generator moves. Raises UserError for an engine that cannot be grown (growable.py), a depth that the
+    operator cannot reach, blocks that do something else than their sources, frozen parameters and a state that is not
+    finite, and RuntimeError where the new state differs from the old; `engine` is then as it was.
     """
+    check_growable(engine, "The engine")
     if engine.micro_steps % engine.gradient_accumulation_steps():
         raise UserError("The engine is in the middle of an optimizer step; grow it after engine.step() has updated.")
     origin = _Origin(engine)
@@ -53,11 +58,18 @@ def grow_engine(
         transform=parse_operator(operator).transform,
     )
 
-    def build_seeded() -> DeepSpeedEngine:
+    def build_checked() -> DeepSpeedEngine:
         with isolated_generators(seed):
-            return build(layers, lambda model: origin.groups(model, plan))
+            new = build(layers, lambda model: origin.groups(model, plan))
+        try:
+            check_growable(new, "The engine that `build` made")
+            check_alike(engine.module, new.module, origin.blocks, plan.layers)
+        except UserError:
+            release(new)
+            raise
+        return new
 
-    handover = hand_over(engine, plan, build_seeded)
+    handover = hand_over(engine, plan, build_checked)
     return handover.engine, growth_record(plan, handover, stage=stage)
 
 

@@ -21,6 +21,7 @@ from ds_stacking.engine.release import collect, release
 from ds_stacking.engine.working_copies import verify_working_copies
 from ds_stacking.engine.zero_state import LiveState
 from ds_stacking.growth.blocks import find_blocks
+from ds_stacking.growth.blocks_alike import check_alike
 from ds_stacking.growth.exchange import make_exchange
 from ds_stacking.growth.executor import execute
 from ds_stacking.growth.operators import layer_map, parse_operator
@@ -28,6 +29,8 @@ from ds_stacking.growth.plan import GrowthPlan, ParameterInfo, copy_plan, make_p
 from ds_stacking.growth.state import ParkedState, StateReader
 
 Evaluate = Callable[[DeepSpeedEngine], float]
+INITIALISATION = frozenset({"std"})
+"""Attributes of our layers that differ where weights need not be drawn, since they will be overwritten."""
 
 
 class StageManager:
@@ -154,4 +157,7 @@ class StageManager:
         with agreed("looking for the memory of the grown engine"):
             self.factory.try_memory(spec, sum(entry.info.numel for entry in plan.entries))
         with isolated_generators(self.seed + plan.to_layers):
-            return self.factory.build(spec, plan.parameters, initialize=fresh)
+            new = self.factory.build(spec, plan.parameters, initialize=fresh)
+        old = self.engine.module
+        check_alike(old, new.module, find_blocks(old), plan.layers, besides=INITIALISATION)
+        return new

@@ -108,16 +108,17 @@ def _materialise(optimizer: torch.optim.Optimizer, master: Tensor) -> None:
     state = optimizer.state[master]
     if state:
         return
-    in_tensor = isinstance(optimizer, torch.optim.AdamW)
-    state["step"] = (
-        torch.tensor(0.0, device=master.device if optimizer.defaults["fused"] else "cpu") if in_tensor else 0
-    )
+    if isinstance(optimizer, torch.optim.Adam):  # AdamW is one
+        on_device = optimizer.defaults["fused"] or optimizer.defaults["capturable"]
+        state["step"] = torch.tensor(0.0, device=master.device if on_device else "cpu")
+    else:
+        state["step"] = 0
     state["exp_avg"] = torch.zeros_like(master.detach(), dtype=torch.float32)
     state["exp_avg_sq"] = torch.zeros_like(master.detach(), dtype=torch.float32)
 
 
 def _set_step(state: dict, step: int) -> None:
-    """torch AdamW keeps the step in a tensor, FusedAdam and DeepSpeedCPUAdam in an int."""
+    """torch's Adam and AdamW keep the step in a tensor, FusedAdam and DeepSpeedCPUAdam in an int."""
     if isinstance(state["step"], Tensor):
         state["step"].fill_(step)
     else:

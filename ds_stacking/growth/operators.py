@@ -6,7 +6,7 @@ stands for a fresh block. The first block that names a source is the *original*,
     stack                         one of OPERATORS
     interleave[1:-1]              the same, with the first and the last block left alone (a slice of the blocks)
     0,1,2,2,1,0                   an explicit layer map; * is a fresh block
-    stack+zero_output+noise:0.01  with modifiers of the copies (transforms.py)
+    stack+zero_output+noise:0.01  with modifiers of the copies, and zero_output of fresh blocks too (transforms.py)
 """
 
 from __future__ import annotations
@@ -99,11 +99,20 @@ def parse_operator(text: str) -> Operator:
 def layer_map(operator: str, source: int, target: int) -> LayerMap:
     """The layer map of `operator` from `source` to `target` blocks.
 
-    Raises UserError for an unknown operator and for a depth that it cannot reach.
+    Raises UserError for an unknown operator, for a depth that it cannot reach, and for modifiers of copies where it
+    makes none.
     """
     parsed = parse_operator(operator)
     if target < source:
         raise UserError(f"Growth from {source} to {target} layers would shrink the model; order the stages by depth.")
+    layers = _grown(parsed, operator, source, target)
+    copies = len(layers) - layers.count(None) - len(originals(layers))
+    if target > source and not copies and (parsed.transform.noise or parsed.transform.scale not in (0, 1)):
+        raise UserError(f"operator {operator!r} copies no block, so scale and noise do nothing; leave them out.")
+    return layers
+
+
+def _grown(parsed: Operator, operator: str, source: int, target: int) -> LayerMap:
     if parsed.name not in OPERATORS:
         return _explicit(parsed.name, source, target)
     blocks = range(source)

@@ -15,7 +15,7 @@ from ds_stacking.config import UserError
 from ds_stacking.growth.blocks import BlockNames
 from ds_stacking.growth.operators import LayerMap, originals
 from ds_stacking.growth.policies import FRESH, StateRule, policy
-from ds_stacking.growth.transforms import COPY, OUTPUT_PROJECTION, Transform
+from ds_stacking.growth.transforms import COPY, OUTPUT_PROJECTION, ZEROS, Transform
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,7 +44,7 @@ class PlanEntry:
     target: str
     """Its name."""
     source: str | None
-    """The tensor that it is copied from; None keeps the grown model's own initialisation."""
+    """The tensor that it is made from; None keeps the grown model's own initialisation."""
     info: ParameterInfo
     """Size, parameter group and step count after the growth."""
     state: StateRule
@@ -100,8 +100,9 @@ def make_plan(
     """The plan that grows `source` into `len(layers)` blocks.
 
     `source` lists the shallow model's parameters in its order; `stage` numbers the stage that begins, and is the
-    birth of copies and fresh blocks; `transform` is done to the weights of copies. Raises UserError where `layers`
-    names a block that is not there, and where the blocks have nothing that `transform` could scale.
+    birth of copies and fresh blocks; `transform` is done to the weights of copies, and zero_output to those of fresh
+    blocks too. Raises UserError where `layers` names a block that is not there, and where the blocks have nothing that
+    `transform` could scale.
     """
     unknown = [layer for layer in layers if layer is not None and not 0 <= layer < blocks.count]
     if unknown:
@@ -131,7 +132,9 @@ def make_plan(
             else:
                 born = dataclasses.replace(source[name], birth=stage)
                 if layer is None:
-                    yield entry(None, target, born, FRESH, position)
+                    # zeros need no source of their own: those of block 0, times 0
+                    zeroed = transform.of(rest).scale == 0
+                    yield entry(name if zeroed else None, target, born, FRESH, position, ZEROS if zeroed else COPY)
                 else:
                     yield entry(name, target, born, rules.copy, position, transform.of(rest))
 

@@ -46,13 +46,15 @@ class Transform:
 
 
 COPY = Transform()
+ZEROS = Transform(scale=0.0)
 
 
 def parse_modifiers(modifiers: Sequence[str]) -> Transform:
     """Read the modifiers of an operator; raises UserError for an unknown one.
 
-    zero_output  copies start with output projections of zero: in a pre-LN model they are the identity, and the model
-                 computes what it did (LLaMA Pro of Wu et al. 2024, section 3.2; LEMON of Wang et al., ICLR 2024)
+    zero_output  copies and fresh blocks start with output projections of zero: in a pre-LN model they are the
+                 identity, and the model computes what it did (LLaMA Pro of Wu et al. 2024, section 3.2; LEMON of
+                 Wang et al., ICLR 2024)
     scale:C      their output projections start C times as large (the per-tensor `scale` of model merging)
     noise:C      every weight of a copy is multiplied by 1 + C*u, which breaks the symmetry between a block and its
                  copy (Net2Net of Chen et al., ICLR 2016, section 3; expert noise in orthogonal growth, 2510.08008)

@@ -17,6 +17,7 @@ from ds_stacking.planning.memory import (
     buffer_bytes,
     parameter_count,
     state_bytes,
+    sum_bytes,
 )
 from ds_stacking.planning.parts import Part
 
@@ -98,7 +99,10 @@ def plan_stage(config: RunConfig, stage: StageConfig, cluster: Cluster, *, zero_
             f"of {cluster.gpus * length:,}."
         )
     parameters, share = parameter_count(config.model, stage.layers), sequences // cluster.gpus
-    memory_of = {size: _memory(config, stage, parameters, cluster, size, zero_stage) for size in _divisors(share)}
+    memory_of = {
+        size: _memory(config, stage, parameters, cluster, size, zero_stage, sums=size < share)
+        for size in _divisors(share)
+    }
     limit = stage.micro_batch_size or config.micro_batch_size
     micro = _micro_batch({size: m.total for size, m in memory_of.items()}, limit, cluster)
     accumulation = share // micro
@@ -124,7 +128,7 @@ def plan_stage(config: RunConfig, stage: StageConfig, cluster: Cluster, *, zero_
         zero_stage=zero_stage,
         micro_batch_size=micro,
         accumulation=accumulation,
-        memory={s: _memory(config, stage, parameters, cluster, micro, s) for s in range(4)},
+        memory={s: _memory(config, stage, parameters, cluster, micro, s, sums=accumulation > 1) for s in range(4)},
         flops=flops,
         communication_bytes=sent * (cluster.gpus - 1) / cluster.gpus,
         communication_seconds=talking,
@@ -149,12 +153,19 @@ def saved_share(plans: list[StagePlan]) -> float:
 
 
 def _memory(
-    config: RunConfig, stage: StageConfig, parameters: int, cluster: Cluster, micro: int, zero_stage: int
+    config: RunConfig,
+    stage: StageConfig,
+    parameters: int,
+    cluster: Cluster,
+    micro: int,
+    zero_stage: int,
+    *,
+    sums: bool,
 ) -> Memory:
     tokens, layers = micro * config.length_of(stage), stage.layers
     shared = {"zero_stage": zero_stage, "world_size": cluster.gpus, "item": 2}
     return Memory(
-        states=state_bytes(parameters, **shared),
+        states=state_bytes(parameters, **shared) + (sum_bytes(parameters, **shared) if sums else 0),
         activations=activation_bytes(
             config.model,
             layers,

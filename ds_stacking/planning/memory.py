@@ -51,6 +51,16 @@ def state_bytes(parameters: int, *, zero_stage: int, world_size: int, item: int)
     return parameters * (weights + gradients + optimizer)
 
 
+def sum_bytes(parameters: int, *, zero_stage: int, world_size: int, item: int) -> float:
+    """What summing the gradients of a step's micro-batches takes beside `state_bytes`.
+
+    The sums are fp32, and cross GPUs once per step but in stage 3, so that each holds those of all weights.
+    """
+    sums = 4 / (world_size if zero_stage == 3 else 1)
+    counted = item / (world_size if zero_stage >= 2 else 1)
+    return parameters * (sums - counted)
+
+
 def buffer_bytes(parameters: int, *, bucket: int, zero_stage: int, world_size: int, item: int) -> float:
     """Buckets that ZeRO fills with gradients and weights, and one fp32 copy of this GPU's gradients in the step."""
     if zero_stage == 0:

@@ -22,7 +22,7 @@ import torch.distributed as dist
 from ds_stacking.config import RunConfig, StageConfig
 from ds_stacking.data.batches import Batch
 from ds_stacking.models.bert import Bert
-from ds_stacking.planning.memory import state_bytes
+from ds_stacking.planning.memory import state_bytes, sum_bytes
 from ds_stacking.training.run_directory import CONFIG
 
 FREE = 0.1
@@ -76,9 +76,8 @@ def choose_micro_batches(
             sizes = sizes_to_try(share // dist.get_world_size())
             model = build_model(stage.layers, True).to(device, torch.bfloat16 if bf16 else torch.float32).train()
             stage_zero = zero_stage if stage.zero_stage is None else stage.zero_stage
-            states = state_bytes(
-                model.num_parameters, zero_stage=stage_zero, world_size=dist.get_world_size(), item=2 if bf16 else 4
-            )
+            shared = {"zero_stage": stage_zero, "world_size": dist.get_world_size(), "item": 2 if bf16 else 4}
+            states = state_bytes(model.num_parameters, **shared) + sum_bytes(model.num_parameters, **shared)
             asked = fastest(partial(_rate, model, partial(read, config.length_of(stage)), states, device), sizes)
             del model
         stages.append(replace(stage, micro_batch_size=asked))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from pathlib import Path
 
@@ -11,8 +12,10 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 
 from ds_stacking.config import UserError
 from ds_stacking.engine.grow import grow_engine
+from ds_stacking.engine.parameter_groups import make_groups
 from ds_stacking.engine.release import collect, release
 from ds_stacking.engine.zero_state import LiveState
+from ds_stacking.growth.state import KINDS
 from tests.ranks import run_ranks
 
 pytestmark = pytest.mark.distributed
@@ -50,11 +53,11 @@ def config(zero_stage: int) -> dict:
     return {"train_micro_batch_size_per_gpu": 2, "zero_optimization": {"stage": zero_stage}, "steps_per_print": 2**31}
 
 
-def guide() -> str:
-    """The one Python block of the guide."""
+def guide() -> list[str]:
+    """The Python blocks of the guide: the loop, saving, loading."""
     blocks = re.findall(r"```python\n(.*?)```", GUIDE.read_text(), re.DOTALL)
-    assert len(blocks) == 1
-    return blocks[0]
+    assert len(blocks) == 3
+    return blocks
 
 
 def by_hand(name: str, *, moments: bool = True) -> list[float]:
@@ -85,17 +88,22 @@ def by_hand(name: str, *, moments: bool = True) -> list[float]:
     return steps(new, grown, 3 + 2)[3:]
 
 
-def run_guide(name: str, zero_stage: int) -> tuple[list[float], bool, int]:
-    make_model, container = MODELS[name]
-    scope = {"make_model": make_model, "train": train, "ds_config": config(zero_stage)}
-    exec(guide(), scope)
-    engine = scope["engine"]
+def two_steps(engine) -> list[float]:
     losses = []
     for _ in range(2):
         value = loss(engine)
         losses.append(value.item())
         engine.backward(value)
         engine.step()
+    return losses
+
+
+def run_guide(name: str, zero_stage: int) -> tuple[list[float], bool, int]:
+    make_model, container = MODELS[name]
+    scope = {"make_model": make_model, "train": train, "ds_config": config(zero_stage)}
+    exec(guide()[0], scope)
+    engine = scope["engine"]
+    losses = two_steps(engine)
     module = engine.module
     tied = module.get_input_embeddings().weight is module.get_output_embeddings().weight
     verified = scope["record"].tensors_verified
@@ -118,7 +126,60 @@ def test_the_loop_of_the_guide_grows_hugging_face_models() -> None:
 
 
 def test_the_guide_needs_at_most_ten_lines() -> None:
-    assert len([line for line in guide().splitlines() if line.strip()]) <= 10
+    assert len([line for line in guide()[0].splitlines() if line.strip()]) <= 10
+
+
+def held(engine) -> tuple[list[bytes], dict[str, int], list]:
+    """This rank's masters and moments, all step counts, and the births of the groups."""
+    state = LiveState(engine)
+    values = [state.read(piece, kind).numpy().tobytes() for piece in state.slices() for kind in KINDS]
+    return values, state.steps(), [group["birth"] for group in state.base.param_groups]
+
+
+def saved(folder: Path, zero_stages: tuple[int, ...], optimizer: str) -> dict:
+    """Grow as the guide does, save, and go on: the state that was saved, and the losses after it."""
+    found = {}
+    for zero_stage in zero_stages:
+        (folder / str(zero_stage)).mkdir(exist_ok=True)
+        os.chdir(folder / str(zero_stage))
+        scope = {"make_model": gpt2, "train": train, "ds_config": config(zero_stage)}
+        exec(guide()[0].replace("AdamW", optimizer), scope)
+        exec(guide()[1], scope)
+        found[zero_stage] = held(scope["engine"]), two_steps(scope["engine"])
+        release(scope["engine"])
+    return found
+
+
+def loaded(folder: Path, zero_stages: tuple[int, ...], optimizer: str) -> dict:
+    """Load in a new process as the guide does, and go on; then grow once more."""
+    found = {}
+    for zero_stage in zero_stages:
+        os.chdir(folder / str(zero_stage))
+        scope = {"make_model": gpt2, "train": lambda engine: None, "ds_config": config(zero_stage)}
+        loop, _, load = guide()
+        building = loop[: loop.index("engine = build_engine(2)")].replace("AdamW", optimizer)
+        exec(f"import json\nfrom pathlib import Path\n{building}", scope)
+        scope["make_groups"] = make_groups
+        exec(load, scope)
+        found[zero_stage] = held(scope["engine"]), two_steps(scope["engine"])
+        engine, record = grow_engine(scope["engine"], scope["build_engine"], 8)
+        assert record.stage == 2 and set(held(engine)[2]) == {0, 1, 2}
+        release(engine)
+    return found
+
+
+@pytest.mark.parametrize(("zero_stages", "optimizer"), [((0, 1, 2, 3), "AdamW"), ((2,), "Adam")])
+def test_deepspeed_saves_and_loads_what_was_grown(
+    zero_stages: tuple[int, ...], optimizer: str, tmp_path: Path
+) -> None:
+    before = run_ranks(2, saved, tmp_path, zero_stages, optimizer)
+    after = run_ranks(2, loaded, tmp_path, zero_stages, optimizer)
+    for rank in range(2):
+        for zero_stage in zero_stages:
+            (state, losses), (state_after, losses_after) = before[rank][zero_stage], after[rank][zero_stage]
+            assert state_after == state, f"state, ZeRO {zero_stage}"
+            assert losses_after == losses, f"losses, ZeRO {zero_stage}"
+            assert set(state[1].values()) == {6} and set(state[2]) == {0, 1}
 
 
 def refusals() -> dict[str, str]:

@@ -88,3 +88,11 @@ def test_what_cannot_be_is_refused_in_a_sentence(operator, source, target, messa
 def test_modifiers_are_read() -> None:
     assert parse_operator("stack+noise:0.01+scale:.5").transform == Transform(scale=0.5, noise=0.01)
     assert parse_operator("stack[1:]+zero_output").transform == Transform(scale=0.0)
+
+
+def test_modifiers_of_copies_need_copies() -> None:
+    assert layer_map("fresh+zero_output", 2, 4) == (0, 1, None, None)
+    assert layer_map("0,*,0+scale:0.5", 1, 3) == (0, None, 0)
+    for operator in ("fresh+noise:0.01", "0,1,*+scale:0.5"):
+        with pytest.raises(UserError, match="copies no block, so scale and noise do nothing"):
+            layer_map(operator, 2, 4 if operator.startswith("fresh") else 3)

@@ -114,7 +114,8 @@ def grown_hidden(operator: str, norm: str) -> tuple[torch.Tensor, torch.Tensor]:
     stores = [
         FullState({n: p.numel() for n, p in model.named_parameters()}, kinds=("master",)) for model in (old, new)
     ]
-    stores[0].tensors["master"] = {name: p.detach().flatten() for name, p in old.named_parameters()}
+    for store, model in zip(stores, (old, new), strict=True):
+        store.tensors["master"] = {name: p.detach().flatten().clone() for name, p in model.named_parameters()}
     execute(plan, *stores, OneRank(), kinds=("master",))
     with torch.no_grad():
         for name, parameter in new.named_parameters():
@@ -123,7 +124,7 @@ def grown_hidden(operator: str, norm: str) -> tuple[torch.Tensor, torch.Tensor]:
         return old(tokens).logits, new(tokens).logits
 
 
-@pytest.mark.parametrize("operator", ["stack", "interleave", "middle", "last"])
+@pytest.mark.parametrize("operator", ["stack", "interleave", "middle", "last", "fresh", "0,*,0,1"])
 def test_zero_output_keeps_the_function_of_a_pre_ln_model(operator) -> None:
     before, after = grown_hidden(f"{operator}+zero_output", "pre")
     assert torch.allclose(before, after, atol=1e-5)

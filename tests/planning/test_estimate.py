@@ -42,7 +42,7 @@ def test_1024_gpus_are_slower_each_but_faster_together() -> None:
 @pytest.mark.parametrize("zero_stage", range(1, 4))
 def test_a_higher_zero_stage_never_takes_more_memory(zero_stage: int) -> None:
     plan = plan_run(run(), cluster(1), zero_stage=2)[1]
-    assert plan.memory[zero_stage].total < plan.memory[zero_stage - 1].total
+    assert plan.memory[zero_stage].total <= plan.memory[zero_stage - 1].total
 
 
 def test_shallow_stages_take_larger_micro_batches() -> None:

@@ -11,7 +11,7 @@ from torch import Tensor
 from ds_stacking.config import ModelConfig
 from ds_stacking.kernels import linear_cross_entropy as head
 from ds_stacking.models.bert import Bert
-from ds_stacking.planning.memory import SLICE, activation_bytes, parameter_count, state_bytes
+from ds_stacking.planning.memory import SLICE, activation_bytes, parameter_count, state_bytes, sum_bytes
 
 
 def kept(model: Bert, rows: int, length: int, masked: int) -> int:
@@ -62,3 +62,10 @@ def test_states_are_those_of_the_zero_paper() -> None:
     """Figure 1 of Rajbhandari et al. 2020: 7.5 B weights on 64 GPUs take 120, 31.4, 16.6 and 1.9 GB."""
     sizes = [state_bytes(7_500_000_000, zero_stage=stage, world_size=64, item=2) / 1e9 for stage in range(4)]
     assert sizes == pytest.approx([120, 31.4, 16.6, 1.9], abs=0.05)
+
+
+def test_sums_of_gradients_are_fp32_and_whole_but_in_stage_3() -> None:
+    """Bytes per weight on one of 4 GPUs, with the gradients that `state_bytes` counts already."""
+    found = [sum_bytes(1, zero_stage=stage, world_size=4, item=2) for stage in range(4)]
+    assert found == [4 - 2, 4 - 2, 4 - 2 / 4, 4 / 4 - 2 / 4]
+    assert sum_bytes(1, zero_stage=1, world_size=4, item=4) == 0
