@@ -22,6 +22,7 @@ from torch import nn
 
 from ds_stacking.config import OptimizerConfig
 from ds_stacking.engine.agreement import agreed
+from ds_stacking.engine.construct import construct_partitioned
 from ds_stacking.engine.ds_config import offloads_optimizer, resolve_ds_config
 from ds_stacking.growth.plan import ParameterInfo, parameter_groups
 
@@ -55,16 +56,19 @@ class EngineFactory:
     """AdamW and clipping."""
     bf16: bool
     """16-bit working copies with fp32 masters, or fp32 throughout."""
+    layer_by_layer: bool = False
+    """Whether every module of the model fills its parameters by `reset_parameters` and nowhere else: then under ZeRO 3
+    no rank ever holds more than one module whole."""
 
     def build(
         self, spec: EngineSpec, parameters: Mapping[str, ParameterInfo] | None = None, *, initialize: bool = True
     ) -> DeepSpeedEngine:
         """A new engine; `parameters` fixes the parameter groups of a grown model. All ranks call it together."""
+        config = self._config(spec)
         with agreed("making the model"):
-            model = self.build_model(spec.layers, initialize)
+            model = self._construct(spec.layers, initialize, config)
         if parameters is None:
             parameters = self.describe(model)
-        config = self._config(spec)
         optimizer = self._make_optimizer(self._groups(model, parameters), offload=offloads_optimizer(config))
         engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config, dist_init_required=False)
         if not self.optimizer.clip and hasattr(engine.optimizer, "check_grad_overflow"):
@@ -102,6 +106,11 @@ class EngineFactory:
             accumulation=spec.accumulation,
             world_size=torch.distributed.get_world_size(),
         )
+
+    def _construct(self, layers: int, initialize: bool, config: Mapping[str, Any]) -> nn.Module:
+        if self.layer_by_layer and config["zero_optimization"]["stage"] == 3:
+            return construct_partitioned(lambda: self.build_model(layers, initialize), config)
+        return self.build_model(layers, initialize)
 
     def describe(self, model: nn.Module) -> dict[str, ParameterInfo]:
         """The trainable parameters of a first stage's model, in an engine or not.

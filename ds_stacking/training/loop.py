@@ -15,18 +15,16 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ds_stacking.checkpoint.share import side_by_side
 from ds_stacking.checkpoint.write import CheckpointWriter
 from ds_stacking.config import RunAgain, RunConfig, StageConfig
 from ds_stacking.data.batches import Batch, EvalBatches, MaskedBatches
 from ds_stacking.data.prefetch import prefetch
 from ds_stacking.data.prepared_data import PreparedData
-from ds_stacking.engine.consolidate import consolidate
+from ds_stacking.engine.consolidate import gather_masters
 from ds_stacking.engine.factory import Engine, EngineSpec
 from ds_stacking.engine.stage_manager import GrowthRecord, StageManager
 from ds_stacking.engine.stepping import optimizer_step
 from ds_stacking.evaluation.masked_lm import HeldOutLoss, held_out_loss
-from ds_stacking.growth.exchange import make_exchange
 from ds_stacking.training.batching import BatchPlan
 from ds_stacking.training.checkpointing import save, tell_reports
 from ds_stacking.training.export import export_stage
@@ -313,22 +311,23 @@ class Pretraining:
         loss = self.evaluate()
         self.ledger.stage.eval_loss_end = loss.every
         self.ledger.stage.eval_loss_masked_end = loss.masked
-        tensors = consolidate(self.engine, self.manager.parameters)
-
-        def export() -> None:
-            if tensors is not None:
-                export_stage(
-                    self.run_dir,
-                    stage=index,
-                    layers=stage.layers,
-                    tensors=tensors,
-                    model=self.config.model,
-                    data=self.data,
-                )
-
-        side_by_side(export, make_exchange(self.device))  # a large model takes rank 0 minutes
+        export_stage(
+            self.run_dir,
+            stage=index,
+            layers=stage.layers,
+            tensors=self._masters(),
+            model=self.config.model,
+            data=self.data,
+            writes=self.rank == 0,
+        )
         save(self, stage_end=True)
         self.stop_if_asked()
+
+    def _masters(self) -> Iterator[tuple[str, Tensor]]:
+        """The weights for an export; each one that comes is a sign of life."""
+        for item in gather_masters(self.engine, self.manager.parameters):
+            self.watchdog.beat()
+            yield item
 
     def stream(self, steps: int) -> Generator[list[Batch]]:
         """This rank's micro-batches of the next `steps` steps, made ahead in the background."""

@@ -20,7 +20,7 @@ from ds_stacking.checkpoint.snapshot import Snapshot
 from ds_stacking.checkpoint.store import CheckpointReader
 from ds_stacking.checkpoint.write import CheckpointWriter
 from ds_stacking.engine import zero_state
-from ds_stacking.engine.consolidate import consolidate
+from ds_stacking.engine.consolidate import gather_masters
 from ds_stacking.engine.factory import device
 from ds_stacking.engine.release import collect, release
 from ds_stacking.engine.stage_manager import StageManager
@@ -72,14 +72,14 @@ def life(layout: str, memory: str, folder: Path) -> dict[str, Any]:
     reader = CheckpointReader(found.path)
     manager.restore(spec(4), reader.parameters, reader, stage=1)
     losses += train(manager, 4, 1)
-    full = consolidate(manager.engine, manager.parameters)
+    full = dict(gather_masters(manager.engine, manager.parameters))
     release(manager.engine)
     collect()
     return {
         "losses": losses,
         "verified": record.tensors_verified > 0,
         "alike": [round(value or 0, 6) for value in likeness["master"].values()],
-        "sum": None if full is None else float(sum(tensor.double().sum() for tensor in full.values())),
+        "sum": float(sum(tensor.double().sum() for tensor in full.values())) if full else None,
     }
 
 
