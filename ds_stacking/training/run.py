@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, replace
 from functools import partial
 from importlib.metadata import version
@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 
 from ds_stacking.checkpoint.select import Found
+from ds_stacking.checkpoint.write import CheckpointWriter
 from ds_stacking.common.files import write_json
 from ds_stacking.config import ModelConfig, RunConfig, StageConfig, UserError
 from ds_stacking.data.batches import EvalBatches, MaskedBatches
@@ -31,11 +32,20 @@ from ds_stacking.models.bert import Bert, has_kernels
 from ds_stacking.models.compiling import compile_parts
 from ds_stacking.planning.parts import part_of
 from ds_stacking.training.batching import BatchPlan, plan_batch
-from ds_stacking.training.checkpointing import cut_metrics, find_checkpoint, identity, make_writer, restore
+from ds_stacking.training.changes import describe
+from ds_stacking.training.checkpointing import (
+    changed_settings,
+    cut_metrics,
+    find_checkpoint,
+    identity,
+    make_writer,
+    restore,
+)
 from ds_stacking.training.export import finish_export
 from ds_stacking.training.ledger import Ledger
 from ds_stacking.training.loop import Pretraining
 from ds_stacking.training.micro_batch import choose_micro_batches, recorded_micro_batches
+from ds_stacking.training.ownership import one_writer
 from ds_stacking.training.preemption import StopRequest
 from ds_stacking.training.progress import make_console
 from ds_stacking.training.run_directory import (
@@ -44,6 +54,7 @@ from ds_stacking.training.run_directory import (
     claim_run_directory,
     is_finished,
 )
+from ds_stacking.training.same_data import check_same_data
 from ds_stacking.training.tracking import make_tracker
 from ds_stacking.training.triggering import triggered_stages
 
@@ -65,23 +76,40 @@ def pretrain(config: RunConfig) -> None:
     data = prepare(config.data, config.tokenizer, config.corpus, log=console.line)
     config = replace(config, model=_model_config(config.model, data))
     init_distributed()
+    check_same_data(data.fingerprint, config.data, device())
+    with one_writer(config, console.line) as holds:
+        run, found = _set_up(config, data, plans, ds_config, holds, bf16=bf16)
+        console.resolved(_resolved(run, why))
+        try:
+            stage_finished = _resume(run, found)
+            run.train(stage_finished=stage_finished)
+            _finish(run)
+        except BaseException:
+            run.close(exit_code=1)
+            raise
+        run.close()
+
+
+def _set_up(
+    config: RunConfig,
+    data: PreparedData,
+    plans: list[BatchPlan],
+    ds_config: Mapping[str, Any],
+    holds: Callable[[], bool],
+    *,
+    bf16: bool,
+) -> tuple[Pretraining, Found | None]:
+    """The run and the checkpoint that it goes on from, with all that only the process group's ranks could decide."""
     if config.kernels == "auto":
         config = replace(config, kernels="fused" if has_kernels(device()) else "torch")
     config = replace(config, stages=triggered_stages(config))
     expected = identity(config, data.fingerprint)
     found = find_checkpoint(config, expected)
+    changes = changed_settings(config, found)
     config = _micro_batches(config, data, plans, ds_config, bf16=bf16, resumed=found is not None)
-    plans = check_stages(config, ds_config, bf16=bf16, world_size=world_size)
-    run = _build(config, data, plans, ds_config, expected, found, bf16=bf16)
-    console.resolved(_resolved(run, why))
-    try:
-        stage_finished = _resume(run, found)
-        run.train(stage_finished=stage_finished)
-        _finish(run)
-    except BaseException:
-        run.close(exit_code=1)
-        raise
-    run.close()
+    plans = check_stages(config, ds_config, bf16=bf16, world_size=dist.get_world_size())
+    writer = make_writer(config, expected, holds)
+    return _build(config, data, plans, ds_config, writer, found, changes, bf16=bf16), found
 
 
 def _resume(run: Pretraining, found: Found | None) -> bool:
@@ -94,6 +122,9 @@ def _resume(run: Pretraining, found: Found | None) -> bool:
         run.console.line(note)
     stage_finished = restore(run, found)
     run.console.line(f"{'branching off' if found.branch else 'resumed'} at step {found.step}, from {found.path}")
+    new = {change["field"]: (change["from"], change["to"]) for change in run.changes if change["step"] == found.step}
+    if new:
+        run.console.line(f"changed at step {found.step}: {describe(new)}")
     return stage_finished
 
 
@@ -212,8 +243,9 @@ def _build(
     data: PreparedData,
     plans: list[BatchPlan],
     ds_config: Mapping[str, Any],
-    expected: dict[str, Any],
+    writer: CheckpointWriter,
     found: Found | None,
+    changes: list[dict[str, Any]],
     *,
     bf16: bool,
 ) -> Pretraining:
@@ -234,7 +266,8 @@ def _build(
     )
     run_dir = Path(config.run_dir)
     if rank == 0:
-        claim_run_directory(config, _record(config, data), keep=found is not None and not found.branch)
+        record = _record(config, data) | {"changes": changes}
+        claim_run_directory(config, record, keep=found is not None and not found.branch)
         if found is not None:
             cut_metrics(run_dir, found)
     return Pretraining(
@@ -249,8 +282,9 @@ def _build(
         tracker=make_tracker(run_dir, tracking=config.tracking, name=config.name, config=config.to_dict(), rank=rank),
         run_dir=run_dir,
         device=device(),
-        writer=make_writer(config, expected),
+        writer=writer,
         stop=StopRequest(run_dir),
+        changes=changes,
     )
 
 
