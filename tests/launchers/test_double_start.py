@@ -20,7 +20,7 @@ pytestmark = pytest.mark.distributed
 ROOT = Path(__file__).parents[2]
 START = 200
 """Seconds in which a run must have begun, on a busy machine too."""
-STAGES = "--stages=1:100,2:2400"
+STAGES = "--stages=1:100,2:1400"
 """Long enough to be still under way when the second start has been refused."""
 
 
