@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import json
 import os
+import secrets
 import socket
 import sys
 import threading
@@ -98,7 +99,7 @@ class Owner:
     @property
     def holds(self) -> bool:
         """Whether the directory is still this process's."""
-        return not self._released.is_set() and newest(self.folder) == self.number
+        return not self._released.is_set() and newest(self.folder) <= self.number
 
     def release(self) -> None:
         """Give the directory up; a folder that was made for it and is empty but for the claim goes too."""
@@ -114,9 +115,9 @@ class Owner:
 
     def _claim(self, say: Callable[[str], None]) -> int:
         """Create the number after the newest one, whose owner must be gone."""
-        me = Process.this()
+        me, number = Process.this(), 0
         while True:
-            last = newest(self.folder)
+            last = max(number, newest(self.folder))  # a listing may be out of date, a name that is taken is not
             if last and (owner := find_owner(self.folder / str(last), me, say)):
                 raise UserError(
                     f"output_dir {self.run_dir} is in use by {owner}; wait for that run, stop it, or choose another "
@@ -129,7 +130,7 @@ class Owner:
                 continue  # another start was faster
             self._begin = json.dumps(asdict(me)).encode() + b"\n"
             self._write(f"{0:020d}")
-            if newest(self.folder) == number:
+            if newest(self.folder) <= number:
                 break
             os.close(self._handle)  # what was seen was out of date: others have come and gone since
             (self.folder / str(number)).unlink()
@@ -147,7 +148,7 @@ class Owner:
         beat = 0
         while not self._released.wait(BEAT):
             with suppress(OSError):  # storage that fails for a while; the next beat tries again
-                if newest(self.folder) != self.number:
+                if newest(self.folder) > self.number:
                     self._end()
                 beat += 1
                 self._write(f"{beat:020d}")
@@ -193,7 +194,10 @@ def find_owner(path: Path, me: Process, say: Callable[[str], None]) -> str | Non
 
 def machine() -> str:
     """What two processes share exactly if they can look each other up: the boot and the namespace of processes."""
-    return f"{Path('/proc/sys/kernel/random/boot_id').read_text().strip()} {os.readlink('/proc/self/ns/pid')}"
+    try:
+        return f"{Path('/proc/sys/kernel/random/boot_id').read_text().strip()} {os.readlink('/proc/self/ns/pid')}"
+    except OSError:
+        return secrets.token_hex(8)  # only the heartbeat tells
 
 
 def _read(path: Path) -> bytes | None:

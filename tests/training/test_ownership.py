@@ -164,6 +164,16 @@ def test_of_several_starts_exactly_one_wins(tmp_path: Path, before: str) -> None
         assert sum(won) == 1, won
 
 
+def test_a_listing_that_is_out_of_date_deceives_nobody(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Network file systems show a new file by its name before they show it in its directory."""
+    owner = Owner(tmp_path)
+    monkeypatch.setattr(ownership, "newest", lambda folder: 0)
+    time.sleep(3 * ownership.BEAT)
+    assert owner.holds
+    assert not takes(tmp_path)
+    owner.release()
+
+
 def test_an_owner_that_slept_too_long_ends(
     tmp_path: Path, owner: Callable[..., Any], capfd: pytest.CaptureFixture[str]
 ) -> None:
