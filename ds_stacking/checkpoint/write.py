@@ -7,7 +7,7 @@ import queue
 import secrets
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from torch import Tensor
 from ds_stacking.checkpoint.durable import sweep
 from ds_stacking.checkpoint.format import PieceFile
 from ds_stacking.checkpoint.generators import capture_generators
-from ds_stacking.checkpoint.job import SaveJob, explain
+from ds_stacking.checkpoint.job import SaveError, SaveJob, explain
 from ds_stacking.checkpoint.manifest import Unusable
 from ds_stacking.checkpoint.retention import prune
 from ds_stacking.checkpoint.snapshot import Snapshot, responsible
@@ -72,6 +72,7 @@ class CheckpointWriter:
         keep: int = 2,
         asynchronous: bool = True,
         patience: float = 600.0,
+        holds: Callable[[], bool] = lambda: True,
     ) -> None:
         """Make a writer; the folder itself is made by the first save.
 
@@ -79,11 +80,13 @@ class CheckpointWriter:
         keep          newest valid checkpoints that stay beside those saved with `keep=True`
         asynchronous  write in a background thread
         patience      seconds after which a rank that is not done, or a write under way, is given up
+        holds         whether the folder is still this run's: asked before anything in it is deleted or published
         """
         if keep < 1:
             raise UserError(f"keep is {keep}; at least 1 checkpoint must be kept.")
         self.folder, self.exchange, self.identity = folder.absolute(), exchange, dict(identity)
         self.keep, self.asynchronous, self.patience = keep, asynchronous, patience
+        self.holds = holds
         self._snapshot = Snapshot()
         self._thread: threading.Thread | None = None
         self._succeeded = True
@@ -194,15 +197,21 @@ class CheckpointWriter:
         path = warning = None
         try:
             if job.rank == 0:
+                self._check_hold()
                 sweep(self.folder, besides=job.temporary)
             job.write_share(values)
             if job.rank == 0:
+                self._check_hold()
                 path = job.publish()
                 warning = self._tidy(path)
         except Exception as error:
             self._fail(job, error)
         else:
             self._finish(SaveReport(step=job.step, path=path, seconds=time.perf_counter() - start, warning=warning))
+
+    def _check_hold(self) -> None:
+        if not self.holds():
+            raise SaveError(f"{self.folder} belongs to another run now")
 
     def _fail(self, job: SaveJob, error: Exception) -> None:
         job.give_up(explain(error))

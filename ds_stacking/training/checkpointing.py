@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Callable
 from dataclasses import asdict, replace
-from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
 
+from ds_stacking.checkpoint.format import MANIFEST
 from ds_stacking.checkpoint.generators import restore_generators
-from ds_stacking.checkpoint.select import Found, find_together
+from ds_stacking.checkpoint.manifest import Manifest, Unusable, read_manifest
+from ds_stacking.checkpoint.select import Found, find_together, published
+from ds_stacking.checkpoint.share import from_first_rank
 from ds_stacking.checkpoint.store import CheckpointReader
 from ds_stacking.checkpoint.write import CheckpointWriter
 from ds_stacking.config import RunConfig, UserError
@@ -24,6 +25,14 @@ from ds_stacking.engine.zero_state import LiveState
 from ds_stacking.evaluation.masked_lm import HeldOutLoss
 from ds_stacking.growth.blocks import find_block_names
 from ds_stacking.growth.exchange import make_exchange
+from ds_stacking.training.changes import (
+    OTHER_RUN,
+    Settings,
+    find_changes,
+    refuse_another_run,
+    saved_settings,
+    settings,
+)
 from ds_stacking.training.ledger import Ledger
 from ds_stacking.training.reporting import settle
 from ds_stacking.training.run_directory import METRICS
@@ -31,23 +40,10 @@ from ds_stacking.training.run_directory import METRICS
 if TYPE_CHECKING:
     from ds_stacking.training.loop import Pretraining
 
-FREE = (
-    *("name", "description", "deepspeed_config", "output_dir", "overwrite", "resume", "branch_from", "data"),
-    *("precision", "micro_batch_size", "tracking", "log_every"),
-    *("checkpoint_every", "checkpoint_keep", "checkpoint_async"),
-    *("kernels", "compile", "growth_memory", "max_skipped_steps", "hang_timeout"),
-)
-"""Fields that may change at a resumption: they do not decide what is learned (`data` does by its fingerprint)."""
-
 
 def identity(config: RunConfig, fingerprint: str) -> dict[str, Any]:
-    """What a run must share with a checkpoint to go on from it."""
-    decisive = {name: value for name, value in config.to_dict().items() if name not in FREE}
-    decisive["corpus"] = {k: v for k, v in decisive["corpus"].items() if k != "cache_dir"}
-    for stage in decisive["stages"]:
-        stage.pop("micro_batch_size"), stage.pop("zero_stage")
-    text = json.dumps(decisive, sort_keys=True)
-    return {"recipe": sha256(text.encode()).hexdigest(), "model": decisive["model"], "data": fingerprint}
+    """What a checkpoint says of its run: the model and the data, which never change, and every other setting."""
+    return {"model": config.to_dict()["model"], "data": fingerprint, "settings": settings(config)}
 
 
 def find_checkpoint(config: RunConfig, expected: dict[str, Any], alive: Callable[[], None]) -> Found | None:
@@ -57,15 +53,15 @@ def find_checkpoint(config: RunConfig, expected: dict[str, Any], alive: Callable
     Raises UserError where there is something to go on from but nothing valid.
     """
     exchange = make_exchange(device())
+    shared = {name: expected[name] for name in ("model", "data")}
     found = None
-    if config.resume == "auto":
-        found = find_together(Path(config.run_dir) / "checkpoints", exchange, identity=expected, alive=alive)
-    elif config.resume:
-        found = find_together(Path(config.resume), exchange, identity=expected, exact=True, alive=alive)
-        assert found is not None
+    if config.resume:
+        path = Path(config.run_dir) / "checkpoints" if config.resume == "auto" else Path(config.resume)
+        from_first_rank(lambda: _refuse_early(path, expected["settings"]), exchange)
+        found = find_together(path, exchange, identity=shared, exact=config.resume != "auto", alive=alive)
+    if found is not None:
         _check_depth(config, CheckpointReader(found.path))
     if found is None and config.branch_from:
-        shared = {name: expected[name] for name in ("model", "data")}
         found = find_together(Path(config.branch_from), exchange, identity=shared, exact=True, alive=alive)
         assert found is not None
         found = replace(found, branch=True)
@@ -75,8 +71,50 @@ def find_checkpoint(config: RunConfig, expected: dict[str, Any], alive: Callable
     return found
 
 
+def _refuse_early(path: Path, now: Settings) -> None:
+    """Rank 0: refuse what would be another run before any large file is read."""
+    folder = path / "checkpoints" if (path / "checkpoints").is_dir() else path
+    try:
+        manifests = [(path, read_manifest(path))] if (path / MANIFEST).is_file() else published(folder)
+    except (OSError, Unusable):
+        return  # it will be said why
+    for newest, manifest in manifests:
+        if isinstance(manifest, Manifest):
+            refuse_another_run(newest, find_changes(_then(newest, manifest), now))
+            return
+
+
+def _then(path: Path, manifest: Manifest) -> Settings:
+    """The settings that a checkpoint was saved under."""
+    then = saved_settings(manifest.identity, path.absolute().parents[1])
+    if then is None:
+        raise UserError(
+            f"{path} was saved by an older version under settings that nothing here tells; go on with that version, "
+            f"or leave it alone: {OTHER_RUN}."
+        )
+    return then
+
+
+def changed_settings(config: RunConfig, found: Found | None) -> list[dict[str, Any]]:
+    """Every change of settings in the run's life, the ones of this resumption last. Raises UserError.
+
+    Entries are {"step", "field", "from", "to"}.
+    """
+    if found is None or found.branch:
+        return []
+    reader = CheckpointReader(found.path)
+    position, stages = reader.extra["position"], config.stages
+    assert isinstance(stages, list)
+    changes = find_changes(_then(found.path, reader.manifest), settings(config))
+    refuse_another_run(found.path, changes, position["stage"])
+    if f"stages[{position['stage']}].steps" in changes:
+        _check_steps(config, reader)
+    new = [{"step": found.step, "field": name, "from": a, "to": b} for name, (a, b) in changes.items()]
+    return [*reader.extra.get("changes", []), *new]
+
+
 def _check_steps(config: RunConfig, reader: CheckpointReader) -> None:
-    """A branch may prolong or shorten the stage that it begins in, but not undo steps."""
+    """Who goes on may prolong or shorten the stage that the checkpoint stands in, but not undo steps."""
     position, stages = reader.extra["position"], config.stages
     assert isinstance(stages, list)
     stage = stages[position["stage"]]
@@ -100,7 +138,7 @@ def _check_depth(config: RunConfig, reader: CheckpointReader) -> None:
         )
 
 
-def make_writer(config: RunConfig, expected: dict[str, Any]) -> CheckpointWriter:
+def make_writer(config: RunConfig, expected: dict[str, Any], holds: Callable[[], bool]) -> CheckpointWriter:
     """The writer of a run."""
     return CheckpointWriter(
         Path(config.run_dir) / "checkpoints",
@@ -108,6 +146,7 @@ def make_writer(config: RunConfig, expected: dict[str, Any]) -> CheckpointWriter
         identity=expected,
         keep=config.checkpoint_keep,
         asynchronous=config.checkpoint_async,
+        holds=holds,
     )
 
 
@@ -129,6 +168,7 @@ def save(run: Pretraining, *, stage_end: bool = False, required: bool = False) -
             "loss_sum": [float(part) for part in parts],
             "steps_in_loss": run.steps_in_loss,
             "health": run.health.to_dict(),
+            "changes": run.changes,
             "metrics_bytes": metrics.stat().st_size if run.rank == 0 else 0,
         }
         run.writer.save(
@@ -168,9 +208,7 @@ def restore(run: Pretraining, found: Found) -> bool:
     run.steps_in_loss = extra["steps_in_loss"]
     run.health.load(extra["health"])
     run.settled = run.position.step
-    settled = extra["stage_steps"][: run.position.stage] if found.branch else extra["stage_steps"]
-    for stage, steps in zip(run.stages, settled, strict=not found.branch):
-        stage.steps = steps
+    _settle_stages(run, extra["stage_steps"], found)
     run.logged_losses = [(flops, loss) for flops, loss in extra["logged_losses"]]
     generators = reader.generators(run.rank, run.world_size)
     if generators is None:
@@ -178,6 +216,15 @@ def restore(run: Pretraining, found: Found) -> bool:
     else:
         restore_generators(generators)
     return extra["stage_end"] and run.position.stage_step == run.stages[run.position.stage].steps
+
+
+def _settle_stages(run: Pretraining, steps: list[int], found: Found) -> None:
+    """Give the stages the steps that a trigger settled, but those to come that this resumption was given others."""
+    given = {change["field"] for change in run.changes if change["step"] == found.step}
+    for number, (stage, settled) in enumerate(zip(run.stages, steps, strict=False)):
+        is_over = number < run.position.stage
+        if is_over or not (found.branch or f"stages[{number}].steps" in given):
+            stage.steps = settled
 
 
 def cut_metrics(run_dir: Path, found: Found) -> None:

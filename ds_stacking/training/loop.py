@@ -1,6 +1,7 @@
 """The training loop: stages, steps, evaluations, growths.
 
-Losses and norms stay on the device and are read when a line is logged, so a step does not wait for the host.
+Losses, norms and counts stay on the device and are read when a line is logged, and whether somebody asked to stop is
+known a step later, so no step waits for the host or for another rank's.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from collections.abc import Generator, Iterator
 from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -31,7 +33,7 @@ from ds_stacking.training.export import export_stage
 from ds_stacking.training.growth_report import look, moments_before, note_later_loss
 from ds_stacking.training.health import Health
 from ds_stacking.training.ledger import Ledger
-from ds_stacking.training.preemption import StopRequest
+from ds_stacking.training.preemption import LaterSum, StopRequest
 from ds_stacking.training.progress import StageConsole
 from ds_stacking.training.reporting import check_health, log_evaluation, log_growth, log_training
 from ds_stacking.training.schedule import Schedule
@@ -57,6 +59,16 @@ class Position:
     """Training samples consumed."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class StepBatches:
+    """What an optimizer step of this rank learns from, on the host."""
+
+    micro_batches: list[Batch]
+    """In the order in which they are used."""
+    counts: Tensor
+    """Predicted tokens, pairs that see each other of all tokens and of these, whether to stop: [4] int64."""
+
+
 @dataclass(kw_only=True)
 class Pretraining:
     """One run: everything it works with, and where it stands."""
@@ -79,6 +91,8 @@ class Pretraining:
     watchdog: Watchdog
     position: Position = field(default_factory=Position)
     growths: list[GrowthRecord] = field(default_factory=list)
+    changes: list[dict[str, Any]] = field(default_factory=list)
+    """Settings that resumptions changed."""
 
     def __post_init__(self) -> None:
         self.schedule = Schedule(self.config)
@@ -90,8 +104,9 @@ class Pretraining:
         self.loss_sum = torch.zeros((), dtype=torch.float64, device=self.device)
         self.steps_in_loss = 0
         self.work = torch.zeros(3, dtype=torch.int64, device=self.device)  # of the steps not yet in the ledger
+        self.asked = LaterSum(self.device)  # ranks that were asked to stop
         self.settled = 0
-        self.growing = False
+        self.growing = self.told = False
         self.evaluated: tuple[tuple[int, int], HeldOutLoss] | None = None
         self.logged_losses: list[tuple[float, float]] = []  # FLOPs and training loss of the stage's log lines
 
@@ -136,9 +151,9 @@ class Pretraining:
         if done:
             self.evaluate_if_due(stage)  # the run may have been stopped in this very evaluation
         with closing(self.stream(stage.steps - done)) as steps:
-            while self.position.stage_step < stage.steps and (micro_batches := self._next(steps)):
+            while self.position.stage_step < stage.steps and (batches := self._next(steps)):
                 with self.ledger.clock("training"):
-                    self.train_step(micro_batches)
+                    self.train_step(batches)
                 self.report(stage)
 
     def spec(self, index: int) -> EngineSpec:
@@ -180,7 +195,7 @@ class Pretraining:
         self.growths.append(record)
         log_growth(self, record)
 
-    def train_step(self, micro_batches: list[Batch]) -> None:
+    def train_step(self, batches: StepBatches) -> None:
         """One optimizer step: the loss is the mean over the masked tokens of all ranks and micro-batches.
 
         A step that would do harm is skipped, and its loss does not count.
@@ -188,11 +203,10 @@ class Pretraining:
         stage = self.position.stage
         self.set_learning_rate()
         before = moments_before(self)
-        work = torch.tensor([(len(batch.labels), *batch.pairs) for batch in micro_batches]).sum(0).to(self.device)
-        dist.all_reduce(work)
-        self.work += work
+        self.told = self.told or self.asked.read() > 0
+        work = self.reduce(batches)
         step_loss = torch.zeros_like(self.loss_sum)
-        taken = optimizer_step(self.engine, self.losses(micro_batches, work[0], step_loss))
+        taken = optimizer_step(self.engine, self.losses(batches.micro_batches, work[0], step_loss))
         if taken:
             self.loss_sum += step_loss
             self.steps_in_loss += 1
@@ -205,6 +219,16 @@ class Pretraining:
         self.ledger.add_step(tokens=plan.sequences * plan.sequence_length)
         if before is not None:
             look(self, before, taken=taken)
+
+    def reduce(self, batches: StepBatches) -> Tensor:
+        """The step's counts over all ranks, [4] int64 on the device: the only reduction beside DeepSpeed's own."""
+        if self.stop.asked():
+            batches.counts[3] = 1
+        work = batches.counts.to(self.device, non_blocking=True)
+        dist.all_reduce(work)
+        self.work += work[:3]
+        self.asked.send(work[3:])
+        return work
 
     def losses(self, micro_batches: list[Batch], masked: Tensor, step_loss: Tensor) -> Iterator[Tensor]:
         """What each micro-batch differentiates; its part of the step's loss is added to `step_loss`."""
@@ -243,7 +267,7 @@ class Pretraining:
         self.evaluate_if_due(stage)
         if config.checkpoint_every and position.step % config.checkpoint_every == 0 and not last:
             save(self)
-        self.stop_if_asked()
+        self.stop_if_asked(self.told)
 
     def evaluate_if_due(self, stage: StageConfig) -> None:
         """Evaluate every `eval_every` steps and once after a growth; a stage's end is evaluated when it closes."""
@@ -256,17 +280,19 @@ class Pretraining:
     def poll(self) -> None:
         """Between the micro-batches of an evaluation: a sign of life, and the same question."""
         self.watchdog.beat()
-        self.stop_if_asked()
+        self.told = self.told or self.asked.read() > 0
+        self.ask()
+        self.stop_if_asked(self.told)
 
-    def asked(self) -> bool:
-        """Whether any rank was asked to stop; the same answer on all."""
-        asked = torch.tensor(int(self.stop.asked()), device=self.device)
+    def ask(self) -> None:
+        """Add up over the ranks whether they were asked to stop; `asked` knows later."""
+        asked = torch.full((1,), int(self.stop.asked()), dtype=torch.int64, device=self.device)
         dist.all_reduce(asked)
-        return bool(asked)
+        self.asked.send(asked)
 
-    def stop_if_asked(self) -> None:
-        """Save and raise RunAgain, on all ranks, where any of them was asked to stop."""
-        if not self.asked():
+    def stop_if_asked(self, told: bool) -> None:
+        """Save and raise RunAgain, on all ranks, where they were `told` that any of them was asked to stop."""
+        if not told:
             return
         # in a growth the checkpoint of the stage's end is this very step's, and the growth is made again
         if not self.growing:
@@ -321,7 +347,8 @@ class Pretraining:
             writes=self.rank == 0,
         )
         save(self, stage_end=True)
-        self.stop_if_asked()
+        self.ask()
+        self.stop_if_asked(self.told or self.asked.read() > 0)
 
     def _masters(self) -> Iterator[tuple[str, Tensor]]:
         """The weights for an export; each one that comes is a sign of life."""
@@ -329,17 +356,20 @@ class Pretraining:
             self.watchdog.beat()
             yield item
 
-    def stream(self, steps: int) -> Generator[list[Batch]]:
+    def stream(self, steps: int) -> Generator[StepBatches]:
         """This rank's micro-batches of the next `steps` steps, made ahead in the background."""
         plan, start = self.plans[self.position.stage], self.position.samples
         samples = (plan.samples(start + i * plan.sequences, self.rank) for i in range(steps))
         return prefetch(self._make_step, samples)
 
-    def _next(self, steps: Iterator[list[Batch]]) -> list[Batch] | None:
+    def _next(self, steps: Iterator[StepBatches]) -> StepBatches | None:
         with self.ledger.clock("data wait"):
             return next(steps, None)
 
-    def _make_step(self, samples: list[np.ndarray]) -> list[Batch]:
+    def _make_step(self, samples: list[np.ndarray]) -> StepBatches:
         source = self.batches[self.plans[self.position.stage].sequence_length]
         batches = [source.batch(indices) for indices in samples]
-        return [batch.pin_memory() for batch in batches] if self.device.type == "cuda" else batches
+        counts = torch.tensor([(len(batch.labels), *batch.pairs, 0) for batch in batches]).sum(0)
+        if self.device.type == "cuda":  # from page-locked memory a copy need not block
+            batches, counts = [batch.pin_memory() for batch in batches], counts.pin_memory()
+        return StepBatches(micro_batches=batches, counts=counts)

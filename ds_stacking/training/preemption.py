@@ -1,6 +1,8 @@
 """Asked to stop: signals, a stop file, or a launcher that is gone. Every rank then saves the same step and ends.
 
-Handlers only set a flag; the loop reduces it over ranks between steps. A second signal ends the process at once,
+Handlers only set a flag; the loop reduces it over ranks with the counts of a step and reads the sum a step later, so
+that no step waits for it. The stop file is looked at by one rank of each node, once a second: a thousand ranks that
+all ask shared storage at every step are a load of their own. A second signal ends the process at once,
 unless it follows so soon that it is the same event: a launcher and a terminal both pass a Ctrl-C on, and SLURM signals
 the processes of a job more than once, seconds apart.
 """
@@ -13,29 +15,38 @@ import time
 from pathlib import Path
 from types import FrameType
 
-from ds_stacking.training.run_directory import STOP
+import torch
+from torch import Tensor
+
+from ds_stacking.training.run_directory import stop_names
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 SAME_EVENT = {signal.SIGINT: 2.0, signal.SIGTERM: 15.0, signal.SIGUSR1: 15.0}
 """Seconds after the first signal in which another one means the same."""
+LOOK = 1.0
+"""Seconds between two looks at the stop file and at the launcher."""
 
 
 class StopRequest:
     """Whether this process was asked to stop, and why."""
 
     def __init__(self, run_dir: Path) -> None:
-        self.stop_file = run_dir / STOP
+        first_of_node = os.environ.get("LOCAL_RANK", "0") == "0"
+        self.stop_files = [run_dir / name for name in stop_names()] if first_of_node else []
         self.reason: str | None = None
         self._first = 0.0
+        self._next_look = 0.0
         self._launchers = _launchers()
         for number in SIGNALS:
             signal.signal(number, self._handle)
 
     def asked(self) -> bool:
         """Look for every kind of request; on this rank only."""
-        if self.reason is None:
-            if self.stop_file.exists():
-                self.reason = f"the stop file {self.stop_file}"
+        now = time.monotonic()
+        if self.reason is None and now >= self._next_look:
+            self._next_look = now + LOOK
+            if found := next((path for path in self.stop_files if path.exists()), None):
+                self.reason = f"the stop file {found}"
             elif _launchers() != self._launchers:
                 self.reason = "the end of the launcher"
         return self.reason is not None
@@ -46,6 +57,27 @@ class StopRequest:
             os._exit(128 + number)
         if self.reason is None:
             self.reason, self._first = signal.Signals(number).name, now
+
+
+class LaterSum:
+    """A number on the device that the host reads one step later: only then is it surely there, and nobody waits."""
+
+    def __init__(self, device: torch.device) -> None:
+        on_gpu = device.type == "cuda"
+        self._value = torch.zeros(1, dtype=torch.int64, pin_memory=on_gpu)
+        self._copied = torch.cuda.Event() if on_gpu else None
+
+    def send(self, value: Tensor) -> None:
+        """Begin to copy `value`, [1] int64 on the device."""
+        self._value.copy_(value, non_blocking=True)
+        if self._copied is not None:
+            self._copied.record()
+
+    def read(self) -> int:
+        """What was sent last; 0 before that."""
+        if self._copied is not None:
+            self._copied.synchronize()
+        return int(self._value.numpy()[0])
 
 
 def _launchers() -> tuple[int, ...]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, replace
 from functools import partial
 from importlib.metadata import version
@@ -16,6 +16,7 @@ import torch.distributed as dist
 
 from ds_stacking.checkpoint.select import Found
 from ds_stacking.checkpoint.share import side_by_side
+from ds_stacking.checkpoint.write import CheckpointWriter
 from ds_stacking.common.files import write_json
 from ds_stacking.config import ModelConfig, RunConfig, StageConfig, UserError
 from ds_stacking.data.batches import EvalBatches, MaskedBatches
@@ -35,11 +36,20 @@ from ds_stacking.models.compiling import compile_parts
 from ds_stacking.planning.parts import part_of
 from ds_stacking.training.alarm import Alarm
 from ds_stacking.training.batching import BatchPlan, plan_batch
-from ds_stacking.training.checkpointing import cut_metrics, find_checkpoint, identity, make_writer, restore
+from ds_stacking.training.changes import describe
+from ds_stacking.training.checkpointing import (
+    changed_settings,
+    cut_metrics,
+    find_checkpoint,
+    identity,
+    make_writer,
+    restore,
+)
 from ds_stacking.training.export import finish_export
 from ds_stacking.training.ledger import Ledger
 from ds_stacking.training.loop import Pretraining
 from ds_stacking.training.micro_batch import choose_micro_batches, recorded_micro_batches
+from ds_stacking.training.ownership import one_writer
 from ds_stacking.training.preemption import StopRequest
 from ds_stacking.training.progress import make_console
 from ds_stacking.training.run_directory import (
@@ -48,6 +58,7 @@ from ds_stacking.training.run_directory import (
     claim_run_directory,
     is_finished,
 )
+from ds_stacking.training.same_data import check_same_data
 from ds_stacking.training.tracking import make_tracker
 from ds_stacking.training.triggering import triggered_stages
 from ds_stacking.training.watchdog import Watchdog, collective_limit
@@ -70,40 +81,45 @@ def pretrain(config: RunConfig) -> None:
     data = prepare(config.data, config.tokenizer, config.corpus, log=console.line)
     config = replace(config, model=_model_config(config.model, data))
     init_distributed(limit=collective_limit(config.hang_timeout))
-    with Watchdog(config.hang_timeout) as watchdog, Alarm() as alarm:
-        run, found = _prepare(config, data, plans, ds_config, watchdog, bf16=bf16)
-        console.resolved(_resolved(run, why))
-        try:
-            stage_finished = _resume(run, found)
-            run.train(stage_finished=stage_finished)
-            _finish(run)
-        except BaseException as error:
-            alarm.sound(error)  # before what may take seconds
-            run.close(exit_code=1)
-            raise
-        alarm.close()
-        run.close()
+    with Alarm() as alarm:
+        check_same_data(data.fingerprint, config.data, device())
+        with one_writer(config, console.line) as holds, Watchdog(config.hang_timeout) as watchdog:
+            run, found = _set_up(config, data, plans, ds_config, holds, watchdog, bf16=bf16)
+            console.resolved(_resolved(run, why))
+            try:
+                stage_finished = _resume(run, found)
+                run.train(stage_finished=stage_finished)
+                _finish(run)
+            except BaseException as error:
+                alarm.sound(error)  # before what may take seconds
+                run.close(exit_code=1)
+                raise
+            alarm.close()
+            run.close()
 
 
-def _prepare(
+def _set_up(
     config: RunConfig,
     data: PreparedData,
     plans: list[BatchPlan],
     ds_config: Mapping[str, Any],
+    holds: Callable[[], bool],
     watchdog: Watchdog,
     *,
     bf16: bool,
 ) -> tuple[Pretraining, Found | None]:
-    """The run, its configuration complete, and the checkpoint that it goes on from."""
+    """The run and the checkpoint that it goes on from, with all that only the process group's ranks could decide."""
     if config.kernels == "auto":
         config = replace(config, kernels="fused" if has_kernels(device()) else "torch")
     config = replace(config, stages=triggered_stages(config))
     expected = identity(config, data.fingerprint)
     found = find_checkpoint(config, expected, watchdog.beat)
+    changes = changed_settings(config, found)
     config = _micro_batches(config, data, plans, ds_config, bf16=bf16, resumed=found is not None)
     watchdog.beat()
     plans = check_stages(config, ds_config, bf16=bf16, world_size=dist.get_world_size())
-    return _build(config, data, plans, ds_config, expected, found, watchdog, bf16=bf16), found
+    writer = make_writer(config, expected, holds)
+    return _build(config, data, plans, ds_config, writer, found, changes, watchdog, bf16=bf16), found
 
 
 def _resume(run: Pretraining, found: Found | None) -> bool:
@@ -116,6 +132,9 @@ def _resume(run: Pretraining, found: Found | None) -> bool:
         run.console.line(note)
     stage_finished = restore(run, found)
     run.console.line(f"{'branching off' if found.branch else 'resumed'} at step {found.step}, from {found.path}")
+    new = {change["field"]: (change["from"], change["to"]) for change in run.changes if change["step"] == found.step}
+    if new:
+        run.console.line(f"changed at step {found.step}: {describe(new)}")
     return stage_finished
 
 
@@ -234,8 +253,9 @@ def _build(
     data: PreparedData,
     plans: list[BatchPlan],
     ds_config: Mapping[str, Any],
-    expected: dict[str, Any],
+    writer: CheckpointWriter,
     found: Found | None,
+    changes: list[dict[str, Any]],
     watchdog: Watchdog,
     *,
     bf16: bool,
@@ -260,7 +280,8 @@ def _build(
 
     def claim() -> None:
         if rank == 0:
-            claim_run_directory(config, _record(config, data), keep=found is not None and not found.branch)
+            record = _record(config, data) | {"changes": changes}
+            claim_run_directory(config, record, keep=found is not None and not found.branch)
             if found is not None:
                 cut_metrics(run_dir, found)
 
@@ -277,8 +298,9 @@ def _build(
         tracker=make_tracker(run_dir, tracking=config.tracking, name=config.name, config=config.to_dict(), rank=rank),
         run_dir=run_dir,
         device=device(),
-        writer=make_writer(config, expected),
+        writer=writer,
         stop=StopRequest(run_dir),
+        changes=changes,
         watchdog=watchdog,
     )
 

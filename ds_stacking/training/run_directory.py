@@ -17,6 +17,12 @@ OURS = (CONFIG, SUMMARY, METRICS, STOP, "wandb_id.txt", "checkpoints", "export",
 """What a run writes; --overwrite deletes this and nothing else."""
 
 
+def stop_names() -> tuple[str, ...]:
+    """The files that ask this run to stop: a person's, and that of its own SLURM job alone, for the batch script."""
+    job = os.environ.get("SLURM_JOB_ID")
+    return (STOP, f"{STOP}-{job}") if job else (STOP,)
+
+
 def check_run_directory(config: RunConfig) -> None:
     """Raise UserError where the run directory holds another run or cannot be one. Writes nothing."""
     path = Path(config.run_dir)
@@ -55,13 +61,18 @@ def claim_run_directory(config: RunConfig, resolved: Mapping[str, Any], *, keep:
     What an earlier run left is deleted, or where this one goes on with it (`keep`) only the request to stop.
     """
     path = Path(config.run_dir)
-    for name in (STOP,) if keep else OURS:
+    for name in stop_names() if keep else {*OURS, *stop_names()}:
         old = path / name
         if old.is_dir() and not old.is_symlink():
             shutil.rmtree(old)
         else:
             old.unlink(missing_ok=True)
-    os.umask(0o077)
-    path.mkdir(parents=True, exist_ok=True)
+    make_private(path)
     write_json(path / CONFIG, resolved)
     return path
+
+
+def make_private(path: Path) -> None:
+    """Make a folder and its parents; what this process writes from here on is its user's alone."""
+    os.umask(0o077)
+    path.mkdir(parents=True, exist_ok=True)

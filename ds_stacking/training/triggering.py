@@ -118,8 +118,8 @@ def _try(run: Pretraining, operator: str, steps: int, stage: StageConfig, spec: 
         policy = stage.optimizer_state or run.config.optimizer_state
         run.manager.grow(spec, operator=operator, optimizer_state=policy)
         with closing(run.stream(steps)) as batches:
-            for micro_batches in batches:
-                run.train_step(micro_batches)
+            for batch in batches:
+                run.train_step(batch)
         loss = run.held_out_loss().every
         settle(run)
     run.manager.evaluate = evaluate

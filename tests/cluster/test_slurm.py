@@ -165,6 +165,32 @@ def test_each_rank_gets_its_share_of_the_cores_or_the_job_is_refused(cluster: Cl
         assert log.read_text() == f"{cores} cores\n" * 2
 
 
+def test_a_second_job_in_the_same_directory_is_refused_and_harms_nothing(cluster: Cluster, folder: Path) -> None:
+    run, logs = folder / "double", [folder / f"double-{number}.log" for number in range(3)]
+    arguments = options(folder, "--stages=2:100000", "--checkpoint_every=20", "--tracking=none")
+    first = cluster.submit([*TWO_NODES, f"--output={logs[0]}"], arguments, RUN_DIR=str(run))
+    wait_for(lambda: last_step(run) > 50, "the first steps", START)
+
+    second = cluster.submit([*TWO_NODES, f"--output={logs[1]}"], arguments, RUN_DIR=str(run))
+    wait_for(lambda: cluster.job(second)["JobState"] == "FAILED", "the refusal of the second job", START)
+    assert cluster.job(second)["ExitCode"] == "2:0" and cluster.job(second)["Restarts"] == "0"
+    assert re.search(rf"is in use by process \d+ of SLURM job {first} on ", logs[1].read_text())
+    step = last_step(run)
+    wait_for(lambda: last_step(run) > step + 20, "steps of the first job after that", START)
+    records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    steps = [record["step"] for record in records if record["kind"] == "train"]
+    assert steps == list(range(1, steps[-1] + 1)), "no line is lost"
+
+    cluster.run("scancel", first)
+    wait_for(lambda: not cluster.processes(f"SLURM_JOB_ID={first}"), "the end of the first job", START)
+    saved = max(int(path.name.split("-")[1]) for path in (run / "checkpoints").iterdir())
+    cluster.submit([*TWO_NODES, f"--output={logs[2]}"], arguments, RUN_DIR=str(run))
+    wait_for(lambda: logs[2].exists() and resumptions(logs[2]), "the third job's start", START)
+    assert resumptions(logs[2]) == [saved] and "looking for up to" not in logs[2].read_text()
+    (run / "stop").touch()
+    wait_for(lambda: "ended with code 75 (asked)" in logs[2].read_text(), "the end that was asked for", START)
+
+
 def test_a_comparison_is_an_array_whose_tasks_stop_and_go_on(cluster: Cluster, folder: Path) -> None:
     compared = folder / "compared"
     arguments = options(folder, "--stages=1:60,2:240", "--checkpoint_every=0", "--tracking=none")

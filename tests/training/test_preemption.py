@@ -1,13 +1,21 @@
-"""Signals: the first one is a request, its echo is nothing, a later one ends the process at once."""
+"""Asked to stop: who looks for it and how often, when all ranks know, and what a second signal means."""
 
 from __future__ import annotations
 
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
+
+from ds_stacking.command_line import parse_run
+from ds_stacking.config import RunAgain
+from ds_stacking.training.preemption import LOOK, SIGNALS, StopRequest
+from ds_stacking.training.run_directory import claim_run_directory
+from tests.corpus import small_options, write_corpus
+from tests.ranks import run_ranks
 
 ROOT = Path(__file__).parents[2]
 CODE = """
@@ -41,3 +49,71 @@ def test_a_second_signal(tmp_path: Path, number: signal.Signals, later: float, c
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert done.returncode == code, done.stderr
     assert done.stdout.strip() == ("" if code else number.name)
+
+
+@pytest.fixture
+def handlers() -> object:
+    """A StopRequest takes the signals of its process."""
+    before = {number: signal.getsignal(number) for number in SIGNALS}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+@pytest.mark.usefixtures("handlers")
+def test_one_rank_of_a_node_looks_and_not_at_every_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    now, looks = [1000.0], []
+    exists = Path.exists
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(Path, "exists", lambda path: (looks.append(path), exists(path))[1])
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    second = StopRequest(tmp_path)
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    first = StopRequest(tmp_path)
+    for _ in range(100):
+        assert not first.asked() and not second.asked()
+        now[0] += 0.99 * LOOK / 100
+    assert len(looks) == 1
+    (tmp_path / "stop").touch()
+    now[0] += LOOK
+    assert first.asked() and not second.asked()
+    assert first.reason == f"the stop file {tmp_path / 'stop'}"
+
+
+@pytest.mark.usefixtures("handlers")
+def test_a_job_has_a_stop_file_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A job that was refused must not stop, by being cancelled, the one that has the directory."""
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    (tmp_path / "stop-8").touch()
+    assert not StopRequest(tmp_path).asked()
+    (tmp_path / "stop-7").touch()
+    assert StopRequest(tmp_path).asked()
+    claim_run_directory(parse_run([f"--output_dir={tmp_path}", "--resume=auto"]), {}, keep=True)
+    assert not StopRequest(tmp_path).asked(), "a new start removes what it finds"
+
+
+def stopped(folder: str, rank_asked: int) -> str:
+    """A run in which one rank is asked to stop after step 5; what ended it."""
+    from ds_stacking.training.loop import Pretraining
+    from ds_stacking.training.run import pretrain
+
+    report = Pretraining.report
+
+    def asked(self: Pretraining, *args: object) -> None:
+        if (self.position.step, self.rank) == (5, rank_asked):
+            self.stop.reason = "the test"
+        report(self, *args)
+
+    Pretraining.report = asked
+    options = ["--stages=2:30", "--eval_every=0", "--checkpoint_every=0", "--tracking=none"]
+    with pytest.raises(RunAgain) as error:
+        pretrain(parse_run([*small_options(Path(folder)), *options]))
+    return str(error.value)
+
+
+@pytest.mark.distributed
+def test_what_one_rank_was_asked_all_know_two_steps_later(tmp_path: Path) -> None:
+    """The next step adds it up, and the one after that reads the sum."""
+    write_corpus(tmp_path / "corpus")
+    first, second = run_ranks(2, stopped, str(tmp_path), 1)
+    assert "by another rank at step 7, saved" in first and "by the test at step 7, saved" in second

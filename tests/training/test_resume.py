@@ -48,10 +48,10 @@ def run(
     ]
     for cut in (*cuts, None) if to_the_end else cuts:
 
-        def stop_if_asked(self: Pretraining, cut: int | None = cut) -> None:
+        def stop_if_asked(self: Pretraining, told: bool, cut: int | None = cut) -> None:
             if self.position.step == cut and self.rank == self.world_size - 1:
                 self.stop.reason = "the test"
-            original(self)
+            original(self, told or self.position.step == cut)
 
         Pretraining.stop_if_asked = stop_if_asked
         torch.manual_seed(99)  # a new process would not have the generators of the old one
@@ -59,8 +59,8 @@ def run(
         try:
             pretrain(parse_run(arguments))
             assert cut is None
-        except RunAgain:
-            assert cut is not None
+        except RunAgain as stopped:
+            assert f"at step {cut}, saved" in str(stopped)
 
 
 def final(folder: Path) -> CheckpointReader:
@@ -203,7 +203,9 @@ def test_a_finished_run_is_left_alone_and_another_recipe_is_refused(folder: Path
     assert any("finished" in line for line in run_ranks(1, run_again, str(folder), "whole-2")[0])
     assert (folder / "whole-2" / "summary.json").read_bytes() == before
     (folder / "whole-2" / "summary.json").unlink()
-    assert "recipe" in run_ranks(1, refused, str(folder), ("--lr=0.5",))[0]
+    message = run_ranks(1, refused, str(folder), ("--seed=5", "--operator=last"))[0]
+    assert "seed is 1 there and 5 here" in message and 'operator is "stack" there' in message
+    assert "--branch_from begins a new run" in message
     grow_folder(folder / "whole-2" / "checkpoints" / "step-8", folder / "too-deep", operator="stack", layers=3)
     message = run_ranks(1, refused, str(folder), (f"--resume={folder}/too-deep", f"--output_dir={folder}/deep"))[0]
     assert "has 3 layers" in message and "have 1, 2, 4 layers" in message

@@ -49,10 +49,8 @@ def train(folder: str, output: str, *options: str, cut: int = 0) -> None:
     config = [*arguments, "--eval_every=0", "--eval_after_growth=0", *options]
     original = Pretraining.stop_if_asked
 
-    def stop_if_asked(self: Pretraining) -> None:
-        if self.position.step == cut:
-            self.stop.reason = "the test"
-        original(self)
+    def stop_if_asked(self: Pretraining, told: bool) -> None:
+        original(self, told or self.position.step == cut)
 
     if cut:
         Pretraining.stop_if_asked = stop_if_asked

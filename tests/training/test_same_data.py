@@ -1,0 +1,47 @@
+"""Ranks whose data differ do not train: every rank says which nodes have which."""
+
+from __future__ import annotations
+
+import os
+import socket
+from pathlib import Path
+
+import pytest
+
+from ds_stacking.command_line import parse_run
+from ds_stacking.config import UserError
+from tests.corpus import small_options, write_corpus
+from tests.ranks import run_ranks
+
+pytestmark = pytest.mark.distributed
+
+
+def refused(folder: str) -> str:
+    """Rank 1 stands on a node of its own, with other files under the same name and a cache of its own."""
+    from ds_stacking.training.run import pretrain
+
+    node = "two" if os.environ["RANK"] == "1" else "one"
+    socket.gethostname = lambda: f"node-{node}"
+    os.chdir(Path(folder) / node)
+    options = [
+        *small_options(Path(folder)),
+        "--tokens_per_step=576",
+        "--data=corpus",
+        f"--corpus.cache_dir={folder}/{node}/cache",
+    ]
+    with pytest.raises(UserError) as error:
+        pretrain(
+            parse_run(
+                [*options, "--tracking=none", f"--deepspeed_config={Path(__file__).parents[2]}/ds_configs/zero2.json"]
+            )
+        )
+    return str(error.value)
+
+
+def test_a_node_with_other_data_is_named_on_every_rank(tmp_path: Path) -> None:
+    write_corpus(tmp_path / "one" / "corpus")
+    write_corpus(tmp_path / "two" / "corpus", documents=239)
+    said = run_ranks(3, refused, str(tmp_path))
+    assert said[0] == said[1] == said[2]
+    assert "from corpus: " in said[0] and " on node-one, " in said[0] and " on node-two; let them share" in said[0]
+    assert not (tmp_path / "run").exists()
