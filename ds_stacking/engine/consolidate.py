@@ -1,10 +1,11 @@
-"""The whole model on one rank: fp32 masters gathered from all ranks, piece by piece."""
+"""The model for a rank that writes it down: fp32 masters gathered from all ranks, one block at a time."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from itertools import groupby
 
-import torch
 from deepspeed.runtime.engine import DeepSpeedEngine
 from torch import Tensor
 
@@ -17,13 +18,18 @@ from ds_stacking.growth.plan import ParameterInfo, copy_plan
 from ds_stacking.growth.state import FullState
 
 
-def consolidate(engine: DeepSpeedEngine, parameters: Mapping[str, ParameterInfo]) -> dict[str, Tensor] | None:
-    """The masters as full fp32 tensors on the host of rank 0; None elsewhere. All ranks call it together."""
+def gather_masters(engine: DeepSpeedEngine, parameters: Mapping[str, ParameterInfo]) -> Iterator[tuple[str, Tensor]]:
+    """The masters as full fp32 tensors on the host of rank 0, in the order of `parameters`; nothing on other ranks.
+
+    Collective: every rank goes through to the end. Rank 0 holds a block, or one tensor outside the blocks, at a time.
+    """
     plan = copy_plan(parameters, find_blocks(engine.module))
-    holder = torch.distributed.get_rank() == 0
-    full = FullState({name: info.numel for name, info in parameters.items()}, kinds=("master",), holder=holder)
-    execute(plan, LiveState(engine), full, make_exchange(device()), kinds=("master",))
-    if not holder:
-        return None
+    state, exchange = LiveState(engine), make_exchange(device())
     shapes = {name: getattr(p, "ds_shape", p.shape) for name, p in engine.module.named_parameters()}
-    return {name: tensor.view(shapes[name]) for name, tensor in full.tensors["master"].items()}
+    for _, group in groupby(plan.entries, key=lambda entry: entry.target if entry.block is None else entry.block):
+        part = replace(plan, entries=tuple(group))
+        numels = {entry.target: entry.info.numel for entry in part.entries}
+        full = FullState(numels, kinds=("master",), holder=exchange.rank == 0)
+        execute(part, state, full, exchange, kinds=("master",))
+        for name, tensor in full.tensors["master"].items():
+            yield name, tensor.view(shapes[name])

@@ -19,6 +19,7 @@ from filelock import FileLock
 from torch import nn
 
 from ds_stacking.config import OptimizerConfig
+from ds_stacking.engine.construct import construct_partitioned
 from ds_stacking.engine.ds_config import offloads_optimizer, resolve_ds_config
 from ds_stacking.growth.plan import ParameterInfo, parameter_groups
 
@@ -52,14 +53,14 @@ class EngineFactory:
     """AdamW and clipping."""
     bf16: bool
     """16-bit working copies with fp32 masters, or fp32 throughout."""
+    layer_by_layer: bool = False
+    """Whether every module of the model fills its parameters by `reset_parameters` and nowhere else: then under ZeRO 3
+    no rank ever holds more than one module whole."""
 
     def build(
         self, spec: EngineSpec, parameters: Mapping[str, ParameterInfo] | None = None, *, initialize: bool = True
     ) -> DeepSpeedEngine:
         """A new engine; `parameters` fixes the parameter groups of a grown model. All ranks call it together."""
-        model = self.build_model(spec.layers, initialize)
-        if parameters is None:
-            parameters = self.describe(model)
         config = resolve_ds_config(
             dict(self.ds_config),
             zero_stage=spec.zero_stage,
@@ -69,6 +70,9 @@ class EngineFactory:
             accumulation=spec.accumulation,
             world_size=torch.distributed.get_world_size(),
         )
+        model = self._construct(spec.layers, initialize, config)
+        if parameters is None:
+            parameters = self.describe(model)
         groups = self._groups(model, parameters)
         optimizer = self._make_optimizer(groups, offload=offloads_optimizer(config))
         engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config, dist_init_required=False)
@@ -76,6 +80,11 @@ class EngineFactory:
             # in fp32 DeepSpeed looks for gradients that are not finite only where it clips them
             engine.optimizer.check_grad_overflow = True
         return engine
+
+    def _construct(self, layers: int, initialize: bool, config: Mapping[str, Any]) -> nn.Module:
+        if self.layer_by_layer and config["zero_optimization"]["stage"] == 3:
+            return construct_partitioned(lambda: self.build_model(layers, initialize), config)
+        return self.build_model(layers, initialize)
 
     def describe(self, model: nn.Module) -> dict[str, ParameterInfo]:
         """The trainable parameters of a first stage's model, in an engine or not.

@@ -94,9 +94,9 @@ class Ranks:
     def _gather(self, tensor: Tensor) -> Tensor:
         """[...] of every rank -> [ranks, ...] on the CPU."""
         tensor = tensor.to(self.device)
-        everyone = tensor.new_empty(self.world_size, *tensor.shape)
-        dist.all_gather_into_tensor(everyone, tensor)
-        return everyone.cpu()
+        everyone = tensor.new_empty(self.world_size * tensor.numel())
+        dist.all_gather_into_tensor(everyone, tensor.flatten())
+        return everyone.cpu().view(self.world_size, *tensor.shape)
 
 
 def with_ranks(tables: Sequence[Tensor]) -> Tensor:

@@ -17,12 +17,9 @@ from torch import Tensor
 
 from ds_stacking.growth.exchange import Exchange
 from ds_stacking.growth.plan import GrowthPlan
-from ds_stacking.growth.schedule import Move, largest_block, rounds, schedule
+from ds_stacking.growth.schedule import Move, round_limit, rounds, schedule
 from ds_stacking.growth.state import KINDS, Kind, StateReader, StateWriter
 from ds_stacking.growth.transforms import Transform
-
-ROUND = 2 << 20
-"""Most elements of a kind that a rank sends or receives at one time; larger buffers would be mapped anew each time."""
 
 
 @dataclass(kw_only=True)
@@ -75,7 +72,7 @@ class _Execution:
             for move in own:
                 self._copy(move)
         with self._clock("exchange"):
-            for carried in rounds(crossing, min(largest_block(self.plan), ROUND), self.exchange):
+            for carried in rounds(crossing, round_limit(self.plan), self.exchange):
                 self._carry(carried)
         with self._clock("commit"):
             self.writer.commit({entry.target: entry.info.step for entry in self.plan.entries})

@@ -21,6 +21,9 @@ from ds_stacking.growth.holdings import Holdings, holdings
 from ds_stacking.growth.plan import GrowthPlan, PlanEntry
 from ds_stacking.growth.state import TensorSlice
 
+ROUND = 2 << 20
+"""Most elements of a kind that a rank sends or receives at one time; larger buffers would be mapped anew each time."""
+
 
 class Move(NamedTuple):
     """Elements on their way from `owner` to `wanter`."""
@@ -89,13 +92,13 @@ def rounds(moves: Iterable[Move], limit: int, exchange: Exchange) -> list[list[M
     return result
 
 
-def largest_block(plan: GrowthPlan) -> int:
-    """Elements of one block of the grown model: what a rank may send or receive in a round."""
+def round_limit(plan: GrowthPlan) -> int:
+    """Elements of a kind that a rank may send or receive in a round: ROUND, or one grown block if that is less."""
     sizes = [0] * plan.to_layers
     for entry in plan.entries:
         if entry.block is not None:
             sizes[entry.block] += entry.info.numel
-    return max(sizes)
+    return min(max(sizes) or ROUND, ROUND)
 
 
 def _arriving(

@@ -16,7 +16,7 @@ from ds_stacking.growth.exchange import Exchange
 from ds_stacking.growth.operators import LayerMap, originals
 from ds_stacking.growth.plan import GrowthPlan, ParameterInfo, PlanEntry
 from ds_stacking.growth.policies import INHERIT
-from ds_stacking.growth.schedule import Move, largest_block, rounds, schedule
+from ds_stacking.growth.schedule import Move, round_limit, rounds, schedule
 from ds_stacking.growth.state import KINDS, Kind, StateReader, TensorSlice
 
 
@@ -109,7 +109,7 @@ class _Comparison:
                 for index, kind in enumerate(self.kinds):
                     self._add(move, index, self.state.read(move.source, kind))
         crossing = [move for move in moves if move.crosses]
-        for carried in rounds(crossing, largest_block(self.plan), self.exchange):
+        for carried in rounds(crossing, round_limit(self.plan), self.exchange):
             self._carry(carried)
         sums = self.exchange.add_up(self.sums)
         return {kind: {block: _cosine(sums[block, i]) for block in pairs} for i, kind in enumerate(self.kinds)}

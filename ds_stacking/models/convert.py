@@ -11,23 +11,25 @@ there. Shapes: D hidden size.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 import transformers
-from safetensors.torch import save_file
 from torch import Tensor
 
 from ds_stacking.config import ModelConfig, UserError
 from ds_stacking.models.bert import TOKEN_TYPES, Bert
+from ds_stacking.models.shards import SHARD_BYTES, ShardWriter
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 
 Norm = Literal["pre", "post"]
 Activation = Literal["gelu", "gelu_tanh"]
+Tensors = Mapping[str, Tensor] | Iterable[tuple[str, Tensor]]
+"""Our parameters: a state dict, or pairs of name and tensor."""
 
 ARCHITECTURES: dict[tuple[Norm, bool], str] = {
     ("post", False): "BertForMaskedLM",
@@ -90,8 +92,16 @@ def parameter_shapes(config: ModelConfig, num_layers: int) -> dict[str, torch.Si
     return {name: parameter.shape for name, parameter in model.named_parameters()}
 
 
+def _huggingface_shapes(config: ModelConfig, num_layers: int) -> Iterator[tuple[str, torch.Size]]:
+    """Name and shape of every tensor in transformers, in the order of ours."""
+    for name, shape in parameter_shapes(config, num_layers).items():
+        names = huggingface_names(name, config.norm)
+        for part in names:
+            yield part, torch.Size((shape[0] // len(names), *shape[1:]))
+
+
 def to_huggingface(
-    tensors: Mapping[str, Tensor] | Iterable[tuple[str, Tensor]],
+    tensors: Tensors,
     config: ModelConfig,
     num_layers: int,
     *,
@@ -104,37 +114,45 @@ def to_huggingface(
     tensors already. The tied decoder is left out, as transformers does.
     Raises UserError where a parameter is missing, unknown or of another shape than `config` and `num_layers` say.
     """
+    converted = {name: part.to("cpu", dtype).contiguous() for name, part in _converted(tensors, config, num_layers)}
+    return _huggingface_config(config, num_layers, dtype, pad_token_id), converted
+
+
+def _converted(tensors: Tensors, config: ModelConfig, num_layers: int) -> Iterator[tuple[str, Tensor]]:
+    """Our parameters under transformers' names, one after another: views of the given tensors."""
     shapes = parameter_shapes(config, num_layers)
-    pairs = tensors.items() if isinstance(tensors, Mapping) else tensors
-    converted: dict[str, Tensor] = {}
-    for name, tensor in pairs:
+    for name, tensor in tensors.items() if isinstance(tensors, Mapping) else tensors:
         if tensor.shape != shapes.pop(name, None):
             raise UserError(
                 f"Parameter {name} of shape {tuple(tensor.shape)} does not belong to a {num_layers}-layer model of "
                 f"this configuration; convert weights together with the configuration they were trained with."
             )
         names = huggingface_names(name, config.norm)
-        for part_name, part in zip(names, tensor.detach().chunk(len(names)), strict=True):
-            converted[part_name] = part.to("cpu", dtype).contiguous()
+        yield from zip(names, tensor.detach().chunk(len(names)), strict=True)
     if shapes:
         raise UserError(f"Parameter {next(iter(shapes))} is missing ({len(shapes)} in all); give the whole model.")
-    return _huggingface_config(config, num_layers, dtype, pad_token_id), converted
 
 
 def save_huggingface(
     folder: str | Path,
-    tensors: Mapping[str, Tensor] | Iterable[tuple[str, Tensor]],
+    tensors: Tensors,
     config: ModelConfig,
     num_layers: int,
     *,
     dtype: torch.dtype = torch.float32,
     pad_token_id: int = 0,
+    shard_bytes: int = SHARD_BYTES,
 ) -> None:
-    """Write config.json and model.safetensors, which `from_pretrained` loads; see `to_huggingface`."""
-    hf_config, converted = to_huggingface(tensors, config, num_layers, dtype=dtype, pad_token_id=pad_token_id)
+    """Write config.json and model.safetensors, which `from_pretrained` loads; see `to_huggingface`.
+
+    Above SHARD_BYTES there are several files and an index. Of pairs one is held at a time: a generator may make them.
+    """
     Path(folder).mkdir(parents=True, exist_ok=True)
-    hf_config.save_pretrained(folder)
-    save_file(converted, Path(folder) / "model.safetensors", metadata={"format": "pt"})
+    shapes = dict(_huggingface_shapes(config, num_layers))
+    with ShardWriter(Path(folder), shapes, dtype, shard_bytes=shard_bytes) as writer:
+        for name, part in _converted(tensors, config, num_layers):
+            writer.write(name, part)
+    _huggingface_config(config, num_layers, dtype, pad_token_id).save_pretrained(folder)
 
 
 def from_huggingface(source: str | Path | PreTrainedModel) -> tuple[ModelConfig, int, dict[str, Tensor]]:

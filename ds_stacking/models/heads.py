@@ -18,11 +18,15 @@ class MaskedLMHead(nn.Module):
 
     def __init__(self, config: ModelConfig, std: float | None, fused: bool) -> None:
         super().__init__()
-        self.activation = config.activation
+        self.activation, self.std = config.activation, std
         self.dense = Linear(config.hidden_size, config.hidden_size, std)
         self.norm = LayerNorm(config, fused)
         self.bias = nn.Parameter(torch.empty(config.vocab_size))
-        if std is not None:
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Zero the decoder's bias; the other weights are those of modules of their own."""
+        if self.std is not None:
             nn.init.zeros_(self.bias)
 
     def forward(self, hidden: Tensor, word_embedding: Tensor, labels: Tensor | None = None) -> Tensor:

@@ -20,7 +20,7 @@ from ds_stacking.config import RunAgain, RunConfig, StageConfig
 from ds_stacking.data.batches import Batch, EvalBatches, MaskedBatches
 from ds_stacking.data.prefetch import prefetch
 from ds_stacking.data.prepared_data import PreparedData
-from ds_stacking.engine.consolidate import consolidate
+from ds_stacking.engine.consolidate import gather_masters
 from ds_stacking.engine.factory import Engine, EngineSpec
 from ds_stacking.engine.stage_manager import GrowthRecord, StageManager
 from ds_stacking.engine.stepping import optimizer_step
@@ -311,16 +311,15 @@ class Pretraining:
         loss = self.evaluate()
         self.ledger.stage.eval_loss_end = loss.every
         self.ledger.stage.eval_loss_masked_end = loss.masked
-        tensors = consolidate(self.engine, self.manager.parameters)
-        if tensors is not None:
-            export_stage(
-                self.run_dir,
-                stage=index,
-                layers=stage.layers,
-                tensors=tensors,
-                model=self.config.model,
-                data=self.data,
-            )
+        export_stage(
+            self.run_dir,
+            stage=index,
+            layers=stage.layers,
+            tensors=gather_masters(self.engine, self.manager.parameters),
+            model=self.config.model,
+            data=self.data,
+            writes=self.rank == 0,
+        )
         save(self, stage_end=True)
         self.stop_if_asked()
 

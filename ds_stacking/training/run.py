@@ -223,6 +223,7 @@ def _build(
         ds_config=ds_config,
         optimizer=config.optimizer,
         bf16=bf16,
+        layer_by_layer=True,
     )
     batches = _batches(config, data, plans)
     held_out = EvalBatches(

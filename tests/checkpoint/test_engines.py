@@ -14,7 +14,7 @@ from ds_stacking.checkpoint.select import find_together
 from ds_stacking.checkpoint.store import CheckpointReader
 from ds_stacking.checkpoint.write import CheckpointWriter
 from ds_stacking.engine import release
-from ds_stacking.engine.consolidate import consolidate
+from ds_stacking.engine.consolidate import gather_masters
 from ds_stacking.engine.factory import device
 from ds_stacking.engine.stage_manager import StageManager
 from ds_stacking.engine.zero_state import LiveState
@@ -57,9 +57,9 @@ def resume(folder: Path, zero_stage: int, *, generators: bool = True, **options)
     return manager
 
 
-def finish(manager: StageManager) -> tuple[dict | None, dict[str, int]]:
+def finish(manager: StageManager) -> tuple[dict, dict[str, int]]:
     """The weights on rank 0 and the step counts; the engine is freed."""
-    result = consolidate(manager.engine, manager.parameters), LiveState(manager.engine).steps()
+    result = dict(gather_masters(manager.engine, manager.parameters)), LiveState(manager.engine).steps()
     release.release(manager.engine)
     manager._engine = None
     release.collect()
@@ -86,7 +86,7 @@ def run(folder: Path) -> dict[bool, tuple[bool, bool, bool]]:
         resumed = resume(folder, generators=generators, **BEFORE)
         losses = train(resumed, 6, 3)
         found, found_steps = finish(resumed)
-        equal_weights = weights is None or all(torch.equal(weights[name], found[name]) for name in weights)
+        equal_weights = all(torch.equal(weights[name], found[name]) for name in weights)
         outcome[generators] = (losses == expected, equal_weights, steps == found_steps)
     return outcome
 

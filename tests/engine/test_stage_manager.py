@@ -11,7 +11,7 @@ import torch.distributed as dist
 
 from ds_stacking.config import UserError
 from ds_stacking.engine import release, stage_manager, zero_state
-from ds_stacking.engine.consolidate import consolidate
+from ds_stacking.engine.consolidate import gather_masters
 from ds_stacking.engine.stage_manager import StageManager
 from ds_stacking.engine.zero_state import LiveState
 from ds_stacking.growth import operators
@@ -160,10 +160,11 @@ def factor_one(zero_stage: int, offload: bool, bf16: bool, fault: bool) -> tuple
                     stack.enter_context(generator_not_restored())
                 manager.grow(spec(2))
         losses += train(manager, 4, 4)
-        results.append((losses, consolidate(manager.engine, manager.parameters)))
+        results.append((losses, dict(gather_masters(manager.engine, manager.parameters))))
         finish(manager)
     (plain, weights), (grown, grown_weights) = results
-    equal = weights is None or all(torch.equal(weights[name], grown_weights[name]) for name in weights)
+    assert bool(weights) == (dist.get_rank() == 0)
+    equal = all(torch.equal(weights[name], grown_weights[name]) for name in weights)
     return plain, grown, equal
 
 

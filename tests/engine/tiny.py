@@ -43,6 +43,7 @@ def factory(zero_stage: int, *, offload: bool = False, bf16: bool = False, dropo
         ds_config={"zero_optimization": zero},
         optimizer=OPTIMIZER,
         bf16=bf16,
+        layer_by_layer=True,
     )
 
 

@@ -15,6 +15,7 @@ from ds_stacking.growth.exchange import OneRank
 from ds_stacking.growth.executor import digest, execute
 from ds_stacking.growth.operators import layer_map
 from ds_stacking.growth.plan import GrowthPlan, ParameterInfo, make_plan
+from ds_stacking.growth.schedule import schedule
 from ds_stacking.growth.state import KINDS, FullState, TensorSlice
 from tests.growth.oracle import FACTORS, State, differing, grow_by_hand
 from tests.growth.simulated import ShardState, ThreadRank, assemble, run_threads
@@ -128,6 +129,36 @@ def test_rounds_are_no_larger_than_one_block() -> None:
     _, _, results = grow_simulated(plan, state, held, wanted)
     for _, report, _ in results:
         assert 0 < report.largest_round <= 2 * 3 * 4 * block  # sent and received, three kinds, four bytes
+
+
+def test_one_rank_that_receives_from_all_receives_no_more_than_a_block_at_a_time() -> None:
+    """As where a model is gathered: each of the others sends little."""
+    plan, state, *_ = simple_case()
+    copies = make_plan_of_copies(plan, state)
+    numels = {entry.target: entry.info.numel for entry in copies.entries}
+    held = [[TensorSlice(n, size * r // 5, size * (r + 1) // 5) for n, size in numels.items()] for r in range(5)]
+    wanted = [[TensorSlice(name, 0, size) for name, size in numels.items()]] + [[]] * 4
+    grown, _, results = grow_simulated(copies, state, held, wanted)
+    block = sum(entry.info.numel for entry in copies.entries if entry.block == 0)
+    assert differing(grown, state) == []
+    assert 0 < results[0][1].largest_round <= 3 * 4 * (block + 4)  # one element more from each of the others
+
+
+def make_plan_of_copies(plan: GrowthPlan, state: State) -> GrowthPlan:
+    infos = {entry.source: entry.info for entry in plan.entries}
+    return plan_for({name: infos[name] for name in state["master"]}, tuple(range(plan.from_layers)))
+
+
+@given(growths())
+@settings(max_examples=60, deadline=None)
+def test_what_a_rank_holds_it_takes_from_itself(growth) -> None:
+    plan, _, _, held, wanted = growth
+    moves = run_threads(len(held), lambda rank: schedule(plan, held[rank.rank], wanted[rank.rank], rank))
+    for rank, own in enumerate(held):
+        elements = {(piece.name, element) for piece in own for element in range(piece.start, piece.stop)}
+        for move in moves[rank]:
+            if move.crosses and move.wanter == rank:
+                assert not any((move.source.name, element) in elements for element in range(move.start, move.stop))
 
 
 class Faulty(ShardState):

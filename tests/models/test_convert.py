@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import errno
+import os
+import weakref
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -142,6 +146,55 @@ def test_round_trip_is_bitwise_equal(tmp_path: Path, kind: tuple[str, bool]) -> 
     assert (restored_config, num_layers) == (config, LAYERS)
     assert list(restored) == list(state)
     assert all(torch.equal(restored[name], state[name]) for name in state)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_large_model_is_saved_in_shards_that_transformers_loads(tmp_path: Path, dtype: torch.dtype) -> None:
+    config = small_config("post", next_sentence=True)
+    state = random_model(config).state_dict()
+    largest = max(tensor.numel() for tensor in state.values()) * dtype.itemsize
+    backwards = reversed(list(state.items()))  # whatever the order in which they come
+    save_huggingface(tmp_path, backwards, config, LAYERS, dtype=dtype, shard_bytes=largest + 1000)
+    files = sorted(path.name for path in tmp_path.glob("*.safetensors"))
+    assert len(files) > 2 and files[-1] == f"model-{len(files):05d}-of-{len(files):05d}.safetensors"
+    for file in files:
+        assert sum(tensor.nbytes for tensor in load_file(tmp_path / file).values()) <= largest + 1000
+    theirs, info = AutoModelForPreTraining.from_pretrained(tmp_path, output_loading_info=True)
+    assert not any(info.values()), info
+    restored_config, _, restored = from_huggingface(tmp_path)
+    assert restored_config == config and restored.keys() == state.keys()
+    assert all(torch.equal(restored[name], state[name].to(dtype).float()) for name in state)
+
+
+def test_one_tensor_is_held_at_a_time(tmp_path: Path) -> None:
+    config = small_config("pre")
+    alive: list[weakref.ref] = []
+
+    def stream() -> Iterator[tuple[str, torch.Tensor]]:
+        for name, shape in parameter_shapes(config, LAYERS).items():
+            assert sum(reference() is not None for reference in alive) <= 1
+            tensor = torch.randn(shape)
+            alive.append(weakref.ref(tensor.untyped_storage()))
+            yield name, tensor
+
+    save_huggingface(tmp_path, stream(), config, LAYERS)
+
+
+@pytest.mark.parametrize("fault", ["missing", "disk"])
+def test_weights_are_saved_whole_or_not_at_all(tmp_path: Path, fault: str) -> None:
+    config = small_config("post")
+
+    def stream() -> Iterator[tuple[str, torch.Tensor]]:
+        for name, tensor in random_model(config).state_dict().items():
+            if name == "mlm_head.bias":
+                if fault == "missing":
+                    continue
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            yield name, tensor
+
+    with pytest.raises(UserError if fault == "missing" else OSError):
+        save_huggingface(tmp_path, stream(), config, LAYERS, shard_bytes=9000)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_saved_type_is_selectable(tmp_path: Path) -> None:
