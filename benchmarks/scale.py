@@ -5,11 +5,12 @@
 
 One process stands in for each of some ranks in turn (`simulated_ranks`, spread evenly) and plans what that rank would
 do, by the code that runs in training; the tables of the others, which a real rank gathers, are computed. No tensor has
-data. Prints one JSON line per case; the figures are those of the rank for which they are largest. `plan_seconds` and
-`plan_bytes` (growth of the process's memory) are for the whole planning, on one thread. `table_bytes` is what a rank
-receives of the others' tables, `sent_bytes` and `received_bytes` what it then sends and receives of the state, in
-`rounds` with `messages` to others. `files`, and the operations of a save and of a restore, are of a small checkpoint
-really written and read, all ranks together: what a parallel file system's metadata servers see.
+data. Prints one JSON line per case; the figures are those of the rank for which they are largest. `plan_seconds` (of a
+processor, one thread) and `plan_bytes` (growth of the process's memory) are for the whole planning. `table_bytes` is
+what a rank receives of the others' tables, `sent_bytes` and `received_bytes` what it then sends and receives of the
+state, in `rounds` with `messages` to others. `files`, and the operations of a save and of a restore, are of a small
+checkpoint really written and read, all ranks together: what a parallel file system's metadata servers see, hashing
+apart.
 """
 
 from __future__ import annotations
@@ -186,9 +187,9 @@ def plan_case(case: Case, sample: Sequence[int]) -> Figures:
     load = torch.zeros(case.world_size, 2, dtype=torch.int64)
     for rank in sample:
         with peak_memory() as peak:
-            start = time.perf_counter()
+            start = time.process_time()
             moves, exchange = case.moves(rank)
-            seconds = time.perf_counter() - start
+            seconds = time.process_time() - start
         crossing = [move for move in moves if move.crosses]
         load[rank, 0] = sum(move.numel for move in crossing if move.owner == rank)
         load[rank, 1] = sum(move.numel for move in crossing if move.wanter == rank)
@@ -197,9 +198,9 @@ def plan_case(case: Case, sample: Sequence[int]) -> Figures:
         planned[rank] = crossing, exchange, seconds
     for rank, (crossing, exchange, seconds) in planned.items():
         exchange.load = load
-        start = time.perf_counter()
+        start = time.process_time()
         parts = rounds(crossing, round_limit(case.plan), exchange)
-        figures.raise_to(plan_seconds=seconds + time.perf_counter() - start, rounds=len(parts))
+        figures.raise_to(plan_seconds=seconds + time.process_time() - start, rounds=len(parts))
         sent = [[move for move in part if move.owner == rank] for part in parts]
         received = [[move for move in part if move.wanter == rank] for part in parts]
         largest = max((sum(move.numel for move in part) for part in sent + received), default=0)
@@ -232,33 +233,37 @@ COUNTED |= dict.fromkeys(("os.mkdir", "os.rename", "os.remove", "os.rmdir"), "ch
 _counts: Counter[str] | None = None
 
 
-def _note(event: str, _: tuple) -> None:
-    if _counts is not None and event in COUNTED:
-        _counts[COUNTED[event]] += 1
+def _note(event: str, values: tuple) -> None:
+    if _counts is None or event not in COUNTED:
+        return
+    if event == "open" and values[1] is None and not values[2] & os.O_DIRECTORY:
+        return  # the opener of an open() that was counted already
+    _counts[COUNTED[event]] += 1
 
 
 @contextmanager
 def operations() -> Iterator[Counter[str]]:
     """Counts the calls that reach a file system's metadata: opens, listings, changes of names, and look-ups (stat)."""
     global _counts
-    calls = {name: getattr(os, name) for name in ("stat", "lstat", "statvfs")}
+    unseen = {(os, "stat"): "looks", (os, "lstat"): "looks", (os, "statvfs"): "looks", (torch, "from_file"): "opens"}
+    calls = {key: getattr(*key) for key in unseen}
     _counts = counts = Counter(opens=0, listings=0, changes=0, looks=0)
 
-    def counted(call: Any) -> Any:
+    def counted(call: Any, what: str) -> Any:
         def noted(*args: Any, **options: Any) -> Any:
-            counts["looks"] += 1
+            counts[what] += 1
             return call(*args, **options)
 
         return noted
 
-    for name, call in calls.items():
-        setattr(os, name, counted(call))
+    for key, call in calls.items():
+        setattr(*key, counted(call, unseen[key]))
     try:
         yield counts
     finally:
         _counts = None
-        for name, call in calls.items():
-            setattr(os, name, call)
+        for key, call in calls.items():
+            setattr(*key, call)
 
 
 def checkpoint_operations(folder: Path, world_size: int, zero_stage: int, sample: Sequence[int]) -> dict[str, Any]:

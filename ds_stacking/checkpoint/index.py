@@ -44,7 +44,7 @@ class PieceIndex:
         self.path = path
         names = list(parameters)
         if INDEX in manifest.files:
-            rows = safetensors.torch.load_file(path / INDEX)["pieces"]
+            rows = safetensors.torch.load((path / INDEX).read_bytes())["pieces"]
         else:  # format version 1
             found = [_rows_of_file(path / tensors_file(rank), names, rank) for rank in range(manifest.world_size)]
             rows = torch.tensor([row for rows in found for row in rows], dtype=torch.int64).reshape(-1, 4)
