@@ -19,19 +19,23 @@ from ds_stacking.growth.holdings import Holdings
 from ds_stacking.growth.plan import ParameterInfo
 from ds_stacking.growth.state import KINDS, Kind, TensorSlice
 
-Row = tuple[int, int, int, int]
-"""A piece: number of its parameter in state.json, start, stop, rank that wrote it."""
+Rows = list[tuple[int, int, int, int]]
+"""Pieces: number of the parameter in state.json, start, stop, rank that wrote it."""
 
 
-def index_rows(pieces: Iterable[TensorSlice], names: Iterable[str], rank: int) -> list[Row]:
+def index_rows(pieces: Iterable[TensorSlice], names: Iterable[str], rank: int) -> Rows:
     """The pieces of one rank's file, in the file's order."""
     numbers = {name: number for number, name in enumerate(names)}
     return [(numbers[piece.name], piece.start, piece.stop, rank) for piece in pieces]
 
 
-def index_bytes(rows: Sequence[Sequence[int]]) -> bytes:
-    """Content of the index file, given the rows of all ranks: [N, 4] int64."""
-    return safetensors.torch.save({"pieces": torch.tensor(rows, dtype=torch.int64).reshape(-1, 4)})
+def index_bytes(tables: Iterable[Rows]) -> bytes:
+    """Content of the index file, given the rows of every file: [N, 4] int64.
+
+    Each is converted by itself, since torch keeps other threads from running meanwhile, among them the training loop's.
+    """
+    rows = [torch.tensor(table, dtype=torch.int64).reshape(-1, 4) for table in tables]
+    return safetensors.torch.save({"pieces": torch.cat(rows)})
 
 
 class PieceIndex:
@@ -74,7 +78,7 @@ class PieceIndex:
         return self._files[rank]
 
 
-def _rows_of_file(path: Path, names: Sequence[str], rank: int) -> list[Row]:
+def _rows_of_file(path: Path, names: Sequence[str], rank: int) -> Rows:
     """The pieces of a file by its header, which must be the one that such pieces have."""
     with path.open("rb") as file:
         start = file.read(8)

@@ -24,7 +24,7 @@ from torch import Tensor
 from ds_stacking.checkpoint import durable
 from ds_stacking.checkpoint.durable import FileRecord, write_file
 from ds_stacking.checkpoint.format import INDEX, MANIFEST, STATE, TEMPORARY, PieceFile, rank_file, tensors_file
-from ds_stacking.checkpoint.index import Row, index_bytes, index_rows
+from ds_stacking.checkpoint.index import Rows, index_bytes, index_rows
 from ds_stacking.checkpoint.manifest import Manifest
 from ds_stacking.checkpoint.select import published
 
@@ -86,8 +86,8 @@ class SaveJob:
 
     def publish(self) -> Path:
         """Rank 0: wait for all, write index and manifest, give the checkpoint its name. Raises OSError, SaveError."""
-        records, rows = self._gather()
-        records[INDEX] = write_file(self.temporary / INDEX, [index_bytes(rows)])
+        records, tables = self._gather()
+        records[INDEX] = write_file(self.temporary / INDEX, [index_bytes(tables)])
         return publish(
             self.temporary,
             self.folder,
@@ -123,10 +123,10 @@ class SaveJob:
         write_file(unfinished, [content])
         os.rename(unfinished, self._mark_path(what, self.rank))
 
-    def _gather(self) -> tuple[dict[str, FileRecord], list[Row]]:
+    def _gather(self) -> tuple[dict[str, FileRecord], list[Rows]]:
         """The records of all ranks' files and the pieces in them, once all marks are there; the marks are removed."""
         records: dict[str, FileRecord] = {}
-        rows: list[Row] = []
+        tables: list[Rows] = []
         missing = set(range(self.world_size))
         end, pause = time.monotonic() + self.patience, POLL
         while missing:
@@ -136,7 +136,7 @@ class SaveJob:
                     raise SaveError(f"rank {rank}: {path.read_text()}")
                 mark = json.loads(path.read_bytes())
                 records |= {name: FileRecord(*record) for name, record in mark["files"].items()}
-                rows += mark["pieces"]
+                tables.append(mark["pieces"])
                 path.unlink()
                 missing.remove(rank)
             if missing and time.monotonic() > end:
@@ -144,7 +144,7 @@ class SaveJob:
             if missing:
                 time.sleep(pause)
                 pause = min(1.5 * pause, SLOWEST_POLL)
-        return records, rows
+        return records, tables
 
     def _marks(self, missing: set[int]) -> Iterator[tuple[int, str]]:
         """The marks of ranks among `missing`, failures first: one listing of the directory, not a look-up per rank."""

@@ -149,7 +149,7 @@ class CheckpointState:
         files = {
             tensors_file(0): FileRecord(self._layout.nbytes, file_sha256(self._path)),
             STATE: write_file(self._temporary / STATE, [json.dumps(content).encode()]),
-            INDEX: write_file(self._temporary / INDEX, [index_bytes(rows)]),
+            INDEX: write_file(self._temporary / INDEX, [index_bytes([rows])]),
         }
         for rank, states in enumerate(self.generators):
             files[rank_file(rank)] = write_file(self._temporary / rank_file(rank), [states])

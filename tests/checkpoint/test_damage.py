@@ -153,7 +153,7 @@ def test_an_index_that_cannot_be_right_is_refused(folder, fault) -> None:
     path = folder / "step-200"
     rows = load_file(path / INDEX)["pieces"].tolist()
     change, reason = INDEX_FAULTS[fault]
-    (path / INDEX).write_bytes(index_bytes(change(rows)))
+    (path / INDEX).write_bytes(index_bytes([change(rows)]))
     with pytest.raises(UserError, match=reason):
         CheckpointReader(path)
 
