@@ -32,7 +32,7 @@ def index_rows(pieces: Iterable[TensorSlice], names: Iterable[str], rank: int) -
 def index_bytes(tables: Iterable[Rows]) -> bytes:
     """Content of the index file, given the rows of every file: [N, 4] int64.
 
-    Each is converted by itself, since torch keeps other threads from running meanwhile, among them the training loop's.
+    Each is converted by itself: meanwhile no other thread can run, and one of them is the training loop.
     """
     rows = [torch.tensor(table, dtype=torch.int64).reshape(-1, 4) for table in tables]
     return safetensors.torch.save({"pieces": torch.cat(rows)})
