@@ -41,12 +41,12 @@ class Gpu:
         self.waits: list[str] = []
 
     def wait(self, what: str) -> None:
-        """Note a wait of the host for the device, with the innermost lines of the project and of DeepSpeed."""
-        frames = [f for f in traceback.extract_stack() if "device_strict" not in f.filename]
-        ours = [f for f in frames if f.filename.startswith(f"{ROOT}/ds_stacking")]
-        theirs = [f for f in frames if "/deepspeed/" in f.filename]
-        where = [f"{Path(f.filename).name}:{f.lineno}" for found in (ours, theirs) for f in found[-1:]]
-        self.waits.append(" ".join([what, *where]))
+        """Note a wait of the host for the device, and whose line it is: the project's or DeepSpeed's innermost one."""
+        for frame in reversed(traceback.extract_stack()):
+            for owner, folder in (("ours", f"{ROOT}/ds_stacking/"), ("DeepSpeed", "/deepspeed/")):
+                if folder in frame.filename:
+                    self.waits.append(f"{owner}: {what} in {Path(frame.filename).name}:{frame.lineno}")
+                    return
 
     def target(self, where: Any) -> int:
         """The label that a `device` argument means."""
@@ -218,8 +218,8 @@ class _Stream:
     record = wait = record_event = wait_event = wait_stream = _nothing
 
 
-def _stream_type(gpu: Gpu) -> type[_Stream]:
-    return type("Stream", (_Stream,), {"synchronize": lambda self: gpu.wait("synchronize")})
+def _stream_type(gpu: Gpu, what: str) -> type[_Stream]:
+    return type("Stream", (_Stream,), {"synchronize": lambda self: gpu.wait(f"{what} synchronized")})
 
 
 class _Accelerator(CPU_Accelerator):
@@ -231,7 +231,7 @@ class _Accelerator(CPU_Accelerator):
     def __init__(self, gpu: Gpu) -> None:
         super().__init__()
         self.gpu = gpu
-        self.Stream = self.Event = _stream_type(gpu)
+        self.Stream, self.Event = _stream_type(gpu, "stream"), _stream_type(gpu, "event")
         self._name = "cuda"
 
     def is_synchronized_device(self) -> bool:
@@ -253,7 +253,7 @@ class _Accelerator(CPU_Accelerator):
         return f"cuda:{self.gpu.index}"
 
     def synchronize(self, device_index: int | None = None) -> None:
-        self.gpu.wait("synchronize")
+        self.gpu.wait("device synchronized")
 
     def stream(self, stream: Any) -> Any:
         return contextlib.nullcontext()
@@ -295,16 +295,16 @@ def _cuda(gpu: Gpu) -> dict[str, Any]:
         assert gpu.labels.of(state) == HOST, "a generator's state is a host tensor"
         generator[0] = state.clone()
 
-    stream = _stream_type(gpu)
+    stream, event = _stream_type(gpu, "stream"), _stream_type(gpu, "event")
     return {
         "is_available": lambda: True,
         "current_device": lambda: gpu.index,
         "set_device": lambda index: setattr(gpu, "index", gpu.target(index)),
-        "synchronize": lambda *_: gpu.wait("synchronize"),
+        "synchronize": lambda *_: gpu.wait("device synchronized"),
         "current_stream": lambda *_: stream(),
         "stream": lambda *_: contextlib.nullcontext(),
         "Stream": stream,
-        "Event": stream,
+        "Event": event,
         "get_device_name": lambda *_: "double of a GPU",
         "get_rng_state": lambda *_: generator[0].clone(),
         "set_rng_state": set_state,

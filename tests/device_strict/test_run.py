@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch.distributed as dist
 from transformers import MegatronBertForMaskedLM
 
 from ds_stacking.command_line import parse_run
-from ds_stacking.config import RunAgain
+from ds_stacking.config import RunAgain, StageConfig
 from ds_stacking.training.loop import Pretraining
 from ds_stacking.training.run import pretrain
 from tests.corpus import small_options, write_corpus
@@ -68,3 +69,36 @@ def test_micro_batches_are_measured_on_the_device(tmp_path: Path) -> None:
     options = ("--micro_batch_size=auto", "--model.next_sentence=true", "--skip_above_sigma=6", "--stages=1:3,2:3")
     ended = run_ranks(3, start, str(tmp_path), 2, 0, "bf16", *options)
     assert {how for how, _ in ended} == {"finished"}
+
+
+def waits_by_step(folder: str, zero: int) -> dict[int, list[str]]:
+    """Where the host waited for the device from the start of each step to the end of its report."""
+    found: dict[int, list[str]] = {}
+    train_step, report = Pretraining.train_step, Pretraining.report
+    with strict_device(dist.get_rank()) as gpu:
+
+        def begin(self: Pretraining, *args: Any) -> None:
+            gpu.waits.clear()
+            train_step(self, *args)
+
+        def end(self: Pretraining, stage: StageConfig) -> None:
+            report(self, stage)
+            found[self.position.step] = [*gpu.waits]
+
+        options = [*small_options(Path(folder)), f"--deepspeed_config=ds_configs/zero{zero}.json", "--precision=bf16"]
+        options += ["--kernels=torch", "--stages=2:12", "--log_every=4", "--eval_every=0", "--tracking=none"]
+        with replaced(Pretraining, "train_step", begin), replaced(Pretraining, "report", end):
+            pretrain(parse_run([*options, "--skip_above_sigma=6", "--tokens_per_step=1024", "--micro_batch_size=8"]))
+    return found
+
+
+@pytest.mark.parametrize("zero", [2, 3])
+def test_no_step_of_ours_waits_for_the_device(zero: int, tmp_path: Path) -> None:
+    """But for the counts of the step before, which the device has long made when they are read."""
+    write_corpus(tmp_path / "corpus")
+    for waits in run_ranks(2, waits_by_step, str(tmp_path), zero):
+        for step, where in waits.items():
+            ours = [
+                what for what in where if what.startswith("ours: ") and "event synchronized in preemption" not in what
+            ]
+            assert bool(ours) == (step % 4 == 0), (step, ours)
