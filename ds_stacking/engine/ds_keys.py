@@ -170,9 +170,13 @@ ZERO = [
     *_works("offload_param.device", stages=(3,), values=MEMORY, check=_in_memory, others=True),
     *_works("offload_optimizer.pin_memory", stages=(1, 2, 3)),
     *_works("offload_param.pin_memory", stages=(3,)),
-    *_works("sub_group_size", stages=(3,), values="a whole number above 0", check=lambda value: value != 0),
     *_works(
-        *("stage3_prefetch_bucket_size", "stage3_param_persistence_threshold", "stage3_model_persistence_threshold"),
+        *(
+            "sub_group_size",
+            "stage3_prefetch_bucket_size",
+            "stage3_param_persistence_threshold",
+            "stage3_model_persistence_threshold",
+        ),
         *("stage3_max_live_parameters", "stage3_max_reuse_distance", "stage3_use_all_reduce_for_fetch_params"),
         *("stage3_allgather_sequential", "memory_efficient_linear"),
         *("log_trace_cache_warnings", "enable_sanity_checks"),
@@ -213,7 +217,7 @@ ZERO = [
         *("stage3_module_granularity_threshold", "leaf_module"),
     ),
     *_refused("nothing in DeepSpeed reads it any more", "allgather_partitions"),
-    *_refused("it belongs to deepspeed.zero.Init, which models here do not use", "override_module_apply"),
+    *_refused("no model is made here in the context of deepspeed.zero.Init, to which it belongs", "override_module_apply"),
     *_refused("no recipe trains with Muon", "save_muon_momentum_buffer_in_memory"),
     *_refused(
         "DeepSpeed itself has removed it",

@@ -92,10 +92,7 @@ RUNS = {
     ),
     "3 by all-reduce": Run(zero={"stage": 3, "stage3_use_all_reduce_for_fetch_params": True}),
     "3 one by one": Run(zero={"stage": 3, "stage3_allgather_sequential": True}),
-    **{
-        f"{stage} bf16": Run(zero={"stage": stage}, top={**TOP, "communication_data_type": "bf16"}, bf16=True)
-        for stage in range(4)
-    },
+    **{f"{stage} bf16": Run(zero={"stage": stage}, top=TOP, bf16=True) for stage in range(4)},
 }
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable
 from dataclasses import replace
 from types import SimpleNamespace
@@ -59,11 +58,9 @@ def refused(
         engine = build(2)
         train(engine)
         if ask:
-            with contextlib.suppress(UserError):
-                grow_engine(engine, build, 4)
-                message = "grown"
             try:
-                grow_engine(engine, build, 4)
+                engine, _ = grow_engine(engine, build, 4)
+                message = "grown"
             except UserError as error:
                 message = str(error)
         train(engine)
