@@ -217,7 +217,9 @@ ZERO = [
         *("stage3_module_granularity_threshold", "leaf_module"),
     ),
     *_refused("nothing in DeepSpeed reads it any more", "allgather_partitions"),
-    *_refused("no model is made here in the context of deepspeed.zero.Init, to which it belongs", "override_module_apply"),
+    *_refused(
+        "no model is made here in the context of deepspeed.zero.Init, to which it belongs", "override_module_apply"
+    ),
     *_refused("no recipe trains with Muon", "save_muon_momentum_buffer_in_memory"),
     *_refused(
         "DeepSpeed itself has removed it",
