@@ -19,7 +19,7 @@ from ds_stacking.config import OtherRankFailed, UserError
 
 PATIENCE = 15.0
 """Seconds from the first failure in which the other ranks must report; those that do not wait for a rank in vain."""
-LONGEST_PAUSE = 0.25
+LONGEST_PAUSE = 0.1
 """Seconds between two looks at the store, at most: a thousand ranks look at one store."""
 _numbers = itertools.count()
 

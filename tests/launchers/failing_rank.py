@@ -1,14 +1,17 @@
-"""pretrain.py with a fault in the third optimizer step, given by FAULT as RANK:KIND:OTHERS. Started by tests.
+"""pretrain.py with a fault, given by FAULT as RANK:KIND:OTHERS. Started by tests.
 
-KIND is raise, killed or bad_input. OTHERS is run: the ranks that have no fault go on; stuck: they wait as under NCCL,
-in C code that never returns and lets no Python handler of a signal run; deaf: and no other thread runs either.
+KIND is raise, killed or bad_input, in the third optimizer step; memory (none is left) or move (an error in the middle of
+it), in the first growth. OTHERS is run: the ranks that have no fault go on; stuck: they wait as under NCCL, in C code
+that never returns and lets no Python handler of a signal run; deaf: and no other thread runs either.
 """
 
 import ctypes
+import itertools
 import os
 import signal
 import sys
 import time
+from typing import Any
 
 from ds_stacking.command_line import parse_run, run_main
 from ds_stacking.config import UserError
@@ -18,7 +21,9 @@ def fail(kind: str) -> None:
     print(f"the fault comes at {time.time()}", file=sys.stderr, flush=True)
     if kind == "killed":
         os.kill(os.getpid(), signal.SIGKILL)
-    raise UserError("bad input on this rank alone") if kind == "bad_input" else RuntimeError("injected")
+    if kind == "bad_input":
+        raise UserError("bad input on this rank alone")
+    raise MemoryError("none left") if kind == "memory" else RuntimeError("injected")
 
 
 def wait_in_c(deaf: bool) -> None:
@@ -30,21 +35,25 @@ def wait_in_c(deaf: bool) -> None:
 def main() -> None:
     config = parse_run(sys.argv[1:])
 
+    from ds_stacking.engine import handover
+    from ds_stacking.engine.factory import EngineFactory
     from ds_stacking.training.loop import Pretraining
     from ds_stacking.training.run import pretrain
 
     rank, kind, others = os.environ.get("FAULT", "1:raise:run").split(":")
-    original = Pretraining.train_step
+    growth = {"memory": (EngineFactory, "try_memory"), "move": (handover, "execute")}
+    owner, name = growth.get(kind, (Pretraining, "train_step"))
+    original, steps = getattr(owner, name), itertools.count(1)
 
-    def train_step(self: Pretraining, micro_batches: list) -> None:
-        if self.position.step == 2:
-            if self.rank == int(rank):
+    def faulty(*args: Any, **options: Any) -> Any:
+        if kind in growth or next(steps) == 3:
+            if os.environ["RANK"] == rank:
                 fail(kind)
             if others != "run":
                 wait_in_c(deaf=others == "deaf")
-        original(self, micro_batches)
+        return original(*args, **options)
 
-    Pretraining.train_step = train_step
+    setattr(owner, name, faulty)
     pretrain(config)
 
 

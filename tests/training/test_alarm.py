@@ -66,6 +66,7 @@ def run(folder: Path, fault: str) -> tuple[list[int], list[str], float, str]:
     return [process.returncode for process in processes], said, ended - float(begun[1]), noted
 
 
+MOVE = "rank 1 failed while moving the state: RuntimeError: injected; 1 ranks wait for it and cannot go on"
 INJECTED, BAD = "RuntimeError: injected", "UserError: bad input on this rank alone"
 
 
@@ -77,6 +78,8 @@ INJECTED, BAD = "RuntimeError: injected", "UserError: bad input on this rank alo
         ("1:bad_input:stuck", [1, 2], f"rank 1 failed ({BAD})", f"rank 1: {BAD}\n"),
         ("0:killed:stuck", [-signal.SIGKILL, 1], "rank 0 is gone", ""),
         ("1:killed:run", [1, -signal.SIGKILL], "", ""),
+        ("1:memory:run", [1, 1], "", "rank 1: MemoryError: none left\n"),
+        ("1:move:stuck", [1, 1], f"rank 1 failed (Stranded: {MOVE})", f"rank 1: Stranded: {MOVE}\n"),
     ],
 )
 def test_the_run_ends_within_seconds(tmp_path: Path, fault: str, codes: list[int], sentence: str, noted: str) -> None:
@@ -84,8 +87,12 @@ def test_the_run_ends_within_seconds(tmp_path: Path, fault: str, codes: list[int
     ended, said, seconds, failures = run(tmp_path, fault)
     print(f"{fault}: {seconds:.1f} s from the fault to the end of the last rank")
     assert ended == codes, said
-    assert seconds < END + 15 * (ended[1] == 2), "bad input waits for rank 0's words before its own"
+    slower = ended[1] == 2 or "move" in fault  # bad input waits for rank 0's words, a growth for the other's report
+    assert seconds < END + 15 * slower
     assert failures == noted, "only what would come again is noted"
     others = "".join(said[rank] for rank in range(RANKS) if rank != int(fault[0]))
+    if "memory" in fault:
+        why = "rank 1 failed while looking for the memory of the grown engine: MemoryError: none left"
+        assert others.count(f"error: rank 0 ends: {why}") == 1 and "Traceback" not in others, others
     if fault.endswith("stuck"):
         assert "Traceback" not in others and (f"error: {sentence}; rank" in others or not sentence), others
