@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import platform
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, replace
+from dataclasses import replace
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -17,7 +17,6 @@ import torch.distributed as dist
 from ds_stacking.checkpoint.select import Found
 from ds_stacking.checkpoint.share import side_by_side
 from ds_stacking.checkpoint.write import CheckpointWriter
-from ds_stacking.common.files import write_json
 from ds_stacking.config import ModelConfig, RunConfig, StageConfig, UserError
 from ds_stacking.data.batches import EvalBatches, MaskedBatches
 from ds_stacking.data.masking import Masker
@@ -27,7 +26,6 @@ from ds_stacking.engine.ds_config import load_ds_config, resolve_ds_config
 from ds_stacking.engine.factory import EngineFactory, device, init_distributed, native_bf16
 from ds_stacking.engine.host import keep_freed_memory, limit_threads
 from ds_stacking.engine.stage_manager import StageManager
-from ds_stacking.evaluation.masked_lm import HeldOutLoss
 from ds_stacking.growth.exchange import make_exchange
 from ds_stacking.growth.operators import layer_map, parse_operator
 from ds_stacking.growth.triggers import parse_trigger
@@ -45,7 +43,7 @@ from ds_stacking.training.checkpointing import (
     make_writer,
     restore,
 )
-from ds_stacking.training.export import finish_export
+from ds_stacking.training.finish import finish
 from ds_stacking.training.ledger import Ledger
 from ds_stacking.training.loop import Pretraining
 from ds_stacking.training.micro_batch import choose_micro_batches, recorded_micro_batches
@@ -53,7 +51,6 @@ from ds_stacking.training.ownership import one_writer
 from ds_stacking.training.preemption import StopRequest
 from ds_stacking.training.progress import make_console
 from ds_stacking.training.run_directory import (
-    SUMMARY,
     check_run_directory,
     claim_run_directory,
     is_finished,
@@ -89,7 +86,7 @@ def pretrain(config: RunConfig) -> None:
             try:
                 stage_finished = _resume(run, found)
                 run.train(stage_finished=stage_finished)
-                _finish(run)
+                finish(run)
             except BaseException as error:
                 alarm.sound(error)  # before what may take seconds
                 run.close(exit_code=1)
@@ -354,53 +351,3 @@ def _stage_text(config: RunConfig, stage: StageConfig, index: int) -> str:
         operator, state = stage.operator or config.operator, stage.optimizer_state or config.optimizer_state
         text += f" (grown: {operator}, optimizer state {state})"
     return text
-
-
-def _finish(run: Pretraining) -> None:
-    """The last evaluation, the exported model's card, the figure, and summary.json as the last thing."""
-    loss, shuffled = run.evaluate(), run.evaluate_shuffled()
-
-    def report() -> None:
-        if run.rank == 0:
-            _write_reports(run, loss, shuffled)
-
-    side_by_side(report, make_exchange(run.device))
-
-
-def _write_reports(run: Pretraining, loss: HeldOutLoss, shuffled: HeldOutLoss) -> None:
-    """On rank 0."""
-    ledger = run.ledger
-    summary: dict[str, Any] = {
-        "finished": True,
-        "name": run.config.name,
-        "world_size": run.world_size,
-        "zero_stage": int(run.engine.zero_optimization_stage()),
-        "precision": "bf16" if run.manager.factory.bf16 else "fp32",
-        "parameters": sum(info.numel for info in run.manager.parameters.values()),
-        "steps": run.position.step,
-        **ledger.totals(),
-        "seconds_by_phase": dict(ledger.phases),
-        "eval_loss": loss.every,
-        "eval_loss_masked": loss.masked,
-        "eval_loss_shuffled": shuffled.masked,
-        "unigram_entropy": run.data.unigram_entropy,
-        "data_fingerprint": run.data.fingerprint,
-        "eval_fingerprint": run.held_out.fingerprint(),
-        "stages": ledger.stage_rows(),
-        "growths": [asdict(record) for record in run.growths],
-    }
-    # matplotlib takes a second to import
-    from ds_stacking.reports.curves import draw_curves
-    from ds_stacking.reports.growth_figure import draw_growths
-    from ds_stacking.reports.run_report import write_report
-
-    last = run.stages[-1]
-    exported = run.run_dir / "export" / f"stage-{len(run.stages)}-{last.layers}L"
-    finish_export(exported, summary=summary, config=run.config.to_dict())
-    figures = [draw_curves(run.run_dir), draw_growths(run.run_dir, summary["growths"])]
-    figures.append(write_report(run.run_dir, summary))
-    write_json(run.run_dir / SUMMARY, summary)
-    run.console.closing(summary)
-    run.console.line(f"model   {run.run_dir / 'export' / 'final'}")
-    for figure in filter(None, figures):
-        run.console.line(f"{figure.stem:<7} {figure}")

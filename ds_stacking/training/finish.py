@@ -1,0 +1,64 @@
+"""The end of a run: the last evaluation, the report with its figures, and summary.json as the last thing."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import Any
+
+from ds_stacking.checkpoint.share import side_by_side
+from ds_stacking.common.files import write_json
+from ds_stacking.evaluation.masked_lm import HeldOutLoss
+from ds_stacking.growth.exchange import make_exchange
+from ds_stacking.training.export import finish_export
+from ds_stacking.training.loop import Pretraining
+from ds_stacking.training.run_directory import SUMMARY
+
+
+def finish(run: Pretraining) -> None:
+    """The last evaluation, the exported model's card, the figure, and summary.json as the last thing."""
+    loss, shuffled = run.evaluate(), run.evaluate_shuffled()
+
+    def report() -> None:
+        if run.rank == 0:
+            _write_reports(run, loss, shuffled)
+
+    side_by_side(report, make_exchange(run.device))
+
+
+def _write_reports(run: Pretraining, loss: HeldOutLoss, shuffled: HeldOutLoss) -> None:
+    """On rank 0."""
+    ledger = run.ledger
+    summary: dict[str, Any] = {
+        "finished": True,
+        "name": run.config.name,
+        "world_size": run.world_size,
+        "zero_stage": int(run.engine.zero_optimization_stage()),
+        "precision": "bf16" if run.manager.factory.bf16 else "fp32",
+        "parameters": sum(info.numel for info in run.manager.parameters.values()),
+        "steps": run.position.step,
+        **ledger.totals(),
+        "seconds_by_phase": dict(ledger.phases),
+        "eval_loss": loss.every,
+        "eval_loss_masked": loss.masked,
+        "eval_loss_shuffled": shuffled.masked,
+        "unigram_entropy": run.data.unigram_entropy,
+        "data_fingerprint": run.data.fingerprint,
+        "eval_fingerprint": run.held_out.fingerprint(),
+        "stages": ledger.stage_rows(),
+        "growths": [asdict(record) for record in run.growths],
+    }
+    # matplotlib takes a second to import
+    from ds_stacking.reports.curves import draw_curves
+    from ds_stacking.reports.growth_figure import draw_growths
+    from ds_stacking.reports.run_report import write_report
+
+    last = run.stages[-1]
+    exported = run.run_dir / "export" / f"stage-{len(run.stages)}-{last.layers}L"
+    finish_export(exported, summary=summary, config=run.config.to_dict())
+    figures = [draw_curves(run.run_dir), draw_growths(run.run_dir, summary["growths"])]
+    figures.append(write_report(run.run_dir, summary))
+    write_json(run.run_dir / SUMMARY, summary)
+    run.console.closing(summary)
+    run.console.line(f"model   {run.run_dir / 'export' / 'final'}")
+    for figure in filter(None, figures):
+        run.console.line(f"{figure.stem:<7} {figure}")
