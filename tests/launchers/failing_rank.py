@@ -1,7 +1,7 @@
 """pretrain.py with a fault, given by FAULT as RANK:KIND:OTHERS. Started by tests.
 
-KIND is raise, killed or bad_input, in the third optimizer step; memory (none is left) or move (an error in the middle of
-it), in the first growth. OTHERS is run: the ranks that have no fault go on; stuck: they wait as under NCCL, in C code
+KIND is raise, killed or bad_input, in the third optimizer step; memory (none is left) or move (an error in it),
+in the first growth. OTHERS is run: the ranks that have no fault go on; stuck: they wait as under NCCL, in C code
 that never returns and lets no Python handler of a signal run; deaf: and no other thread runs either.
 """
 
