@@ -1,5 +1,6 @@
 # make pretrain   set up, then the quickstart on RANKS ranks
-# make test       set up, then all tests
+# make test       set up, then all tests but the longest
+# make test-long  the longest
 # make soak       200 kills at random times, each survived; a quarter of an hour
 # make check      format, lint and types, as CI runs them
 # make gpu-check  on a GPU host, in its own Python: every kernel's correctness and speed beside its peers; OUT=folder;
@@ -22,7 +23,7 @@ export PATH := $(BIN):$(PATH)
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export DS_BUILD_OPS := 0
 
-.PHONY: install pretrain test soak check format bench gpu-check clean
+.PHONY: install pretrain test test-long soak check format bench gpu-check clean
 
 install: $(INSTALLED)
 
@@ -41,6 +42,9 @@ pretrain: $(INSTALLED)
 # Two workers: what waits for launchers and for SLURM leaves the cores to the others.
 test: $(INSTALLED)
 	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
+
+test-long: $(INSTALLED)
+	$(BIN)/python -m pytest -m slow --numprocesses 2 --dist loadfile --no-loadscope-reorder --durations 10
 
 soak: $(INSTALLED)
 	PYTHONPATH=. $(BIN)/python tests/soak.py --kills 200
