@@ -22,6 +22,7 @@ from ds_stacking.checkpoint.manifest import Unusable
 from ds_stacking.checkpoint.retention import prune
 from ds_stacking.checkpoint.snapshot import Snapshot, responsible
 from ds_stacking.checkpoint.verify import verify
+from ds_stacking.common.files import write_json
 from ds_stacking.config import UserError
 from ds_stacking.growth.exchange import Exchange
 from ds_stacking.growth.holdings import holdings
@@ -73,6 +74,7 @@ class CheckpointWriter:
         asynchronous: bool = True,
         patience: float = 600.0,
         holds: Callable[[], bool] = lambda: True,
+        record: Path | None = None,
     ) -> None:
         """Make a writer; the folder itself is made by the first save.
 
@@ -81,12 +83,14 @@ class CheckpointWriter:
         asynchronous  write in a background thread
         patience      seconds after which a rank that is not done, or a write under way, is given up
         holds         whether the folder is still this run's: asked before anything in it is deleted or published
+        record        file outside the folder that names the newest checkpoint: so an empty folder can be told from a
+                      lost one
         """
         if keep < 1:
             raise UserError(f"keep is {keep}; at least 1 checkpoint must be kept.")
         self.folder, self.exchange, self.identity = folder.absolute(), exchange, dict(identity)
         self.keep, self.asynchronous, self.patience = keep, asynchronous, patience
-        self.holds = holds
+        self.holds, self.record = holds, record
         self._snapshot = Snapshot()
         self._thread: threading.Thread | None = None
         self._succeeded = True
@@ -222,12 +226,14 @@ class CheckpointWriter:
         self._reports.put(report)
 
     def _tidy(self, newest: Path) -> str | None:
-        """Rank 0: delete what is no longer needed; what went wrong with that."""
+        """Rank 0: note the newest one, delete what is no longer needed; what went wrong with that."""
         self._valid[newest] = True
         try:
+            if self.record is not None:
+                write_json(self.record, {"newest": newest.name})
             prune(self.folder, keep=self.keep, is_valid=self._is_valid)
         except OSError as error:
-            return f"Older ones could not be deleted: {explain(error)}."
+            return f"Tidying up after it failed: {explain(error)}."
         return None
 
     def _is_valid(self, path: Path) -> bool:

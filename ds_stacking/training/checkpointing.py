@@ -35,7 +35,7 @@ from ds_stacking.training.changes import (
 )
 from ds_stacking.training.ledger import Ledger
 from ds_stacking.training.reporting import settle
-from ds_stacking.training.run_directory import METRICS
+from ds_stacking.training.run_directory import METRICS, SAVED, refuse_lost_checkpoints
 
 if TYPE_CHECKING:
     from ds_stacking.training.loop import Pretraining
@@ -59,6 +59,8 @@ def find_checkpoint(config: RunConfig, expected: dict[str, Any], alive: Callable
         path = Path(config.run_dir) / "checkpoints" if config.resume == "auto" else Path(config.resume)
         from_first_rank(lambda: _refuse_early(path, expected["settings"]), exchange)
         found = find_together(path, exchange, identity=shared, exact=config.resume != "auto", alive=alive)
+        if found is None:
+            from_first_rank(lambda: refuse_lost_checkpoints(Path(config.run_dir)), exchange)
     if found is not None:
         _check_depth(config, CheckpointReader(found.path))
     if found is None and config.branch_from:
@@ -147,6 +149,7 @@ def make_writer(config: RunConfig, expected: dict[str, Any], holds: Callable[[],
         keep=config.checkpoint_keep,
         asynchronous=config.checkpoint_async,
         holds=holds,
+        record=Path(config.run_dir) / SAVED,
     )
 
 

@@ -13,7 +13,9 @@ from ds_stacking.common.files import write_json
 from ds_stacking.config import RunConfig, UserError
 
 CONFIG, SUMMARY, METRICS, STOP = "config.json", "summary.json", "metrics.jsonl", "stop"
-OURS = (CONFIG, SUMMARY, METRICS, STOP, "wandb_id.txt", "checkpoints", "export", "report", "wandb")
+SAVED = "saved.json"
+"""Names the newest checkpoint, outside the folder of checkpoints, which may lie on storage that is not there."""
+OURS = (CONFIG, SUMMARY, METRICS, STOP, SAVED, "wandb_id.txt", "checkpoints", "export", "report", "wandb")
 """What a run writes; --overwrite deletes this and nothing else."""
 
 
@@ -45,6 +47,26 @@ def check_run_directory(config: RunConfig) -> None:
         raise UserError(
             f"output_dir {path} cannot be made: no permission to write in {existing}; choose another --output_dir."
         )
+
+
+def refuse_lost_checkpoints(run_dir: Path) -> None:
+    """Raise UserError where a run that has saved checkpoints has none; a start afresh would delete the rest of it."""
+    folder = run_dir / "checkpoints"
+    try:
+        newest = json.loads((run_dir / SAVED).read_bytes())["newest"]
+    except (OSError, ValueError, KeyError, TypeError):
+        newest = None
+    if newest is None and (folder.is_dir() or not os.path.lexists(folder)):
+        return
+    what = f"{folder} has none"
+    if not folder.is_dir():
+        what = f"{folder} is no folder" if os.path.lexists(folder) else f"{folder} is gone"
+        if folder.is_symlink():
+            what = f"{folder} leads to {os.readlink(folder)}, which is not there"
+    raise UserError(
+        f"The run in {run_dir} {f'saved {newest}' if newest else 'was to save checkpoints'}, but {what}; "
+        f"mount or restore that folder, or start again with --overwrite in the place of --resume."
+    )
 
 
 def is_finished(config: RunConfig) -> bool:

@@ -212,6 +212,29 @@ def test_a_finished_run_is_left_alone_and_another_recipe_is_refused(folder: Path
     assert not (folder / "deep").exists()
 
 
+@pytest.mark.parametrize("lost", ["gone", "empty", "a dangling link", "a file"])
+def test_a_run_whose_checkpoints_are_lost_is_not_started_afresh(folder: Path, lost: str) -> None:
+    whole = folder / "whole-2"
+    if not whole.exists():
+        run_ranks(2, run, str(folder), "whole-2", 2, ())
+    (whole / "summary.json").unlink(missing_ok=True)
+    checkpoints, elsewhere = whole / "checkpoints", folder / "elsewhere"
+    checkpoints.rename(elsewhere)
+    if lost == "empty":
+        checkpoints.mkdir()
+    elif lost == "a dangling link":
+        checkpoints.symlink_to(folder / "scratch")
+    elif lost == "a file":
+        checkpoints.write_text("")
+    before = {path: path.lstat().st_mtime_ns for path in whole.rglob("*") if ".owner" not in path.parts}
+    message = run_ranks(1, refused, str(folder), ())[0]
+    said = {"gone": "is gone", "empty": "has none", "a file": "is no folder"}.get(lost, "which is not there")
+    assert "saved step-24, but" in message and said in message and "--overwrite in the place of --resume" in message
+    assert before == {path: path.lstat().st_mtime_ns for path in whole.rglob("*") if ".owner" not in path.parts}
+    checkpoints.rmdir() if lost == "empty" else checkpoints.unlink(missing_ok=True)
+    elsewhere.rename(checkpoints)
+
+
 def run_again(folder: str, output: str) -> list[str]:
     from ds_stacking.training import run as module
 
