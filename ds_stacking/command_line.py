@@ -1,7 +1,7 @@
 """Options and recipes for every launcher, and how a launcher ends.
 
-Exit codes: 0 done, 1 failed at run time, 2 bad input, 75 stopped and saved, to be run again. Bad input is one
-sentence, printed once however many ranks met it.
+Exit codes: 0 done, 1 failed at run time, 2 bad input, 71 a rank, a device or the network was lost, 75 stopped and
+saved; 71 and 75 may be run again. Bad input is one sentence, printed once however many ranks met it.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 from jsonargparse import ArgumentParser, Namespace, set_dumper, set_parsing_settings
 
+from ds_stacking.common.failures import exit_code, follows_a_loss
 from ds_stacking.config import OtherRankFailed, RunAgain, RunConfig, StageConfig, UserError
 
 RECIPES = Path(__file__).resolve().parent.parent / "launchers" / "recipes"
@@ -291,7 +292,7 @@ def run_main(main: Callable[[], None]) -> int:
     except Exception as error:
         _prepare_to_end(rank, error)
         traceback.print_exc()
-        return 1
+        return exit_code(error)
     return 0
 
 
@@ -301,14 +302,6 @@ def _prepare_to_end(rank: int, error: Exception) -> None:
         # libraries wait for lost partners at exit too; this timer is no Python thread
         faulthandler.dump_traceback_later(LONGEST_END, exit=True)
     file = os.environ.get(FAILURE_FILE)
-    if file and not _follows_a_loss(error):
+    if file and not follows_a_loss(error):
         with contextlib.suppress(OSError), open(file, "a") as failures:
             failures.write(f"rank {rank}: {type(error).__name__}: {str(error).partition(chr(10))[0]}\n")
-
-
-def _follows_a_loss(error: Exception) -> bool:
-    """Whether an error only says that another rank is gone, which may have been killed and may run again."""
-    kinds = {kind.__name__ for kind in type(error).__mro__}  # of torch.distributed, which may not be imported here
-    return (
-        not kinds.isdisjoint({"DistError", "OtherRankFailed"}) or re.search("gloo|nccl", str(error), re.I) is not None
-    )

@@ -111,8 +111,8 @@ class SaveJob:
             self._mark("failed", reason.encode())
 
     def _check_space(self) -> None:
-        """A disk filled to the brim would stop the run's other files too."""
-        if shutil.disk_usage(self.temporary).free < self.file.nbytes:
+        """A disk filled to the brim would stop the run's other files too. All ranks write about as much at once."""
+        if shutil.disk_usage(self.temporary).free < self.world_size * self.file.nbytes:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self.temporary))
 
     def _mark_path(self, what: str, rank: int) -> Path:

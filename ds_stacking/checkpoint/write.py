@@ -7,7 +7,7 @@ import queue
 import secrets
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -75,6 +75,7 @@ class CheckpointWriter:
         patience: float = 600.0,
         holds: Callable[[], bool] = lambda: True,
         record: Path | None = None,
+        verified: Sequence[Path] = (),
     ) -> None:
         """Make a writer; the folder itself is made by the first save.
 
@@ -85,6 +86,7 @@ class CheckpointWriter:
         holds         whether the folder is still this run's: asked before anything in it is deleted or published
         record        file outside the folder that names the newest checkpoint: so an empty folder can be told from a
                       lost one
+        verified      checkpoints that were read to the last byte already, which no save need read again
         """
         if keep < 1:
             raise UserError(f"keep is {keep}; at least 1 checkpoint must be kept.")
@@ -94,7 +96,7 @@ class CheckpointWriter:
         self._snapshot = Snapshot()
         self._thread: threading.Thread | None = None
         self._succeeded = True
-        self._valid: dict[Path, bool] = {}
+        self._valid = {path.absolute(): True for path in verified}
         self._reports: queue.SimpleQueue[SaveReport] = queue.SimpleQueue()
         if exchange.rank == 0:
             sweep(self.folder)

@@ -18,11 +18,16 @@ def cache_root(config: CorpusConfig) -> Path:
     return Path(chosen).expanduser().resolve()
 
 
+def _pause() -> float:
+    """Seconds between two tries for a lock: all ranks together ask the storage 50 times a second, or every 10 s."""
+    return min(10.0, max(0.05, int(os.environ.get("WORLD_SIZE") or 1) / 50))
+
+
 def locked(root: Path, key: str, log: Callable[[str], None]) -> AbstractContextManager:
     """Acquire the lock of one cache entry; the end of the `with` releases it."""
     try:
         root.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(root / f"{key}.lock")
+        lock = FileLock(root / f"{key}.lock", poll_interval=_pause())
         try:
             return lock.acquire(timeout=1)
         except Timeout:

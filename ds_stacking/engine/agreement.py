@@ -1,7 +1,8 @@
 """What one rank meets, all ranks know: a part of a growth succeeds on all of them, or fails on all.
 
 Ranks report through the process group's store, never by a collective call: that works for a rank whose device has no
-memory left, and cannot meet a collective call that another rank is still waiting in.
+memory left, and cannot meet a collective call that another rank is still waiting in. Under NCCL it is the device that
+waits, while the host goes on; so a rank reports success only when its device has done all that it was asked for.
 """
 
 from __future__ import annotations
@@ -10,10 +11,11 @@ import itertools
 import json
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch.distributed as dist
+from deepspeed.accelerator import get_accelerator
 
 from ds_stacking.config import OtherRankFailed, UserError
 
@@ -33,7 +35,7 @@ def agreed(what: str) -> Iterator[None]:
     """Leave the body on all ranks, or on none. All ranks enter together; the body may hold collective calls.
 
     A rank on which the body raised raises that again. The others raise OtherRankFailed, or UserError where it was one.
-    Raises Stranded where a rank failed while others wait for it inside the body.
+    Raises Stranded where a rank failed while others, or their devices, wait for it inside the body.
     """
     if not dist.is_initialized() or dist.get_world_size() == 1:
         yield
@@ -53,21 +55,55 @@ def agreed(what: str) -> Iterator[None]:
 
 def _report(what: str, error: Exception | None) -> RuntimeError | UserError | None:
     """Report to the other ranks and wait for their reports; the first failure, as ranks raise it that had none."""
-    store = dist.PrefixStore(f"agreed/{next(_numbers)}", dist.distributed_c10d._get_default_store())
+    reports = _Reports()
+    if error is None:
+        try:
+            reports.wait(device_work())
+        except Stranded:
+            raise
+        except Exception as caught:  # the device tells only now what went wrong there
+            error = caught
+    store = reports.store
     if error is not None:
         store.compare_set("failed", "", _write(what, error))
     if store.add("reports", 1) == dist.get_world_size():
         store.set("all", "")
-    pause, end = 0.001, float("inf")
-    while not store.check(["all"]):
-        if end == float("inf") and store.check(["failed"]):
-            end = time.monotonic() + PATIENCE
-        if time.monotonic() > end:
-            silent = dist.get_world_size() - store.add("reports", 0)
-            raise Stranded(f"{_read(store)}; {silent} ranks wait for it and cannot go on") from error
-        time.sleep(pause)
-        pause = min(2 * pause, LONGEST_PAUSE)
+    reports.wait(lambda: store.check(["all"]), error)
     return _read(store) if store.check(["failed"]) else None
+
+
+class _Reports:
+    """One round of reports, which all ranks number alike."""
+
+    def __init__(self) -> None:
+        self.store = dist.PrefixStore(f"agreed/{next(_numbers)}", dist.distributed_c10d._get_default_store())
+        self._end = float("inf")
+
+    def wait(self, until: Callable[[], bool], error: Exception | None = None) -> None:
+        """Look until `until()` holds. Raises Stranded where a rank has failed and others are silent for too long."""
+        pause = 0.001
+        while not until():
+            if self._end == float("inf") and self.store.check(["failed"]):
+                self._end = time.monotonic() + PATIENCE
+            if time.monotonic() > self._end:
+                self.store.set("stranded", "")
+            if self.store.check(["stranded"]):
+                break
+            time.sleep(pause)
+            pause = min(2 * pause, LONGEST_PAUSE)
+        if self.store.check(["stranded"]):  # also for a rank that reports too late
+            silent = dist.get_world_size() - self.store.add("reports", 0)
+            raise Stranded(f"{_read(self.store)}; {silent} ranks wait for it and cannot go on") from error
+
+
+def device_work() -> Callable[[], bool]:
+    """Tells when this rank's device has done what it was asked for until now, collective calls above all."""
+    accelerator = get_accelerator()
+    if accelerator.is_synchronized_device():
+        return lambda: True
+    event = accelerator.Event()
+    event.record()
+    return event.query
 
 
 def _write(what: str, error: Exception) -> str:

@@ -200,8 +200,12 @@ def device() -> torch.device:
 
 def native_bf16() -> tuple[bool, str]:
     """Whether this machine multiplies bf16 natively, and by what: GPUs from Ampere, CPUs with AVX512-BF16 or AMX."""
-    if get_accelerator().device_name() != "cpu":
-        return get_accelerator().is_bf16_supported(), get_accelerator().device_name()
+    accelerator = get_accelerator()
+    if accelerator.device_name() == "cuda":
+        accelerator.set_device(int(os.environ.get("LOCAL_RANK", "0")))  # else every rank would begin on the first GPU
+        return torch.cuda.is_bf16_supported(including_emulation=False), torch.cuda.get_device_name()
+    if accelerator.device_name() != "cpu":
+        return accelerator.is_bf16_supported(), accelerator.device_name()
     if torch.cpu._is_amx_tile_supported():
         return True, "the CPU has AMX"
     if torch.cpu._is_avx512_bf16_supported():

@@ -8,8 +8,8 @@ does not.
 from __future__ import annotations
 
 import itertools
+import json
 import os
-import sys
 import threading
 import time
 from types import TracebackType
@@ -17,6 +17,8 @@ from typing import Any
 
 import torch.distributed as dist
 
+from ds_stacking.common.failures import LOST, exit_code
+from ds_stacking.common.last_words import last_words
 from ds_stacking.config import RunAgain
 
 LOOK = 1.0
@@ -56,8 +58,9 @@ class Alarm:
         if isinstance(error, RunAgain) or not first or dist.get_world_size() == 1:
             return
         words = str(error).partition("\n")[0]
+        why = f"rank {dist.get_rank()} failed ({type(error).__name__}: {words})"
         try:
-            self._store.compare_set(self._word, "", f"rank {dist.get_rank()} failed ({type(error).__name__}: {words})")
+            self._store.compare_set(self._word, "", json.dumps({"why": why, "code": exit_code(error)}))
         except RuntimeError:
             return  # the store went with rank 0, and so all others know already
         if dist.get_rank() == 0:
@@ -68,10 +71,10 @@ class Alarm:
             try:
                 if not self._store.check([self._word]):
                     continue
-                why, speaks = self._store.get(self._word).decode(), os.environ.get("LOCAL_RANK") == "0"
+                failure, speaks = json.loads(self._store.get(self._word)), os.environ.get("LOCAL_RANK") == "0"
             except RuntimeError:
-                why, speaks = "rank 0 is gone", True
+                failure, speaks = {"why": "rank 0 is gone", "code": LOST}, True
             if not self._closed.wait(GRACE):
                 if speaks:
-                    print(f"error: {why}; rank {dist.get_rank()} ends.", file=sys.stderr, flush=True)
-                os._exit(1)
+                    last_words(f"error: {failure['why']}; rank {dist.get_rank()} ends.")
+                os._exit(failure["code"])

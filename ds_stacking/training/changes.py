@@ -63,6 +63,28 @@ def refuse_another_run(path: Path, changes: Settings, stage: int = 0) -> None:
         )
 
 
+def refuse_another_finished_run(config: RunConfig) -> None:
+    """Raise UserError where the run directory's finished run had settings that would make another run of it."""
+    try:
+        content = json.loads((Path(config.run_dir) / "config.json").read_bytes())
+        saved = {name: content[name] for name in config.to_dict()}
+        model = saved.pop("model")
+        then = {name: value for name, value in _flat(saved) if name not in PLACES}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return  # of an older version
+    changes = {name: pair for name, pair in find_changes(then, settings(config)).items() if name not in FREE}
+    for name, value in config.to_dict()["model"].items():
+        if model.get(name) != value and not (name == "vocab_size" and value == 0):
+            changes[f"model.{name}"] = (model.get(name), value)
+    resolved = (*FREE_IN_STAGES, *(() if config.trigger == "steps" else ("steps",)))
+    other = {name: pair for name, pair in changes.items() if name.split("].")[-1] not in resolved}
+    if other:
+        raise UserError(
+            f"output_dir {config.run_dir} holds a finished run with other settings ({describe(other)}); "
+            f"choose another --output_dir, or replace it by --overwrite in the place of --resume."
+        )
+
+
 def describe(changes: Settings) -> str:
     """The changes in one line."""
     return ", ".join(f"{name} {json.dumps(a)} -> {json.dumps(b)}" for name, (a, b) in changes.items())

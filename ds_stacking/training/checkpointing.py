@@ -140,8 +140,10 @@ def _check_depth(config: RunConfig, reader: CheckpointReader) -> None:
         )
 
 
-def make_writer(config: RunConfig, expected: dict[str, Any], holds: Callable[[], bool]) -> CheckpointWriter:
-    """The writer of a run."""
+def make_writer(
+    config: RunConfig, expected: dict[str, Any], found: Found | None, holds: Callable[[], bool]
+) -> CheckpointWriter:
+    """The writer of a run that goes on from the checkpoint `found`."""
     return CheckpointWriter(
         Path(config.run_dir) / "checkpoints",
         make_exchange(device()),
@@ -150,6 +152,7 @@ def make_writer(config: RunConfig, expected: dict[str, Any], holds: Callable[[],
         asynchronous=config.checkpoint_async,
         holds=holds,
         record=Path(config.run_dir) / SAVED,
+        verified=[found.path] if found is not None else (),
     )
 
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 from ds_stacking.checkpoint.share import side_by_side
 from ds_stacking.common.files import write_json
 from ds_stacking.evaluation.masked_lm import HeldOutLoss
 from ds_stacking.growth.exchange import make_exchange
+from ds_stacking.training.checkpointing import tell_reports
 from ds_stacking.training.export import finish_export
 from ds_stacking.training.loop import Pretraining
 from ds_stacking.training.run_directory import SUMMARY
@@ -17,12 +19,23 @@ from ds_stacking.training.run_directory import SUMMARY
 def finish(run: Pretraining) -> None:
     """The last evaluation, the exported model's card, the figure, and summary.json as the last thing."""
     loss, shuffled = run.evaluate(), run.evaluate_shuffled()
+    exchange = make_exchange(run.device)
+    run.writer.wait()
+    tell_reports(run)  # a last save that failed must not go unsaid
+    missing = exchange.total(int(run.rank == 0 and not _exported(run).is_dir()))
+    if missing and (fault := run.export(len(run.stages) - 1, run.stages[-1])):  # resumed at the end, into a new folder
+        raise fault
 
     def report() -> None:
         if run.rank == 0:
             _write_reports(run, loss, shuffled)
 
-    side_by_side(report, make_exchange(run.device))
+    side_by_side(report, exchange)
+
+
+def _exported(run: Pretraining) -> Path:
+    """The folder of the last stage's model."""
+    return run.run_dir / "export" / f"stage-{len(run.stages)}-{run.stages[-1].layers}L"
 
 
 def _write_reports(run: Pretraining, loss: HeldOutLoss, shuffled: HeldOutLoss) -> None:
@@ -52,9 +65,7 @@ def _write_reports(run: Pretraining, loss: HeldOutLoss, shuffled: HeldOutLoss) -
     from ds_stacking.reports.growth_figure import draw_growths
     from ds_stacking.reports.run_report import write_report
 
-    last = run.stages[-1]
-    exported = run.run_dir / "export" / f"stage-{len(run.stages)}-{last.layers}L"
-    finish_export(exported, summary=summary, config=run.config.to_dict())
+    finish_export(_exported(run), summary=summary, config=run.config.to_dict())
     figures = [draw_curves(run.run_dir), draw_growths(run.run_dir, summary["growths"])]
     figures.append(write_report(run.run_dir, summary))
     write_json(run.run_dir / SUMMARY, summary)

@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any
 
+from ds_stacking.engine.release import collect
 from ds_stacking.engine.zero_state import LiveState
 from ds_stacking.growth.blocks import find_blocks
 from ds_stacking.growth.exchange import make_exchange
@@ -74,6 +75,7 @@ def _observation(run: Pretraining, before: ParkedState, taken: bool) -> dict[str
 
     weight_norm = norms(state.slices(), lambda piece: state.read(piece, "master"), labels, numels, exchange)
     gradient_norm = norms(state.slices(), gradient, labels, numels, exchange) if taken else {}
+    collect()  # the exchange may be NCCL's first between two ranks, for which it takes memory beside torch's
     likeness = cosines(state, parameters, blocks, copies(layers), exchange)
     return {
         "steps_since": run.position.stage_step,

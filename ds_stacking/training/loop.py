@@ -18,7 +18,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ds_stacking.checkpoint.write import CheckpointWriter
-from ds_stacking.config import RunAgain, RunConfig, StageConfig
+from ds_stacking.config import OtherRankFailed, RunAgain, RunConfig, StageConfig
 from ds_stacking.data.batches import Batch, EvalBatches, MaskedBatches
 from ds_stacking.data.prefetch import prefetch
 from ds_stacking.data.prepared_data import PreparedData
@@ -27,6 +27,7 @@ from ds_stacking.engine.factory import Engine, EngineSpec
 from ds_stacking.engine.stage_manager import GrowthRecord, StageManager
 from ds_stacking.engine.stepping import optimizer_step
 from ds_stacking.evaluation.masked_lm import HeldOutLoss, held_out_loss
+from ds_stacking.growth.exchange import make_exchange
 from ds_stacking.training.batching import BatchPlan
 from ds_stacking.training.checkpointing import save, tell_reports
 from ds_stacking.training.export import export_stage
@@ -299,10 +300,10 @@ class Pretraining:
             save(self, required=True)
         saved = self.writer.wait()
         tell_reports(self)
-        raise RunAgain(
-            f"stopped by {self.stop.reason or 'another rank'} at step {self.position.step}, "
-            + ("saved; go on with --resume auto" if saved else "but the last checkpoint could not be saved")
-        )
+        stopped = f"stopped by {self.stop.reason or 'another rank'} at step {self.position.step}"
+        if not saved:  # no RunAgain: a batch script would start it again and again, for nothing
+            raise RuntimeError(f"{stopped}, but the last checkpoint could not be saved")
+        raise RunAgain(f"{stopped}, saved; go on with --resume auto")
 
     def evaluate(self) -> HeldOutLoss:
         """Held-out loss of the current engine; the same step at the same depth is not evaluated twice."""
@@ -337,18 +338,30 @@ class Pretraining:
         loss = self.evaluate()
         self.ledger.stage.eval_loss_end = loss.every
         self.ledger.stage.eval_loss_masked_end = loss.masked
-        export_stage(
-            self.run_dir,
-            stage=index,
-            layers=stage.layers,
-            tensors=self._masters(),
-            model=self.config.model,
-            data=self.data,
-            writes=self.rank == 0,
-        )
-        save(self, stage_end=True)
+        fault = self.export(index, stage)
+        failed = bool(make_exchange(self.device).total(int(fault is not None)))
+        save(self, stage_end=not failed, required=failed)
+        if failed:  # the stage's work is saved first, and a resumption exports again
+            self.writer.wait()
+            raise fault or OtherRankFailed("rank 0 could not export the stage's model")
         self.ask()
         self.stop_if_asked(self.told or self.asked.read() > 0)
+
+    def export(self, index: int, stage: StageConfig) -> OSError | None:
+        """Write the stage's model for `from_pretrained`; what the disk said where that failed on this rank."""
+        try:
+            export_stage(
+                self.run_dir,
+                stage=index,
+                layers=stage.layers,
+                tensors=self._masters(),
+                model=self.config.model,
+                data=self.data,
+                writes=self.rank == 0,
+            )
+        except OSError as fault:
+            return fault
+        return None
 
     def _masters(self) -> Iterator[tuple[str, Tensor]]:
         """The weights for an export; each one that comes is a sign of life."""

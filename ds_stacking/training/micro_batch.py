@@ -21,6 +21,7 @@ import torch.distributed as dist
 
 from ds_stacking.config import RunConfig, StageConfig
 from ds_stacking.data.batches import Batch
+from ds_stacking.engine.release import collect
 from ds_stacking.models.bert import Bert
 from ds_stacking.planning.memory import state_bytes, sum_bytes
 from ds_stacking.training.run_directory import CONFIG
@@ -80,6 +81,7 @@ def choose_micro_batches(
             states = state_bytes(model.num_parameters, **shared) + sum_bytes(model.num_parameters, **shared)
             asked = fastest(partial(_rate, model, partial(read, config.length_of(stage)), states, device), sizes)
             del model
+            collect()  # NCCL takes its memory beside torch's, which would keep all that was tried
         stages.append(replace(stage, micro_batch_size=asked))
     largest = max(int(stage.micro_batch_size or 0) for stage in stages)
     return replace(config, stages=stages, micro_batch_size=largest)

@@ -15,7 +15,6 @@ import json
 import os
 import secrets
 import socket
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -24,6 +23,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from ds_stacking.checkpoint.share import from_first_rank
+from ds_stacking.common.last_words import last_words
 from ds_stacking.config import RunConfig, UserError
 from ds_stacking.engine.factory import device
 from ds_stacking.growth.exchange import make_exchange
@@ -99,7 +99,15 @@ class Owner:
     @property
     def holds(self) -> bool:
         """Whether the directory is still this process's."""
-        return not self._released.is_set() and newest(self.folder) <= self.number
+        return not self._released.is_set() and newest(self.folder) <= self.number and self._is_there()
+
+    def _is_there(self) -> bool:
+        """Whether the claim still stands where it was made: a directory may have been moved away, and made anew."""
+        try:
+            there, claim = os.stat(self.folder / str(self.number)), os.fstat(self._handle)
+        except FileNotFoundError:
+            return False
+        return (there.st_dev, there.st_ino) == (claim.st_dev, claim.st_ino)
 
     def release(self) -> None:
         """Give the directory up; a folder that was made for it and is empty but for the claim goes too."""
@@ -148,15 +156,14 @@ class Owner:
         beat = 0
         while not self._released.wait(BEAT):
             with suppress(OSError):  # storage that fails for a while; the next beat tries again
-                if newest(self.folder) > self.number:
+                if newest(self.folder) > self.number or not self._is_there():
                     self._end()
                 beat += 1
                 self._write(f"{beat:020d}")
 
     def _end(self) -> None:
         """Nothing may be written any more, so the process ends here, whatever it is doing."""
-        text = f"error: another start took over {self.run_dir} while this process did not answer; it ends."
-        print(text, file=sys.stderr, flush=True)
+        last_words(f"error: {self.run_dir} is no longer this run's (taken over, moved or deleted); this process ends.")
         os._exit(1)
 
 

@@ -2,9 +2,9 @@
 
 Handlers only set a flag; the loop reduces it over ranks with the counts of a step and reads the sum a step later, so
 that no step waits for it. The stop file is looked at by one rank of each node, once a second: a thousand ranks that
-all ask shared storage at every step are a load of their own. A second signal ends the process at once,
-unless it follows so soon that it is the same event: a launcher and a terminal both pass a Ctrl-C on, and SLURM signals
-the processes of a job more than once, seconds apart.
+all ask shared storage at every step are a load of their own. The same signal for a second time ends the process at
+once, unless it follows so soon that it is the same event: a launcher and a terminal both pass a Ctrl-C on, and SLURM
+signals the processes of a job more than once, seconds apart.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from torch import Tensor
 
 from ds_stacking.training.run_directory import stop_names
 
-SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
-SAME_EVENT = {signal.SIGINT: 2.0, signal.SIGTERM: 15.0, signal.SIGUSR1: 15.0}
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
+SAME_EVENT = {signal.SIGINT: 2.0, signal.SIGTERM: 15.0, signal.SIGUSR1: 15.0, signal.SIGHUP: 15.0}
 """Seconds after the first signal in which another one means the same."""
 LOOK = 1.0
 """Seconds between two looks at the stop file and at the launcher."""
@@ -34,11 +34,12 @@ class StopRequest:
         first_of_node = os.environ.get("LOCAL_RANK", "0") == "0"
         self.stop_files = [run_dir / name for name in stop_names()] if first_of_node else []
         self.reason: str | None = None
-        self._first = 0.0
+        self._signalled: dict[int, float] = {}
         self._next_look = 0.0
         self._launchers = _launchers()
         for number in SIGNALS:
-            signal.signal(number, self._handle)
+            if signal.getsignal(number) is not signal.SIG_IGN:  # nohup ignores the end of the terminal
+                signal.signal(number, self._handle)
 
     def asked(self) -> bool:
         """Look for every kind of request; on this rank only."""
@@ -52,11 +53,11 @@ class StopRequest:
         return self.reason is not None
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        now = time.monotonic()
-        if self.reason is not None and now - self._first > SAME_EVENT[signal.Signals(number)]:
+        first = self._signalled.setdefault(number, time.monotonic())
+        if time.monotonic() - first > SAME_EVENT[signal.Signals(number)]:
             os._exit(128 + number)
         if self.reason is None:
-            self.reason, self._first = signal.Signals(number).name, now
+            self.reason = signal.Signals(number).name
 
 
 class LaterSum:

@@ -9,7 +9,8 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Callable, Mapping
-from typing import Any, Protocol, TextIO
+from contextlib import suppress
+from typing import Any, Protocol, TextIO, cast
 
 import rich.console
 from rich import box
@@ -66,13 +67,32 @@ class NullConsole:
     def close(self) -> None: ...
 
 
+class _Lenient:
+    """A stream whose reader may go away (a closed terminal, a `tee` that was killed): the run goes on, in silence."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        with suppress(OSError, ValueError):
+            return self._stream.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        with suppress(OSError, ValueError):
+            self._stream.flush()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+
 class Console:
     """Writes to `stream`; `every` is the number of seconds between two plain lines where it is no terminal."""
 
     def __init__(
         self, stream: TextIO | None = None, *, every: float = 10.0, now: Callable[[], float] = time.perf_counter
     ) -> None:
-        stream = stream or sys.stdout
+        stream = cast(TextIO, _Lenient(stream or sys.stdout))
         self.live = stream.isatty()
         self.every, self.now = every, now
         # A log file has no width of its own; rich would fold tables at 80 columns there.

@@ -34,7 +34,7 @@ from ds_stacking.models.compiling import compile_parts
 from ds_stacking.planning.parts import part_of
 from ds_stacking.training.alarm import Alarm
 from ds_stacking.training.batching import BatchPlan, plan_batch
-from ds_stacking.training.changes import describe
+from ds_stacking.training.changes import describe, refuse_another_finished_run
 from ds_stacking.training.checkpointing import (
     changed_settings,
     cut_metrics,
@@ -66,10 +66,10 @@ def pretrain(config: RunConfig) -> None:
     rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     limit_threads()
     keep_freed_memory()
-    if rank == 0:
-        check_run_directory(config)
+    check_run_directory(config)  # every rank, so that none waits for one that was refused
     console = make_console(rank)
     if config.resume and is_finished(config):
+        refuse_another_finished_run(config)
         console.line(f"{config.run_dir} holds a finished run; there is nothing left to do.")
         return
     ds_config = load_ds_config(config.deepspeed_config)
@@ -115,7 +115,7 @@ def _set_up(
     config = _micro_batches(config, data, plans, ds_config, bf16=bf16, resumed=found is not None)
     watchdog.beat()
     plans = check_stages(config, ds_config, bf16=bf16, world_size=dist.get_world_size())
-    writer = make_writer(config, expected, holds)
+    writer = make_writer(config, expected, found, holds)
     return _build(config, data, plans, ds_config, writer, found, changes, watchdog, bf16=bf16), found
 
 

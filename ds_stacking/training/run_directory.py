@@ -35,7 +35,8 @@ def check_run_directory(config: RunConfig) -> None:
             f"--overwrite would delete {config.branch_from}, which --branch_from begins with; "
             f"choose another --output_dir."
         )
-    if not (config.overwrite or config.resume) and any(os.path.lexists(path / name) for name in OURS):
+    goes_on = config.resume == "auto" or config.resume and Path(config.resume).resolve().is_relative_to(path.resolve())
+    if not (config.overwrite or goes_on) and any(os.path.lexists(path / name) for name in OURS):
         raise UserError(
             f"output_dir {path} holds another run; give --resume auto, --overwrite, or another --output_dir."
         )

@@ -7,9 +7,11 @@ failure gives one warning and ends its part, while metrics.jsonl still holds eve
 from __future__ import annotations
 
 import contextlib
+import errno
 import http.client
 import json
 import logging
+import os
 import queue
 import threading
 import urllib.error
@@ -78,20 +80,32 @@ class FanOut:
 
 
 class MetricsFile:
-    """Appends each record as one JSON line, flushed at once; a number that is not finite becomes null."""
+    """Appends each record as one JSON line, flushed at once; a number that is not finite becomes null.
+
+    Where the disk is full, lines wait in memory for a better time, and training goes on.
+    """
 
     def __init__(self, path: Path) -> None:
         try:
-            self.file = path.open("ab+")
+            self.file = path.open("ab+", buffering=0)
         except OSError as error:
             raise UserError(
                 f"Cannot write {path} ({error.strerror}); choose an output_dir that can be written."
             ) from error
+        self._waiting = b""
         self._drop_broken_tail()
 
     def log(self, record: Record) -> None:
-        self.file.write(json.dumps(finite(record), allow_nan=False).encode() + b"\n")
-        self.file.flush()
+        self._waiting += json.dumps(finite(record), allow_nan=False).encode() + b"\n"
+        end = self.file.seek(0, os.SEEK_END)
+        try:
+            if self.file.write(self._waiting) < len(self._waiting):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        except OSError as error:
+            self.file.truncate(end)
+            logger.warning("%s cannot be written (%s); its lines wait.", self.file.name, error.strerror)
+        else:
+            self._waiting = b""
 
     def close(self, exit_code: int = 0) -> None:
         self.file.close()

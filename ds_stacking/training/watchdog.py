@@ -5,13 +5,13 @@ The heartbeat is progress itself: an optimizer step, a micro-batch of an evaluat
 
 from __future__ import annotations
 
-import faulthandler
 import os
 import signal
-import sys
 import threading
 import time
 from datetime import timedelta
+
+from ds_stacking.common.last_words import last_words
 
 MARGIN = 60.0
 """Seconds by which a collective call may outlast `hang_timeout`: the watchdog comes first and shows where it stood."""
@@ -27,12 +27,13 @@ def collective_limit(hang_timeout: float) -> timedelta:
 class Watchdog:
     """A thread that ends the process by SIGABRT when no beat came for `seconds`; 0 turns it off.
 
-    It prints where every thread stands first. The launcher then ends the other ranks. A `with` closes it.
+    It prints where every thread stands first. The launcher then ends the other ranks. A `with` closes it. Time in
+    which the whole process was stopped (Ctrl-Z, a suspended job) does not count.
     """
 
     def __init__(self, seconds: float) -> None:
         self.seconds = seconds
-        self._last = time.monotonic()
+        self._silent = 0.0
         self._closed = threading.Event()
         if seconds:
             threading.Thread(target=self._watch, name="watchdog", daemon=True).start()
@@ -45,16 +46,19 @@ class Watchdog:
 
     def beat(self) -> None:
         """Note progress."""
-        self._last = time.monotonic()
+        self._silent = 0.0
 
     def close(self) -> None:
         """Watch no longer."""
         self._closed.set()
 
     def _watch(self) -> None:
-        while not self._closed.wait(min(1.0, self.seconds / 4)):
-            silent = time.monotonic() - self._last
-            if silent > self.seconds:
-                print(f"No progress for {silent:.0f} s (hang_timeout); this rank ends.", file=sys.stderr, flush=True)
-                faulthandler.dump_traceback(all_threads=True)
+        tick = min(1.0, self.seconds / 4)
+        last = time.monotonic()
+        while not self._closed.wait(tick):
+            now = time.monotonic()
+            self._silent += min(now - last, 2 * tick)
+            last = now
+            if self._silent > self.seconds:
+                last_words(f"No progress for {self._silent:.0f} s (hang_timeout); this rank ends.", stacks=True)
                 os.kill(os.getpid(), signal.SIGABRT)

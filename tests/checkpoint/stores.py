@@ -70,8 +70,11 @@ class Threads:
     def tables(self, rows: Tensor) -> Tensor:
         return with_ranks(self._all(rows))
 
-    def swap(self, send: Sequence[Tensor], receive_sizes: Sequence[int]) -> list[Tensor]:
-        received = [parts[self.rank] for parts in self._all(list(send))]
+    def swap(
+        self, send: Sequence[Sequence[Tensor]], receive_sizes: Sequence[int], *, dtype: torch.dtype = torch.float32
+    ) -> list[Tensor]:
+        joined = [torch.cat([torch.empty(0, dtype=dtype), *parts]) for parts in send]
+        received = [parts[self.rank] for parts in self._all(joined)]
         assert [len(part) for part in received] == list(receive_sizes)
         return received
 

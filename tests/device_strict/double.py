@@ -37,8 +37,18 @@ class Gpu:
 
     def __init__(self, index: int) -> None:
         self.labels = Labels()
+        self._current = threading.local()
         self.index = index
         self.waits: list[str] = []
+
+    @property
+    def index(self) -> int:
+        """The calling thread's current device; a new thread begins with the first one."""
+        return getattr(self._current, "index", 0)
+
+    @index.setter
+    def index(self, index: int) -> None:
+        self._current.index = index
 
     def wait(self, what: str) -> None:
         """Note a wait of the host for the device, and whose line it is: the project's or DeepSpeed's innermost one."""
@@ -47,6 +57,7 @@ class Gpu:
                 if folder in frame.filename:
                     self.waits.append(f"{owner}: {what} in {Path(frame.filename).name}:{frame.lineno}")
                     return
+        self.waits.append(f"others: {what}")
 
     def target(self, where: Any) -> int:
         """The label that a `device` argument means."""

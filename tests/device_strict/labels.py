@@ -77,11 +77,12 @@ class Labels:
             return self.of(tensors[0]) if tensors else HOST
         indices_are_free = name[1] in INDEXED and self.of(args[0]) != HOST
         counted = tensors_in((args[0], args[2:])) if indices_are_free else tensors
-        scalars_are_free = torch.Tag.pointwise in func.tags or name[1].startswith("_foreach")
+        scalars_are_free = torch.Tag.pointwise in func.tags or name[1].startswith("_foreach") or indices_are_free
+        written = args[0] if name[1].endswith("_") else None
         places = {
             self.of(tensor)
             for tensor in counted
-            if not (scalars_are_free and tensor.dim() == 0 and self.of(tensor) == HOST)
+            if not (scalars_are_free and tensor.dim() == 0 and self.of(tensor) == HOST and tensor is not written)
         }
         if len(places) > 1:
             shapes = ", ".join(f"{_place(self.of(t))}{list(t.shape)}" for t in tensors)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 
 import numpy as np
@@ -26,6 +27,7 @@ REFUSED: dict[str, Callable[[], object]] = {
     "cat with an empty host tensor": lambda: torch.cat([on_device(3), torch.empty(0)]),
     "stack of scalars": lambda: torch.stack([on_device(1).sum(), torch.tensor(1.0)]),
     "equal": lambda: torch.equal(on_device(3), torch.ones(3)),
+    "scalar of the host in place": lambda: torch.tensor(1.0).add_(on_device(1).sum()),
     "scalar of the device": lambda: torch.ones(3) * on_device(1).sum(),
     "numpy": lambda: on_device(3).numpy(),
     "numpy, through a view": lambda: np.asarray(on_device(3)[1:].view(-1)),
@@ -46,6 +48,7 @@ ALLOWED: dict[str, Callable[[], object]] = {
     "to like": lambda: torch.ones(3).to(on_device(1)) + on_device(3),
     "scalar of the host": lambda: on_device(3) * torch.tensor(2.0),
     "index on the host": lambda: on_device(3)[torch.tensor([1])],
+    "mask on the host": lambda: on_device(3).__setitem__(torch.tensor([True, False, True]), 2.0),
     "factories": lambda: on_device(3) + torch.tensor([1.0, 2, 3], device="cuda") + torch.arange(3, device=CUDA),
     "new": lambda: on_device(3) + on_device(1).new_tensor([1.0, 2, 3]) + on_device(1).new_empty(3),
     "data": lambda: assign_data() + on_device(3),
@@ -96,6 +99,15 @@ def test_waits_of_the_host_are_counted() -> None:
         values.copy_(torch.ones(3), non_blocking=True)
         torch.ones(3).to(CUDA, non_blocking=True)
         assert len(gpu.waits) == 4
+
+
+def test_a_thread_begins_with_the_first_device() -> None:
+    found = []
+    with strict_device(3):
+        thread = threading.Thread(target=lambda: found.append(torch.cuda.current_device()))
+        thread.start()
+        thread.join()
+        assert [torch.cuda.current_device(), *found] == [3, 0]
 
 
 def test_nothing_of_it_stays() -> None:

@@ -99,4 +99,38 @@ def others_wait() -> tuple[str, float]:
 def test_where_the_others_wait_in_a_collective_call_nobody_goes_on() -> None:
     (first, _), (second, seconds) = run_ranks(2, others_wait)
     assert second.startswith(Stranded.__name__) and "1 ranks wait for it" in second and seconds < 5
-    assert first.startswith("OtherRankFailed: rank 1 failed while working: MemoryError: on purpose")
+    assert first.startswith("Stranded: rank 1 failed while working: MemoryError: on purpose")
+
+
+def devices_wait() -> tuple[str, float]:
+    """Rank 1 fails where the device of rank 0 waits for it, as under NCCL, and not its host."""
+    begin = time.monotonic()
+    works = []
+
+    def collective() -> None:
+        works.append(dist.all_reduce(torch.ones(1), async_op=True))
+
+    def work() -> Callable[[], bool]:
+        return lambda: all(asked.is_completed() for asked in works)
+
+    with (
+        tiny.replaced(agreement, "PATIENCE", 2.0),
+        tiny.replaced(agreement, "device_work", work),
+        pytest.raises(RuntimeError) as met,
+        agreed("working"),
+    ):
+        if dist.get_rank() == 1:
+            raise MemoryError("on purpose")
+        collective()
+    seconds = time.monotonic() - begin
+    if dist.get_rank() == 1:
+        dist.all_reduce(torch.ones(1))
+    return f"{type(met.value).__name__}: {met.value}", seconds
+
+
+def test_where_their_devices_wait_nobody_goes_on_either() -> None:
+    for said, seconds in run_ranks(2, devices_wait):
+        assert (
+            said.startswith("Stranded: rank 1 failed while working: MemoryError: on purpose; 1 ranks wait")
+            and seconds < 5
+        )

@@ -111,4 +111,4 @@ def test_every_rank_saves_the_same_step_and_no_process_stays(folder: Path, reque
         assert f"resumed at step {newest}, from" in said
     if code is not None:
         assert ended == code, said
-    assert "Traceback" not in said.split("stopped by")[0]
+    assert 'launchers/pretrain.py", line' not in said, "no rank has a traceback; DeepSpeed's launcher may"

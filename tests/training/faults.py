@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from ds_stacking.common.failures import LOST
 from tests import ranks
 from tests.corpus import small_options
 
@@ -150,7 +151,7 @@ class Ranks:
                     if rank not in ended and process.exitcode in (-signal.SIGKILL, -signal.SIGABRT):
                         ended[rank] = "killed"
                         end = min(end, time.monotonic() + after_a_death)
-                    if rank not in ended and process.exitcode == 1:
+                    if rank not in ended and process.exitcode in (1, LOST):
                         ended[rank] = "failed"  # the alarm ends a process at once
                 assert time.monotonic() < end, f"a rank did not end; the others: {ended}"
                 time.sleep(0.02)

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from ds_stacking.common.failures import LOST
 from tests.corpus import small_options, write_corpus
 
 pytestmark = pytest.mark.distributed
@@ -76,8 +77,9 @@ INJECTED, BAD = "RuntimeError: injected", "UserError: bad input on this rank alo
         ("1:raise:stuck", [1, 1], f"rank 1 failed ({INJECTED})", f"rank 1: {INJECTED}\n"),
         ("0:raise:stuck", [1, 1], "", f"rank 0: {INJECTED}\n"),  # the one that would speak on this node
         ("1:bad_input:stuck", [1, 2], f"rank 1 failed ({BAD})", f"rank 1: {BAD}\n"),
-        ("0:killed:stuck", [-signal.SIGKILL, 1], "rank 0 is gone", ""),
-        ("1:killed:run", [1, -signal.SIGKILL], "", ""),
+        ("0:killed:stuck", [-signal.SIGKILL, LOST], "rank 0 is gone", ""),
+        ("1:killed:run", [LOST, -signal.SIGKILL], "", ""),
+        ("1:fabric:stuck", [LOST, LOST], "rank 1 failed (RuntimeError: NCCL error: injected)", ""),
         ("1:memory:run", [1, 1], "", "rank 1: MemoryError: none left\n"),
         ("1:move:stuck", [1, 1], f"rank 1 failed (Stranded: {MOVE})", f"rank 1: Stranded: {MOVE}\n"),
     ],

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
+import shutil
 import signal
 import time
 from collections.abc import Callable, Iterator
@@ -183,10 +184,29 @@ def test_an_owner_that_slept_too_long_ends(
     os.kill(process.pid, signal.SIGCONT)
     process.join(10)
     assert process.exitcode == 1
-    assert "error: another start took over" in capfd.readouterr().err
+    assert "is no longer this run's (taken over, moved or deleted)" in capfd.readouterr().err
     assert successor.holds
     successor.release()
     assert not successor.holds
+
+
+@pytest.mark.parametrize("away", ["moved", "deleted"])
+def test_an_owner_whose_directory_went_away_ends_and_publishes_nothing(
+    tmp_path: Path, owner: Callable[..., Any], away: str
+) -> None:
+    process = owner(elsewhere=False)
+    if away == "moved":
+        (tmp_path / "run").rename(tmp_path / "archive")
+    else:
+        shutil.rmtree(tmp_path / "run")
+    successor = Owner(tmp_path / "run")
+    process.join(10)
+    assert process.exitcode == 1 and successor.holds
+    (tmp_path / "run").rename(tmp_path / "elsewhere")
+    assert not successor.holds
+    (tmp_path / "elsewhere").rename(tmp_path / "run")
+    assert successor.holds
+    successor.release()
 
 
 def test_a_refused_start_leaves_no_folder_and_never_one_with_something_in_it(tmp_path: Path) -> None:

@@ -22,13 +22,20 @@ CODE = """
 import os, signal, sys, time
 from pathlib import Path
 from ds_stacking.training import preemption
-number, later = int(sys.argv[1]), float(sys.argv[2])
+number, later, before = int(sys.argv[1]), float(sys.argv[2]), sys.argv[4]
 stop = preemption.StopRequest(Path(sys.argv[3]))
 assert not stop.asked()
+if before == "file":
+    (Path(sys.argv[3]) / "stop").touch()
+    stop._next_look = 0.0
+    assert stop.asked()
+elif before:
+    os.kill(os.getpid(), int(before))
 os.kill(os.getpid(), number)
 assert stop.asked()
-stop._first -= later
-os.kill(os.getpid(), number)
+stop._signalled = {known: at - later for known, at in stop._signalled.items()}
+if not before:
+    os.kill(os.getpid(), number)
 print(stop.reason)
 """
 
@@ -41,14 +48,23 @@ print(stop.reason)
         (signal.SIGTERM, 10, 0),
         (signal.SIGTERM, 20, 143),
         (signal.SIGUSR1, 20, 138),
+        (signal.SIGHUP, 20, 129),
     ],
 )
 def test_a_second_signal(tmp_path: Path, number: signal.Signals, later: float, code: int) -> None:
     """The second one comes `later` seconds after the first."""
-    command = [sys.executable, "-c", CODE, str(int(number)), str(later), str(tmp_path)]
+    command = [sys.executable, "-c", CODE, str(int(number)), str(later), str(tmp_path), ""]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert done.returncode == code, done.stderr
     assert done.stdout.strip() == ("" if code else number.name)
+
+
+@pytest.mark.parametrize(("before", "reason"), [("file", "the stop file"), (str(int(signal.SIGUSR1)), "SIGUSR1")])
+def test_a_first_signal_after_another_request_ends_nothing(tmp_path: Path, before: str, reason: str) -> None:
+    """The batch script's stop file or USR1, then SIGTERM at the time limit, while the run saves."""
+    command = [sys.executable, "-c", CODE, str(int(signal.SIGTERM)), "60", str(tmp_path), before]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0 and reason in done.stdout, done.stderr
 
 
 @pytest.fixture

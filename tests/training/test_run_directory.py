@@ -39,6 +39,17 @@ def test_another_run_is_refused_unless_overwritten(tmp_path: Path, name: str) ->
     check_run_directory(config(tmp_path, overwrite=True))
 
 
+def test_a_resumption_from_elsewhere_does_not_go_on_in_the_directory_of_another_run(tmp_path: Path) -> None:
+    for name in ("one", "other"):
+        (tmp_path / name / "checkpoints" / "step-8").mkdir(parents=True)
+    here = str(tmp_path / "one")
+    for resume in (f"{here}/checkpoints/step-8", here, "auto"):
+        check_run_directory(RunConfig(output_dir=here, resume=resume))
+    with pytest.raises(UserError, match="holds another run"):
+        check_run_directory(RunConfig(output_dir=here, resume=str(tmp_path / "other")))
+    check_run_directory(RunConfig(output_dir=str(tmp_path / "new"), resume=str(tmp_path / "other")))
+
+
 @pytest.mark.parametrize("branch", [".", "checkpoints/step-8", "link/checkpoints/step-8"])
 def test_what_a_branch_begins_with_is_not_deleted(tmp_path: Path, branch: str) -> None:
     (tmp_path / "run" / "checkpoints" / "step-8").mkdir(parents=True)

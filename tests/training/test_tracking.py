@@ -62,6 +62,32 @@ def test_metrics_file_drops_the_line_that_a_kill_cut_short(tmp_path):
     assert read_lines(path) == [TRAIN, EVAL]
 
 
+@pytest.mark.parametrize("written", [None, 7])
+def test_metrics_wait_while_the_disk_is_full(tmp_path, monkeypatch, caplog, written):
+    """The disk takes nothing of a line, or its beginning."""
+    path = tmp_path / "metrics.jsonl"
+    file = MetricsFile(path)
+    file.log(TRAIN)
+    whole = file.file
+
+    class Full:
+        name = whole.name
+        seek, truncate = whole.seek, whole.truncate
+
+        def write(self, content):
+            if written is None:
+                raise OSError(28, "No space left on device")
+            return whole.write(content[:written])
+
+    file.file = Full()
+    file.log(EVAL)
+    assert read_lines(path) == [TRAIN] and "its lines wait" in caplog.text
+    file.file = whole
+    file.log(TRAIN)
+    file.close()
+    assert read_lines(path) == [TRAIN, EVAL, TRAIN]
+
+
 def test_metrics_file_names_a_folder_that_is_not_there(tmp_path):
     with pytest.raises(UserError, match="output_dir"):
         MetricsFile(tmp_path / "missing" / "metrics.jsonl")
