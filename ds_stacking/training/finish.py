@@ -13,6 +13,7 @@ from ds_stacking.growth.exchange import make_exchange
 from ds_stacking.training.checkpointing import tell_reports
 from ds_stacking.training.export import finish_export
 from ds_stacking.training.loop import Pretraining
+from ds_stacking.training.reporting import log_evaluation
 from ds_stacking.training.run_directory import SUMMARY
 
 
@@ -23,8 +24,10 @@ def finish(run: Pretraining) -> None:
     run.writer.wait()
     tell_reports(run)  # a last save that failed must not go unsaid
     missing = exchange.total(int(run.rank == 0 and not _exported(run).is_dir()))
-    if missing and (fault := run.export(len(run.stages) - 1, run.stages[-1])):  # resumed at the end, into a new folder
-        raise fault
+    if missing:  # resumed at the very end, into a new directory
+        log_evaluation(run, loss)
+        if fault := run.export(len(run.stages) - 1, run.stages[-1]):
+            raise fault
 
     def report() -> None:
         if run.rank == 0:

@@ -21,7 +21,7 @@ from ds_stacking.config import ModelConfig, RunConfig, StageConfig, UserError
 from ds_stacking.data.batches import EvalBatches, MaskedBatches
 from ds_stacking.data.masking import Masker
 from ds_stacking.data.prepare import prepare
-from ds_stacking.data.prepared_data import PreparedData
+from ds_stacking.data.prepared_data import PreparedData, sampled_fingerprint
 from ds_stacking.engine.ds_config import load_ds_config, resolve_ds_config
 from ds_stacking.engine.factory import EngineFactory, device, init_distributed, native_bf16
 from ds_stacking.engine.host import keep_freed_memory, limit_threads
@@ -79,7 +79,7 @@ def pretrain(config: RunConfig) -> None:
     config = replace(config, model=_model_config(config.model, data))
     init_distributed(limit=collective_limit(config.hang_timeout))
     with Alarm() as alarm:
-        check_same_data(data.fingerprint, config.data, device())
+        check_same_data(sampled_fingerprint(data), config.data, device())
         with one_writer(config, console.line) as holds, Watchdog(config.hang_timeout) as watchdog:
             run, found = _set_up(config, data, plans, ds_config, holds, watchdog, bf16=bf16)
             console.resolved(_resolved(run, why))

@@ -1,8 +1,8 @@
 """pretrain.py with a fault, given by FAULT as RANK:KIND:OTHERS. Started by tests.
 
-KIND is raise, killed or bad_input, in the third optimizer step; memory (none is left) or move (an error amid the
-moves), in the first growth. OTHERS is run: the ranks that have no fault go on; stuck: they wait as under NCCL, in C
-code that never returns and lets no Python handler of a signal run; deaf: and no other thread runs either.
+KIND is raise, fabric, killed or bad_input, in the third optimizer step; memory (none is left) or move (an error amid
+the moves), in the first growth. OTHERS is run: the ranks that have no fault go on; stuck: they wait as under NCCL, in
+C code that never returns and lets no Python handler of a signal run; deaf: and no other thread runs either.
 """
 
 import ctypes
@@ -23,7 +23,9 @@ def fail(kind: str) -> None:
         os.kill(os.getpid(), signal.SIGKILL)
     if kind == "bad_input":
         raise UserError("bad input on this rank alone")
-    raise MemoryError("none left") if kind == "memory" else RuntimeError("injected")
+    if kind == "memory":
+        raise MemoryError("none left")
+    raise RuntimeError("NCCL error: injected" if kind == "fabric" else "injected")
 
 
 def wait_in_c(deaf: bool) -> None:

@@ -28,6 +28,18 @@ class Terminal(io.StringIO):
         return True
 
 
+class Gone(io.StringIO):
+    def write(self, text: str) -> int:
+        raise BrokenPipeError
+
+
+def test_a_reader_that_goes_away_ends_nothing():
+    console = Console(Gone(), every=0.0)
+    train(console, [0.0], steps=3)
+    console.line("an event")
+    console.close()
+
+
 def train(console: Console, clock: list[float], steps: int, done: int = 0) -> None:
     console.start_stage(stage=0, stages=2, layers=2, steps=steps, done=done)
     for step in range(done + 1, steps + 1):

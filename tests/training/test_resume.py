@@ -13,7 +13,7 @@ import torch
 from ds_stacking.checkpoint.grow import grow_folder
 from ds_stacking.checkpoint.store import CheckpointReader
 from ds_stacking.command_line import parse_run
-from ds_stacking.config import RunAgain, UserError
+from ds_stacking.config import OtherRankFailed, RunAgain, UserError
 from ds_stacking.growth.state import KINDS, TensorSlice
 from tests.corpus import small_options, write_corpus
 from tests.ranks import run_ranks
@@ -233,6 +233,73 @@ def test_a_run_whose_checkpoints_are_lost_is_not_started_afresh(folder: Path, lo
     assert before == {path: path.lstat().st_mtime_ns for path in whole.rglob("*") if ".owner" not in path.parts}
     checkpoints.rmdir() if lost == "empty" else checkpoints.unlink(missing_ok=True)
     elsewhere.rename(checkpoints)
+
+
+def test_a_finished_run_with_other_settings_is_no_success(folder: Path) -> None:
+    if not (folder / "whole-2").exists():
+        run_ranks(2, run, str(folder), "whole-2", 2, ())
+    if not (folder / "whole-2" / "summary.json").exists():
+        run_ranks(2, run, str(folder), "whole-2", 2, ())
+    message = run_ranks(1, refused, str(folder), ("--seed=5", "--model.num_heads=4", "--lr=1", "--log_every=7"))[0]
+    assert "holds a finished run with other settings (model.num_heads 2 -> 4, seed 1 -> 5)" in message.replace(
+        "seed 1 -> 5, model.num_heads 2 -> 4", "model.num_heads 2 -> 4, seed 1 -> 5"
+    )
+    message = run_ranks(1, refused, str(folder), ("--stages=1:8,2:8,4:9",))[0]
+    assert "stages[2].steps 8 -> 9" in message
+
+
+def without_a_disk(folder: str, fault: str) -> list[str]:
+    """A run whose exports or whose saves fail, and then, with the disk mended, the same command."""
+    from ds_stacking.checkpoint.job import SaveJob
+    from ds_stacking.training import loop
+
+    def fails(*args: Any, **options: Any) -> None:
+        for _ in options.get("tensors", ()):
+            pass
+        raise OSError(28, "No space left on device")
+
+    said = []
+    owner, name = {"export": (loop, "export_stage"), "save": (SaveJob, "write_share")}[fault]
+    original, stop_if_asked = getattr(owner, name), loop.Pretraining.stop_if_asked
+    setattr(owner, name, fails)
+    try:
+        run(folder, fault, 2, (5,) if fault == "save" else (), (), to_the_end=fault == "export")
+    except (OSError, OtherRankFailed, RuntimeError) as error:
+        said.append(f"{type(error).__name__}: {error}")
+    setattr(owner, name, original)
+    loop.Pretraining.stop_if_asked = stop_if_asked
+    said.append(" ".join(sorted(path.name for path in (Path(folder) / fault / "checkpoints").glob("step-*"))))
+    run(folder, fault, 2, ())
+    return said
+
+
+@pytest.mark.parametrize(
+    ("fault", "said", "saved"),
+    [
+        ("export", "OSError: [Errno 28] No space left on device", "step-8"),
+        ("save", "RuntimeError: stopped by the test at step 5, but the last checkpoint could not be saved", ""),
+    ],
+)
+def test_a_disk_that_is_full_costs_no_step_that_could_be_saved(
+    folder: Path, fault: str, said: str, saved: str
+) -> None:
+    """An export that fails loses nothing; a stop without a checkpoint is an error and not "run me again"."""
+    (found,) = run_ranks(1, without_a_disk, str(folder), fault)
+    assert found == [said, saved]
+    summary = json.loads((folder / fault / "summary.json").read_bytes())
+    assert summary["finished"] and summary["steps"] == 24
+    assert {path.name for path in (folder / fault / "export").iterdir()} == {
+        *("stage-1-1L", "stage-2-2L", "stage-3-4L", "final")
+    }
+
+
+def test_a_resumption_at_the_very_end_exports_into_its_own_directory(folder: Path) -> None:
+    if not (folder / "whole-2").exists():
+        run_ranks(2, run, str(folder), "whole-2", 2, ())
+    end = f"--resume={folder}/whole-2/checkpoints/step-24"
+    run_ranks(1, run, str(folder), "ended", 2, (), (end,))
+    assert (folder / "ended" / "export" / "final" / "model.safetensors").is_file()
+    assert json.loads((folder / "ended" / "summary.json").read_bytes())["finished"]
 
 
 def run_again(folder: str, output: str) -> list[str]:
