@@ -191,6 +191,7 @@ def test_a_second_job_in_the_same_directory_is_refused_and_harms_nothing(cluster
     wait_for(lambda: "ended with code 75 (asked)" in logs[2].read_text(), "the end that was asked for", START)
 
 
+@pytest.mark.slow
 def test_a_comparison_is_an_array_whose_tasks_stop_and_go_on(cluster: Cluster, folder: Path) -> None:
     compared = folder / "compared"
     arguments = options(folder, "--stages=1:60,2:240", "--checkpoint_every=0", "--tracking=none")

@@ -17,7 +17,7 @@ from ds_stacking.engine.stage_manager import StageManager
 from tests.engine.tiny import SEED, PlainTorch, factory, spec, train
 from tests.ranks import run_ranks
 
-pytestmark = pytest.mark.distributed
+pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 
 STEPS = 3
 

@@ -182,6 +182,7 @@ def export(manager: StageManager, folder: Path) -> None:
         pass
 
 
+@pytest.mark.slow
 def test_peak_memory_is_the_share_two_blocks_and_a_constant(tmp_path) -> None:
     peaks = run_ranks(RANKS, life, tmp_path)
     two_blocks = 2 * 4 * BLOCK

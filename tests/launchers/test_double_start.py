@@ -14,7 +14,7 @@ import pytest
 from tests.corpus import small_options, write_corpus
 from tests.training.test_resume import assert_equal_to_the_bit, metrics
 
-pytestmark = pytest.mark.distributed
+pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 
 ROOT = Path(__file__).parents[2]
 START = 200
