@@ -8,8 +8,11 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 from torch.utils.cpp_extension import _get_build_directory
 
+from ds_stacking.engine.factory import native_bf16
+from tests.device_strict.double import strict_device
 from tests.ranks import run_ranks
 
 pytestmark = pytest.mark.distributed
@@ -72,3 +75,18 @@ def late_partner(group: str) -> float:
 def test_a_collective_call_ends_at_our_limit(group: str) -> None:
     with pytest.raises(AssertionError, match=r"given up after [12]\.\d s"):
         run_ranks(2, late_partner, group, timeout=120)
+
+
+def test_bf16_is_native_only_where_it_is_not_emulated(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch emulates it on GPUs before Ampere; and no rank looks at another's GPU."""
+    asked = []
+
+    def supported(including_emulation: bool = True) -> bool:
+        asked.append(torch.cuda.current_device())
+        return including_emulation
+
+    monkeypatch.setenv("LOCAL_RANK", "2")
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", supported)
+    with strict_device(0):
+        assert native_bf16() == (False, "double of a GPU")
+    assert asked == [2]
