@@ -233,9 +233,12 @@ class CheckpointWriter:
         try:
             if self.record is not None:
                 write_json(self.record, {"newest": newest.name})
+        except OSError as error:
+            return f"{self.record} could not be written: {explain(error)}."
+        try:
             prune(self.folder, keep=self.keep, is_valid=self._is_valid)
         except OSError as error:
-            return f"Tidying up after it failed: {explain(error)}."
+            return f"Older ones could not be deleted: {explain(error)}."
         return None
 
     def _is_valid(self, path: Path) -> bool:
