@@ -20,11 +20,11 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import MISSING, fields, is_dataclass
 from pathlib import Path
 from types import NoneType
-from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
+from typing import Any, Literal, TextIO, TypeVar, get_args, get_origin, get_type_hints
 
 from jsonargparse import ArgumentParser, Namespace, set_dumper, set_parsing_settings
 
-from ds_stacking.common.failures import exit_code, follows_a_loss
+from ds_stacking.common.failures import exit_code, follows_a_loss, note_failure
 from ds_stacking.config import OtherRankFailed, RunAgain, RunConfig, StageConfig, UserError
 
 RECIPES = Path(__file__).resolve().parent.parent / "launchers" / "recipes"
@@ -33,8 +33,6 @@ WAIT_FOR_RANK_0 = 15.0
 """Seconds that another rank waits before it prints bad input: rank 0 has most likely met and printed the same."""
 LONGEST_END = 60.0
 """Seconds from an error to the end of its process, at most."""
-FAILURE_FILE = "DS_STACKING_FAILURE_FILE"
-"""Names the file into which ranks write the errors that would come again, for whoever decides about a new start."""
 Options = TypeVar("Options")
 
 
@@ -279,19 +277,19 @@ def run_main(main: Callable[[], None]) -> int:
         _prepare_to_end(rank, error)
         if rank != 0:
             time.sleep(WAIT_FOR_RANK_0)
-        print(f"error: {error}", file=sys.stderr, flush=True)
+        _say(f"error: {error}", sys.stderr)
         return UserError.exit_code
     except RunAgain as stopped:
         if rank == 0:
-            print(stopped, flush=True)
+            _say(str(stopped), sys.stdout)
         return RunAgain.exit_code
     except OtherRankFailed as error:
         _prepare_to_end(rank, error)
-        print(f"error: rank {rank} ends: {error}", file=sys.stderr, flush=True)
+        _say(f"error: rank {rank} ends: {error}", sys.stderr)
         return 1
     except Exception as error:
         _prepare_to_end(rank, error)
-        traceback.print_exc()
+        _say(traceback.format_exc(), sys.stderr)
         return exit_code(error)
     return 0
 
@@ -301,7 +299,11 @@ def _prepare_to_end(rank: int, error: Exception) -> None:
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         # libraries wait for lost partners at exit too; this timer is no Python thread
         faulthandler.dump_traceback_later(LONGEST_END, exit=True)
-    file = os.environ.get(FAILURE_FILE)
-    if file and not follows_a_loss(error):
-        with contextlib.suppress(OSError), open(file, "a") as failures:
-            failures.write(f"rank {rank}: {type(error).__name__}: {str(error).partition(chr(10))[0]}\n")
+    if not follows_a_loss(error):
+        note_failure(rank, f"{type(error).__name__}: {error}")
+
+
+def _say(text: str, stream: TextIO) -> None:
+    """Print; whoever should read it may be gone, and the exit code must not change for that."""
+    with contextlib.suppress(OSError, ValueError):
+        print(text, file=stream, flush=True)

@@ -53,7 +53,7 @@ WRITERS = {
     "ds_stacking/checkpoint/durable.py": "into a directory that is renamed when it is whole",
     "ds_stacking/checkpoint/huggingface.py": "into a directory that is renamed when it is whole",
     "ds_stacking/checkpoint/store.py": "into a directory that is renamed when it is whole",
-    "ds_stacking/command_line.py": "failures, a line from each rank, for the batch script",
+    "ds_stacking/common/failures.py": "failures, a line from each rank, for the batch script",
     "ds_stacking/models/shards.py": "into a directory that is renamed when it is whole",
     "ds_stacking/data/token_file.py": "into a directory that is renamed when it is whole",
     "ds_stacking/training/comparison.py": "a log, which grows",

@@ -228,17 +228,17 @@ class CheckpointWriter:
         self._reports.put(report)
 
     def _tidy(self, newest: Path) -> str | None:
-        """Rank 0: note the newest one, delete what is no longer needed; what went wrong with that."""
+        """Rank 0: delete what is no longer needed, note the newest one; what went wrong with that."""
         self._valid[newest] = True
+        try:
+            prune(self.folder, keep=self.keep, is_valid=self._is_valid)
+        except OSError as error:
+            return f"Older ones could not be deleted: {explain(error)}."
         try:
             if self.record is not None:
                 write_json(self.record, {"newest": newest.name})
         except OSError as error:
             return f"{self.record} could not be written: {explain(error)}."
-        try:
-            prune(self.folder, keep=self.keep, is_valid=self._is_valid)
-        except OSError as error:
-            return f"Older ones could not be deleted: {explain(error)}."
         return None
 
     def _is_valid(self, path: Path) -> bool:

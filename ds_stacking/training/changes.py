@@ -90,17 +90,19 @@ def describe(changes: Settings) -> str:
     return ", ".join(f"{name} {json.dumps(a)} -> {json.dumps(b)}" for name, (a, b) in changes.items())
 
 
-def saved_settings(identity: Mapping[str, Any], run_dir: Path) -> Settings | None:
+def saved_settings(identity: Mapping[str, Any], run_dir: Path, config: RunConfig) -> Settings | None:
     """The settings that a checkpoint of this `identity` was saved under; None where nothing tells.
 
-    Older versions saved one digest of them, and the configuration that made it stands in the run directory.
+    Older versions saved one digest of them: it is that of the present `config`, or of the one in the run directory.
     """
     if "settings" in identity:
         return dict(identity["settings"])
+    if _old_digest(config.to_dict()) == identity.get("recipe"):
+        return settings(config)
     try:
-        config = json.loads((run_dir / "config.json").read_bytes())
+        content = json.loads((run_dir / "config.json").read_bytes())
         known = {field.name for field in fields(RunConfig)}
-        found = {name: value for name, value in config.items() if name in known}
+        found = {name: value for name, value in content.items() if name in known}
         if _old_digest(found) != identity["recipe"]:
             return None
         found.pop("model")

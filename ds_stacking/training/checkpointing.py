@@ -57,7 +57,7 @@ def find_checkpoint(config: RunConfig, expected: dict[str, Any], alive: Callable
     found = None
     if config.resume:
         path = Path(config.run_dir) / "checkpoints" if config.resume == "auto" else Path(config.resume)
-        from_first_rank(lambda: _refuse_early(path, expected["settings"]), exchange)
+        from_first_rank(lambda: _refuse_early(path, config), exchange)
         found = find_together(path, exchange, identity=shared, exact=config.resume != "auto", alive=alive)
         if found is None:
             from_first_rank(lambda: refuse_lost_checkpoints(Path(config.run_dir)), exchange)
@@ -73,7 +73,7 @@ def find_checkpoint(config: RunConfig, expected: dict[str, Any], alive: Callable
     return found
 
 
-def _refuse_early(path: Path, now: Settings) -> None:
+def _refuse_early(path: Path, config: RunConfig) -> None:
     """Rank 0: refuse what would be another run before any large file is read."""
     folder = path / "checkpoints" if (path / "checkpoints").is_dir() else path
     try:
@@ -82,13 +82,13 @@ def _refuse_early(path: Path, now: Settings) -> None:
         return  # it will be said why
     for newest, manifest in manifests:
         if isinstance(manifest, Manifest):
-            refuse_another_run(newest, find_changes(_then(newest, manifest), now))
+            refuse_another_run(newest, find_changes(_then(newest, manifest, config), settings(config)))
             return
 
 
-def _then(path: Path, manifest: Manifest) -> Settings:
+def _then(path: Path, manifest: Manifest, config: RunConfig) -> Settings:
     """The settings that a checkpoint was saved under."""
-    then = saved_settings(manifest.identity, path.absolute().parents[1])
+    then = saved_settings(manifest.identity, path.absolute().parents[1], config)
     if then is None:
         raise UserError(
             f"{path} was saved by an older version under settings that nothing here tells; go on with that version, "
@@ -98,7 +98,7 @@ def _then(path: Path, manifest: Manifest) -> Settings:
 
 
 def changed_settings(config: RunConfig, found: Found | None) -> list[dict[str, Any]]:
-    """Every change of settings in the run's life, the ones of this resumption last. Raises UserError.
+    """Every change of settings in the run's life, the ones of this resumption last; told by rank 0. Raises UserError.
 
     Entries are {"step", "field", "from", "to"}.
     """
@@ -107,7 +107,7 @@ def changed_settings(config: RunConfig, found: Found | None) -> list[dict[str, A
     reader = CheckpointReader(found.path)
     position, stages = reader.extra["position"], config.stages
     assert isinstance(stages, list)
-    changes = find_changes(_then(found.path, reader.manifest), settings(config))
+    changes = find_changes(_then(found.path, reader.manifest, config), settings(config))
     refuse_another_run(found.path, changes, position["stage"])
     if f"stages[{position['stage']}].steps" in changes:
         _check_steps(config, reader)
@@ -163,6 +163,7 @@ def save(run: Pretraining, *, stage_end: bool = False, required: bool = False) -
         parts = [torch.zeros_like(run.loss_sum) for _ in range(run.world_size)]
         dist.all_gather(parts, run.loss_sum)
         metrics = run.run_dir / METRICS
+        run.tracker.flush()
         extra = {
             "position": asdict(run.position),
             "stage_end": stage_end,

@@ -19,13 +19,15 @@ from ds_stacking.training.run_directory import SUMMARY
 
 def finish(run: Pretraining) -> None:
     """The last evaluation, the exported model's card, the figure, and summary.json as the last thing."""
+    known = run.evaluated
     loss, shuffled = run.evaluate(), run.evaluate_shuffled()
     exchange = make_exchange(run.device)
     run.writer.wait()
     tell_reports(run)  # a last save that failed must not go unsaid
     missing = exchange.total(int(run.rank == 0 and not _exported(run).is_dir()))
     if missing:  # resumed at the very end, into a new directory
-        log_evaluation(run, loss)
+        if run.evaluated is known:
+            log_evaluation(run, loss)
         if fault := run.export(len(run.stages) - 1, run.stages[-1]):
             raise fault
 

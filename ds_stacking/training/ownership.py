@@ -23,6 +23,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from ds_stacking.checkpoint.share import from_first_rank
+from ds_stacking.common.failures import note_failure
 from ds_stacking.common.last_words import last_words
 from ds_stacking.config import RunConfig, UserError
 from ds_stacking.engine.factory import device
@@ -113,7 +114,8 @@ class Owner:
         """Give the directory up; a folder that was made for it and is empty but for the claim goes too."""
         self._released.set()
         self._thread.join()
-        self._write(RELEASED)
+        with suppress(OSError):  # a dead process's claim is worth nothing either
+            self._write(RELEASED)
         os.close(self._handle)
         with suppress(OSError):  # somebody else came, or deleted it
             if self._is_new and os.listdir(self.run_dir) == [OWNERS]:
@@ -163,7 +165,9 @@ class Owner:
 
     def _end(self) -> None:
         """Nothing may be written any more, so the process ends here, whatever it is doing."""
-        last_words(f"error: {self.run_dir} is no longer this run's (taken over, moved or deleted); this process ends.")
+        words = f"{self.run_dir} is no longer this run's (taken over, moved or deleted); this process ends"
+        note_failure(0, words)  # the other ranks only see that this one is gone
+        last_words(f"error: {words}.")
         os._exit(1)
 
 

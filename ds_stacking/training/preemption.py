@@ -37,8 +37,10 @@ class StopRequest:
         self._signalled: dict[int, float] = {}
         self._next_look = 0.0
         self._launchers = _launchers()
+        self._outlives = signal.getsignal(signal.SIGHUP) is signal.SIG_IGN and len(self._launchers) == 1
+        """Whether it was started under nohup by a shell, whose end it shall outlive."""
         for number in SIGNALS:
-            if signal.getsignal(number) is not signal.SIG_IGN:  # nohup ignores the end of the terminal
+            if number != signal.SIGHUP or signal.getsignal(number) is not signal.SIG_IGN:
                 signal.signal(number, self._handle)
 
     def asked(self) -> bool:
@@ -48,7 +50,7 @@ class StopRequest:
             self._next_look = now + LOOK
             if found := next((path for path in self.stop_files if path.exists()), None):
                 self.reason = f"the stop file {found}"
-            elif _launchers() != self._launchers:
+            elif not self._outlives and _launchers() != self._launchers:
                 self.reason = "the end of the launcher"
         return self.reason is not None
 

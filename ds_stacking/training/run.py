@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 
 from ds_stacking.checkpoint.select import Found
-from ds_stacking.checkpoint.share import side_by_side
+from ds_stacking.checkpoint.share import from_first_rank, side_by_side
 from ds_stacking.checkpoint.write import CheckpointWriter
 from ds_stacking.config import ModelConfig, RunConfig, StageConfig, UserError
 from ds_stacking.data.batches import EvalBatches, MaskedBatches
@@ -111,8 +111,9 @@ def _set_up(
     config = replace(config, stages=triggered_stages(config))
     expected = identity(config, data.fingerprint)
     found = find_checkpoint(config, expected, watchdog.beat)
-    changes = changed_settings(config, found)
-    config = _micro_batches(config, data, plans, ds_config, bf16=bf16, resumed=found is not None)
+    changes = from_first_rank(lambda: changed_settings(config, found), make_exchange(device()))
+    resumed = found is not None and not found.branch
+    config = _micro_batches(config, data, plans, ds_config, bf16=bf16, resumed=resumed)
     watchdog.beat()
     plans = check_stages(config, ds_config, bf16=bf16, world_size=dist.get_world_size())
     writer = make_writer(config, expected, found, holds)

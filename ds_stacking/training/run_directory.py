@@ -30,12 +30,12 @@ def check_run_directory(config: RunConfig) -> None:
     path = Path(config.run_dir)
     if config.resume and config.overwrite:
         raise UserError("--resume goes on with a run and --overwrite deletes it; give one of them.")
-    if config.overwrite and config.branch_from and Path(config.branch_from).resolve().is_relative_to(path.resolve()):
+    if config.overwrite and config.branch_from and _lies_in(config.branch_from, path):
         raise UserError(
             f"--overwrite would delete {config.branch_from}, which --branch_from begins with; "
             f"choose another --output_dir."
         )
-    goes_on = config.resume == "auto" or config.resume and Path(config.resume).resolve().is_relative_to(path.resolve())
+    goes_on = config.resume and (config.resume == "auto" or _lies_in(config.resume, path))
     if not (config.overwrite or goes_on) and any(os.path.lexists(path / name) for name in OURS):
         raise UserError(
             f"output_dir {path} holds another run; give --resume auto, --overwrite, or another --output_dir."
@@ -48,6 +48,12 @@ def check_run_directory(config: RunConfig) -> None:
         raise UserError(
             f"output_dir {path} cannot be made: no permission to write in {existing}; choose another --output_dir."
         )
+
+
+def _lies_in(inner: str, folder: Path) -> bool:
+    """Whether `inner` is `folder` or in it, by its name or through links (the folder of checkpoints may be one)."""
+    by_name = Path(os.path.abspath(inner)).is_relative_to(os.path.abspath(folder))
+    return by_name or Path(inner).resolve().is_relative_to(folder.resolve())
 
 
 def refuse_lost_checkpoints(run_dir: Path) -> None:

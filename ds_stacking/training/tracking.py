@@ -52,6 +52,9 @@ class Tracker(Protocol):
     def log(self, record: Record) -> None:
         """Take one record."""
 
+    def flush(self) -> None:
+        """Write what had to wait, if possible."""
+
     def close(self, exit_code: int = 0) -> None:
         """Write what is left."""
 
@@ -60,6 +63,8 @@ class NullTracker:
     """Tracks nothing."""
 
     def log(self, record: Record) -> None: ...
+
+    def flush(self) -> None: ...
 
     def close(self, exit_code: int = 0) -> None: ...
 
@@ -73,6 +78,10 @@ class FanOut:
     def log(self, record: Record) -> None:
         for tracker in self.trackers:
             tracker.log(record)
+
+    def flush(self) -> None:
+        for tracker in self.trackers:
+            tracker.flush()
 
     def close(self, exit_code: int = 0) -> None:
         for tracker in self.trackers:
@@ -97,6 +106,12 @@ class MetricsFile:
 
     def log(self, record: Record) -> None:
         self._waiting += json.dumps(finite(record), allow_nan=False).encode() + b"\n"
+        self.flush()
+
+    def flush(self) -> None:
+        """Write the lines that wait, if any and if possible."""
+        if not self._waiting:
+            return
         end = self.file.seek(0, os.SEEK_END)
         try:
             if self.file.write(self._waiting) < len(self._waiting):
@@ -108,6 +123,7 @@ class MetricsFile:
             self._waiting = b""
 
     def close(self, exit_code: int = 0) -> None:
+        self.flush()
         self.file.close()
 
     def _drop_broken_tail(self) -> None:
@@ -137,6 +153,9 @@ class WandbTracker:
         if self._thread.is_alive():
             with contextlib.suppress(queue.Full):  # wandb hangs; `close` says so
                 self._rows.put_nowait(_wandb_row(record))
+
+    def flush(self) -> None:
+        """Its own thread sends what waits."""
 
     def close(self, exit_code: int = 0) -> None:
         if not self._thread.is_alive():

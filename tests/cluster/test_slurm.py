@@ -129,7 +129,9 @@ def faulty(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ("fault", "killed", "code", "restarts"),
     [
         ("1:raise:stuck", False, "1:0", "0"),  # the alarm ends the rank that waits in C
-        ("1:raise:deaf", True, "1:0", "0"),  # that rank ends by a signal, and yet the error would come again
+        pytest.param(
+            "1:raise:deaf", True, "1:0", "0", marks=pytest.mark.slow
+        ),  # that rank ends by a signal, and yet the error would come again
         ("1:killed:run", False, "137:0", "1"),  # started again, and killed again
     ],
 )
@@ -165,6 +167,7 @@ def test_each_rank_gets_its_share_of_the_cores_or_the_job_is_refused(cluster: Cl
         assert log.read_text() == f"{cores} cores\n" * 2
 
 
+@pytest.mark.slow
 def test_a_second_job_in_the_same_directory_is_refused_and_harms_nothing(cluster: Cluster, folder: Path) -> None:
     run, logs = folder / "double", [folder / f"double-{number}.log" for number in range(3)]
     arguments = options(folder, "--stages=2:100000", "--checkpoint_every=20", "--tracking=none")

@@ -322,7 +322,7 @@ def _cuda(gpu: Gpu) -> dict[str, Any]:
         "manual_seed_all": lambda *_: None,
         "manual_seed": lambda *_: None,
         "empty_cache": lambda: None,
-        "get_device_properties": lambda *_: SimpleNamespace(total_memory=1 << 36),
+        "get_device_properties": lambda *_: SimpleNamespace(total_memory=1 << 36, major=9, minor=0),
         "mem_get_info": lambda *_: (1 << 36, 1 << 36),
         "memory_allocated": lambda *_: 0,
         "max_memory_allocated": lambda *_: 0,

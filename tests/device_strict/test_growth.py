@@ -105,7 +105,7 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("world_size", CASES)
+@pytest.mark.parametrize("world_size", [3, *(pytest.param(size, marks=pytest.mark.slow) for size in (4, 8))])
 def test_a_life_on_a_gpu(world_size: int, tmp_path: Path) -> None:
     """Growth is compared with its source to the bit there, in the masters and in the working copies."""
     ranks = run_ranks(world_size, lives, CASES[world_size], str(tmp_path))

@@ -26,6 +26,7 @@ from tests.ranks import run_ranks
 from tests.training.test_resume import assert_same_state, metrics, run
 
 BASE = RunConfig(stages=[StageConfig(layers=layers, steps=10) for layers in (1, 2, 4)])
+OTHER = replace(BASE, seed=99)
 
 
 def changed(**fields: Any) -> dict[str, Any]:
@@ -104,11 +105,12 @@ def test_a_checkpoint_of_an_older_version_is_read_by_its_configuration(tmp_path:
         del entry["micro_batch_size"], entry["zero_stage"]
     recipe = sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()
     old = {"recipe": recipe, "model": config["model"], "data": "0"}
-    assert saved_settings(old, tmp_path) is None
+    assert saved_settings(old, tmp_path, OTHER) is None
     (tmp_path / "config.json").write_text(json.dumps(config | {"data_fingerprint": "0", "versions": {}}))
-    assert saved_settings(old, tmp_path) == settings(BASE)
+    assert saved_settings(old, tmp_path, OTHER) == settings(BASE)
     (tmp_path / "config.json").write_text(json.dumps(config | {"seed": 2}))
-    assert saved_settings(old, tmp_path) is None, "another one's"
+    assert saved_settings(old, tmp_path, OTHER) is None, "another one's"
+    assert saved_settings(old, tmp_path, BASE) == settings(BASE), "the present one made it"
 
 
 @pytest.fixture(scope="module")

@@ -48,6 +48,11 @@ def test_a_resumption_from_elsewhere_does_not_go_on_in_the_directory_of_another_
     with pytest.raises(UserError, match="holds another run"):
         check_run_directory(RunConfig(output_dir=here, resume=str(tmp_path / "other")))
     check_run_directory(RunConfig(output_dir=str(tmp_path / "new"), resume=str(tmp_path / "other")))
+    (tmp_path / "one" / "checkpoints").rename(tmp_path / "scratch")
+    (tmp_path / "one" / "checkpoints").symlink_to(tmp_path / "scratch")
+    check_run_directory(RunConfig(output_dir=here, resume=f"{here}/checkpoints/step-8"))
+    with pytest.raises(UserError, match="--overwrite would delete"):
+        check_run_directory(RunConfig(output_dir=here, overwrite=True, branch_from=f"{here}/checkpoints/step-8"))
 
 
 @pytest.mark.parametrize("branch", [".", "checkpoints/step-8", "link/checkpoints/step-8"])
