@@ -129,9 +129,8 @@ def faulty(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ("fault", "killed", "code", "restarts"),
     [
         ("1:raise:stuck", False, "1:0", "0"),  # the alarm ends the rank that waits in C
-        pytest.param(
-            "1:raise:deaf", True, "1:0", "0", marks=pytest.mark.slow
-        ),  # that rank ends by a signal, and yet the error would come again
+        # that rank ends by a signal, and yet the error would come again
+        pytest.param("1:raise:deaf", True, "1:0", "0", marks=pytest.mark.slow),
         ("1:killed:run", False, "137:0", "1"),  # started again, and killed again
     ],
 )
