@@ -68,26 +68,23 @@ def run(folder: Path, fault: str) -> tuple[list[int], list[str], float, str]:
 
 
 MOVE = "rank 1 failed while moving the state: RuntimeError: injected; 1 ranks wait for it and cannot go on"
-SLOW = pytest.mark.slow
 INJECTED, BAD = "RuntimeError: injected", "UserError: bad input on this rank alone"
+CASES = [
+    ("1:raise:stuck", [1, 1], f"rank 1 failed ({INJECTED})", f"rank 1: {INJECTED}\n"),
+    ("0:raise:stuck", [1, 1], "", f"rank 0: {INJECTED}\n"),  # the one that would speak on this node
+    ("1:bad_input:stuck", [1, 2], f"rank 1 failed ({BAD})", f"rank 1: {BAD}\n"),
+    ("0:killed:stuck", [-signal.SIGKILL, LOST], "rank 0 is gone", ""),
+    ("1:killed:run", [LOST, -signal.SIGKILL], "", ""),
+    ("1:fabric:stuck", [LOST, LOST], "rank 1 failed (RuntimeError: NCCL error: injected)", ""),
+    ("1:memory:run", [1, 1], "", "rank 1: MemoryError: none left\n"),
+    ("1:move:stuck", [1, 1], f"rank 1 failed (Stranded: {MOVE})", f"rank 1: Stranded: {MOVE}\n"),
+]
+QUICK = ("1:raise:stuck", "0:killed:stuck", "1:fabric:stuck")
 
 
 @pytest.mark.parametrize(
     ("fault", "codes", "sentence", "noted"),
-    [
-        ("1:raise:stuck", [1, 1], f"rank 1 failed ({INJECTED})", f"rank 1: {INJECTED}\n"),
-        pytest.param(
-            "0:raise:stuck", [1, 1], "", f"rank 0: {INJECTED}\n", marks=SLOW
-        ),  # the one that would speak on this node
-        pytest.param("1:bad_input:stuck", [1, 2], f"rank 1 failed ({BAD})", f"rank 1: {BAD}\n", marks=SLOW),
-        ("0:killed:stuck", [-signal.SIGKILL, LOST], "rank 0 is gone", ""),
-        pytest.param("1:killed:run", [LOST, -signal.SIGKILL], "", "", marks=SLOW),
-        ("1:fabric:stuck", [LOST, LOST], "rank 1 failed (RuntimeError: NCCL error: injected)", ""),
-        pytest.param("1:memory:run", [1, 1], "", "rank 1: MemoryError: none left\n", marks=SLOW),
-        pytest.param(
-            "1:move:stuck", [1, 1], f"rank 1 failed (Stranded: {MOVE})", f"rank 1: Stranded: {MOVE}\n", marks=SLOW
-        ),
-    ],
+    [pytest.param(*case, marks=[] if case[0] in QUICK else pytest.mark.slow) for case in CASES],
 )
 def test_the_run_ends_within_seconds(tmp_path: Path, fault: str, codes: list[int], sentence: str, noted: str) -> None:
     write_corpus(tmp_path / "corpus")
