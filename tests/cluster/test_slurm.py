@@ -78,6 +78,7 @@ def test_a_requeued_array_task_trains_on_two_nodes_through_a_growth(cluster: Clu
     assert wandb_runs == {identity.strip()}, "both starts belong to the same wandb run"
 
 
+@pytest.mark.slow
 def test_a_job_survives_its_time_limit_and_a_dead_node_and_can_be_cancelled(cluster: Cluster, folder: Path) -> None:
     log, run = folder / "long.log", folder / "long"
     arguments = options(folder, "--stages=2:100000", "--checkpoint_every=20", "--tracking=none")
@@ -131,7 +132,8 @@ def faulty(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ("1:raise:stuck", False, "1:0", "0"),  # the alarm ends the rank that waits in C
         # that rank ends by a signal, and yet the error would come again
         pytest.param("1:raise:deaf", True, "1:0", "0", marks=pytest.mark.slow),
-        ("1:killed:run", False, "137:0", "1"),  # started again, and killed again
+        # started again, and killed again
+        pytest.param("1:killed:run", False, "137:0", "1", marks=pytest.mark.slow),
     ],
 )
 def test_an_error_is_not_requeued_and_a_killed_rank_is(

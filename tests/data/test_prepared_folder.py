@@ -223,6 +223,7 @@ def test_any_number_of_workers_and_a_kill_give_the_same_shards(
     assert arrays(killed) == arrays(folder)
 
 
+@pytest.mark.slow
 def test_a_kill_in_the_middle_of_any_file_leaves_a_folder_that_goes_on(
     folder: Path, source: Path, tokenizer: str, tmp_path: Path
 ):

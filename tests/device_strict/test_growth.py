@@ -94,21 +94,24 @@ def lives(cases: list[tuple[str, str]], folder: str) -> dict[tuple[str, str], An
 
 
 FULL = ["zero 2, bf16", "zero 3, bf16"]
+FEW = [("zero 0, bf16", "low"), ("zero 1, bf16", "normal"), ("zero 2, bf16", "normal"), ("zero 3, bf16", "low")]
 CASES = {
     3: [
         *((layout, memory) for layout in FULL for memory in ("normal", "low", "plain")),
-        *((layout, "normal") for layout in ("zero 0", "zero 1, bf16", "zero 2", "zero 3")),
-        *((layout, "low") for layout in ("zero 0, bf16", "zero 1, bf16", "zero 2, offload")),
+        *((layout, "normal") for layout in ("zero 0", "zero 2", "zero 3")),
+        *((layout, "low") for layout in ("zero 1, bf16", "zero 2, offload")),
     ],
     4: [(layout, memory) for layout in FULL for memory in ("normal", "low")],
     8: [("zero 1, bf16", "normal"), ("zero 2, bf16", "low"), ("zero 3, bf16", "normal")],
 }
 
 
-@pytest.mark.parametrize("world_size", [3, *(pytest.param(size, marks=pytest.mark.slow) for size in (4, 8))])
-def test_a_life_on_a_gpu(world_size: int, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("world_size", "cases"), [(3, FEW), *(pytest.param(*item, marks=pytest.mark.slow) for item in CASES.items())]
+)
+def test_a_life_on_a_gpu(world_size: int, cases: list[tuple[str, str]], tmp_path: Path) -> None:
     """Growth is compared with its source to the bit there, in the masters and in the working copies."""
-    ranks = run_ranks(world_size, lives, CASES[world_size], str(tmp_path))
+    ranks = run_ranks(world_size, lives, cases, str(tmp_path))
     for rank, results in enumerate(ranks):
         for (layout, memory), found in results.items():
             assert found["verified"] and found["alike"] == [1.0, 1.0], (layout, memory)

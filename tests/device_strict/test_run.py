@@ -46,7 +46,11 @@ def start(folder: str, zero: int, cut: int, precision: str, *more: str) -> tuple
 
 
 @pytest.mark.parametrize(
-    ("zero", "precision", "first", "then"), [(2, "bf16", 3, 4), (3, "fp32", 4, 3), (1, "bf16", 8, 3)]
+    ("zero", "precision", "first", "then"),
+    [
+        (2, "bf16", 3, 4),
+        *(pytest.param(*case, marks=pytest.mark.slow) for case in ((3, "fp32", 4, 3), (1, "bf16", 8, 3))),
+    ],
 )
 def test_a_run_goes_on_with_other_ranks(zero: int, precision: str, first: int, then: int, tmp_path: Path) -> None:
     write_corpus(tmp_path / "corpus")
@@ -92,7 +96,7 @@ def waits_by_step(folder: str, zero: int) -> dict[int, list[str]]:
     return found
 
 
-@pytest.mark.parametrize("zero", [2, 3])
+@pytest.mark.parametrize("zero", [2, pytest.param(3, marks=pytest.mark.slow)])
 def test_no_step_of_ours_waits_for_the_device(zero: int, tmp_path: Path) -> None:
     """But for the counts of the step before, which the device has long made when they are read."""
     write_corpus(tmp_path / "corpus")

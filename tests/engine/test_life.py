@@ -58,6 +58,7 @@ def many_growths() -> dict[int, list[dict[str, int]]]:
     return results
 
 
+@pytest.mark.slow
 def test_many_growths_leave_as_much_alive_as_one() -> None:
     for zero_stage, (first, last) in run_ranks(2, many_growths)[0].items():
         assert first == last, zero_stage

@@ -206,6 +206,7 @@ def curves(accumulations: tuple[int, ...]) -> dict:
     return results
 
 
+@pytest.mark.slow
 def test_losses_do_not_depend_on_the_layout() -> None:
     two = run_ranks(2, curves, (1, 3))[0]
     one = run_ranks(1, curves, (1,))[0]

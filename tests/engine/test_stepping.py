@@ -174,6 +174,7 @@ def errors() -> dict[tuple[int, str | None], float]:
     return {(stage, dtype): error_of_sums(stage, dtype) for stage in range(4) for dtype in (None, "fp32", "bf16")}
 
 
+@pytest.mark.slow
 def test_gradients_of_many_micro_batches_are_summed_in_fp32() -> None:
     found = run_ranks(2, errors)[0]
     print({case: f"{100 * error:.2f} %" for case, error in found.items()})

@@ -27,6 +27,16 @@ CASES: list[tuple[str, str, set[str]]] = [
     ("in step", "hang", DEATH),
 ]
 """Where, what, and how ranks may end."""
+QUICK = [
+    *((f"in {what}", "SIGKILL of rank 1") for what in ("step", "growth", "save")),
+    *(
+        ("in save", "SIGKILL of all"),
+        ("in growth", "SIGTERM to rank 1"),
+        ("in save", "full disk"),
+        ("in step", "hang"),
+    ),
+]
+"""Those of make test; the others are make test-long."""
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +47,13 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize(("point", "fault", "end"), CASES, ids=[f"{fault}-{point}" for point, fault, _ in CASES])
+@pytest.mark.parametrize(
+    ("point", "fault", "end"),
+    [
+        pytest.param(*case, id=f"{case[1]}-{case[0]}", marks=[] if case[:2] in QUICK else pytest.mark.slow)
+        for case in CASES
+    ],
+)
 def test_the_run_ends_as_if_nothing_had_happened(folder: Path, point: str, fault: str, end: set[str]) -> None:
     output = f"{fault}-{point}".replace(" ", "_")
     ended = Ranks(str(folder), output, ("--hang_timeout=8",), point, fault).wait()
@@ -60,7 +76,7 @@ def truncate(path: Path) -> None:
     os.truncate(path, path.stat().st_size // 2)
 
 
-@pytest.mark.parametrize("damage", [flip_a_byte, truncate])
+@pytest.mark.parametrize("damage", [flip_a_byte, pytest.param(truncate, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("file", ["rank-00001.safetensors", "state.json"])
 def test_a_damaged_checkpoint_is_passed_over(folder: Path, damage: Callable[[Path], None], file: str) -> None:
     output = f"{damage.__name__}-{file}"

@@ -107,6 +107,7 @@ def test_a_cut_run_ends_as_the_whole_one(folder: Path, zero_stage: int) -> None:
     assert json.loads((folder / cut / "summary.json").read_text())["finished"] is True
 
 
+@pytest.mark.slow
 def test_under_offload_it_ends_as_good_as_the_same(folder: Path) -> None:
     """The state that moves into a new DeepSpeedCPUAdam is the same to the bit; its steps then differ in last bits."""
     run_ranks(2, run, str(folder), "whole-offload", "2_offload", ())
