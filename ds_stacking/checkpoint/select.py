@@ -99,14 +99,9 @@ def _search_folder(folder: Path, identity: Mapping[str, Any] | None) -> Search:
         f"{path} is passed over: it is no checkpoint." for path in _visible(folder) if not _is_checkpoint_name(path)
     ]
     for path, _ in published(folder):
-        try:
-            manifest = inspect(path, identity)
-        except Unusable as unusable:
-            reason: str | None = str(unusable)
-        else:
-            reason = yield path, manifest
-            if reason is None:
-                return Found(path=path, step=manifest.step, notes=tuple(notes))
+        step, reason = yield from _judge(path, identity)
+        if reason is None:
+            return Found(path=path, step=step, notes=tuple(notes))
         notes.append(f"Checkpoint {path} is skipped: {reason}.")
     if not notes:
         return None
@@ -121,20 +116,26 @@ def _search(path: Path, identity: Mapping[str, Any] | None) -> Search:
     if not path.is_dir():
         raise UserError(f"There is no folder {path} to resume from; give a run directory or a checkpoint.")
     if (path / MANIFEST).exists() or _is_checkpoint_name(path):
-        try:
-            manifest = inspect(path, identity)
-        except Unusable as unusable:
-            reason: str | None = str(unusable)
-        else:
-            reason = yield path, manifest
-            if reason is None:
-                return Found(path=path, step=manifest.step)
+        step, reason = yield from _judge(path, identity)
+        if reason is None:
+            return Found(path=path, step=step)
         raise UserError(f"Checkpoint {path} cannot be loaded: {reason}; choose another one.")
     inner = path / "checkpoints"
     found = yield from _search_folder(inner if inner.is_dir() else path, identity)
     if found is None:
         raise UserError(f"There is no checkpoint in {path} to resume from; give another folder, or start a new run.")
     return found
+
+
+def _judge(
+    path: Path, identity: Mapping[str, Any] | None
+) -> Generator[tuple[Path, Manifest], str | None, tuple[int, str | None]]:
+    """The step of a checkpoint and why it must not be loaded, None where it may; what must be read is yielded."""
+    try:
+        manifest = inspect(path, identity)
+    except Unusable as unusable:
+        return 0, str(unusable)
+    return manifest.step, (yield path, manifest)
 
 
 def _alone(search: Search) -> Found | None:

@@ -1,10 +1,8 @@
-"""Small states in a dictionary, and ranks that are threads, for the tests of checkpoints."""
+"""Small states in a dictionary, for the tests of checkpoints."""
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +11,7 @@ from torch import Tensor
 
 from ds_stacking.checkpoint.store import CheckpointReader
 from ds_stacking.checkpoint.write import CheckpointWriter
-from ds_stacking.growth.exchange import Exchange, OneRank, with_ranks
+from ds_stacking.growth.exchange import Exchange, OneRank
 from ds_stacking.growth.plan import ParameterInfo
 from ds_stacking.growth.state import KINDS, FullState, TensorSlice
 
@@ -51,46 +49,6 @@ class Shard:
     def read(self, piece: TensorSlice, kind: str) -> Tensor:
         assert any(s.name == piece.name and s.start <= piece.start <= piece.stop <= s.stop for s in self._slices)
         return self.full.read(piece, kind)
-
-
-class Threads:
-    """An Exchange between threads of this process."""
-
-    def __init__(self, rank: int, shared: list, barrier: threading.Barrier) -> None:
-        self.rank, self.world_size = rank, len(shared)
-        self._shared, self._barrier = shared, barrier
-
-    def _all(self, value: Any) -> list[Any]:
-        self._shared[self.rank] = value
-        self._barrier.wait()
-        values = list(self._shared)
-        self._barrier.wait()
-        return values
-
-    def tables(self, rows: Tensor) -> Tensor:
-        return with_ranks(self._all(rows))
-
-    def swap(
-        self, send: Sequence[Sequence[Tensor]], receive_sizes: Sequence[int], *, dtype: torch.dtype = torch.float32
-    ) -> list[Tensor]:
-        joined = [torch.cat([torch.empty(0, dtype=dtype), *parts]) for parts in send]
-        received = [parts[self.rank] for parts in self._all(joined)]
-        assert [len(part) for part in received] == list(receive_sizes)
-        return received
-
-    def total(self, value: int) -> int:
-        return sum(self._all(value))
-
-    def add_up(self, values: Tensor) -> Tensor:
-        return sum(self._all(values))
-
-
-def in_threads(world_size: int, case: Callable[[Exchange], Any]) -> list[Any]:
-    """What `case(exchange)` returns on each of `world_size` ranks."""
-    shared: list = [None] * world_size
-    barrier = threading.Barrier(world_size, timeout=20)
-    with ThreadPoolExecutor(world_size) as pool:
-        return list(pool.map(lambda rank: case(Threads(rank, shared, barrier)), range(world_size)))
 
 
 def save(folder: Path, step: int, state: Any = None, exchange: Exchange | None = None, **options: Any) -> Path | None:

@@ -19,7 +19,8 @@ from ds_stacking.checkpoint.store import CheckpointReader
 from ds_stacking.checkpoint.verify import verify
 from ds_stacking.config import UserError
 from ds_stacking.growth.exchange import OneRank
-from tests.checkpoint.stores import IDENTITY, equal, in_threads, random_state, save, stored
+from tests.checkpoint.stores import IDENTITY, equal, random_state, save, stored
+from tests.growth.simulated import run_threads
 
 TENSORS = "rank-00000.safetensors"
 
@@ -127,7 +128,7 @@ def folder(pristine, tmp_path) -> Path:
 @pytest.mark.parametrize("world_size", [1, 3])
 def test_a_checkpoint_of_the_first_version_is_read(tmp_path, world_size) -> None:
     """It has no index; where its pieces lie stands in the headers of its files."""
-    path = in_threads(world_size, lambda exchange: save(tmp_path, 5, random_state(5), exchange))[0]
+    path = run_threads(world_size, lambda exchange: save(tmp_path, 5, random_state(5), exchange))[0]
     (path / INDEX).unlink()
     files = {name: record._asdict() for name, record in read_manifest(path).files.items() if name != INDEX}
     edit_manifest(path, version=1, files=files)
@@ -242,10 +243,10 @@ def test_unreadable_files_are_damage(folder, monkeypatch) -> None:
 
 def test_rank_zero_decides_for_all(folder) -> None:
     flip(folder / "step-200" / TENSORS, -1)
-    found = in_threads(3, lambda exchange: find_together(folder, exchange, identity=IDENTITY))
+    found = run_threads(3, lambda exchange: find_together(folder, exchange, identity=IDENTITY))
     assert [f.step for f in found] == [100] * 3 and found[0] == found[1] == found[2]
     assert find_together(folder, OneRank(), identity=IDENTITY) == found[0]
-    assert in_threads(2, lambda exchange: find_together(folder / "no", exchange)) == [None, None]
+    assert run_threads(2, lambda exchange: find_together(folder / "no", exchange)) == [None, None]
 
 
 def test_an_error_of_rank_zero_is_raised_on_all(folder) -> None:
@@ -254,7 +255,7 @@ def test_an_error_of_rank_zero_is_raised_on_all(folder) -> None:
             find_together(folder, exchange, identity={"recipe": "ö"})
         return str(error.value)
 
-    messages = in_threads(3, case)
+    messages = run_threads(3, case)
     assert messages[0] == messages[1] == messages[2] and "recipe is 'tiny' there and 'ö' here" in messages[0]
 
 

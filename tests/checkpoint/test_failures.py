@@ -20,7 +20,8 @@ from ds_stacking.checkpoint.snapshot import Snapshot
 from ds_stacking.checkpoint.write import CheckpointWriter, SaveReport
 from ds_stacking.config import UserError
 from ds_stacking.growth.exchange import Exchange, OneRank
-from tests.checkpoint.stores import IDENTITY, PARAMETERS, equal, in_threads, random_state, save, stored
+from tests.checkpoint.stores import IDENTITY, PARAMETERS, equal, random_state, save, stored
+from tests.growth.simulated import run_threads
 
 
 def writer(folder: Path, exchange: Exchange | None = None, **options) -> CheckpointWriter:
@@ -93,9 +94,9 @@ def test_rank_zero_tells_what_went_wrong_on_another(tmp_path, monkeypatch) -> No
             full_disk()
         return original(path, parts)
 
-    in_threads(2, lambda exchange: save(tmp_path, 1, exchange=exchange))
+    run_threads(2, lambda exchange: save(tmp_path, 1, exchange=exchange))
     monkeypatch.setattr(job, "write_file", fails_on_rank_1)
-    reports = in_threads(2, lambda exchange: attempt(writer(tmp_path, exchange), 2))
+    reports = run_threads(2, lambda exchange: attempt(writer(tmp_path, exchange), 2))
     assert reports[0].error == "rank 1: No space left on device" and reports[1].error == "No space left on device"
     assert newest_valid(tmp_path, IDENTITY).step == 1
 
@@ -103,7 +104,7 @@ def test_rank_zero_tells_what_went_wrong_on_another(tmp_path, monkeypatch) -> No
 def test_a_rank_that_does_not_come_is_not_waited_for_for_ever(tmp_path, monkeypatch) -> None:
     original = SaveJob.write_share
     monkeypatch.setattr(SaveJob, "write_share", lambda job, v: original(job, v) if job.rank == 0 else None)
-    reports = in_threads(2, lambda exchange: attempt(writer(tmp_path, exchange, patience=0.2), 1))
+    reports = run_threads(2, lambda exchange: attempt(writer(tmp_path, exchange, patience=0.2), 1))
     assert "rank 1 had not written its share" in reports[0].error
     assert newest_valid(tmp_path) is None
 
@@ -158,7 +159,7 @@ def test_a_slow_write_makes_the_next_save_be_skipped(tmp_path, monkeypatch) -> N
         assert made.wait()
         return made.reports()
 
-    for reports in in_threads(2, case):
+    for reports in run_threads(2, case):
         errors = {report.step: report.error for report in reports}
         assert errors == {1: None, 2: "the save before it is still being written", 3: None}
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step-1", "step-3"]
@@ -175,7 +176,7 @@ def test_memory_that_is_not_there(tmp_path, monkeypatch) -> None:
             made._snapshot.take = refuse
         return attempt(made, 1)
 
-    reports = in_threads(2, case)
+    reports = run_threads(2, case)
     assert reports[0].error == "rank 1: cannot allocate" and reports[1].error == "cannot allocate"
     monkeypatch.setattr(Snapshot, "take", refuse)
     assert attempt(writer(tmp_path), 2).error == "cannot allocate"

@@ -15,7 +15,8 @@ from ds_stacking.growth.exchange import OneRank
 from ds_stacking.growth.executor import execute
 from ds_stacking.growth.plan import make_plan
 from ds_stacking.growth.state import KINDS, FullState
-from tests.checkpoint.stores import IDENTITY, NUMELS, Shard, equal, in_threads, random_state, save, stored
+from tests.checkpoint.stores import IDENTITY, NUMELS, Shard, equal, random_state, save, stored
+from tests.growth.simulated import run_threads
 
 
 def grown_plan(parameters):
@@ -26,7 +27,7 @@ def grown_plan(parameters):
 
 def test_growth_between_checkpoints(tmp_path) -> None:
     full = random_state(4)
-    in_threads(3, lambda exchange: save(tmp_path / "small", 5, Shard(full, exchange.rank, 3), exchange))
+    run_threads(3, lambda exchange: save(tmp_path / "small", 5, Shard(full, exchange.rank, 3), exchange))
     reader = CheckpointReader(tmp_path / "small" / "step-5")
     plan = grown_plan(reader.parameters)
     with CheckpointState(tmp_path / "big", 5, plan.parameters, extra={"from": 2}, identity=IDENTITY) as target:

@@ -25,7 +25,8 @@ from ds_stacking.growth.exchange import OneRank
 from ds_stacking.growth.holdings import holdings
 from ds_stacking.growth.plan import ParameterInfo
 from ds_stacking.growth.state import KINDS, FullState, TensorSlice
-from tests.checkpoint.stores import IDENTITY, NUMELS, PARAMETERS, Shard, equal, in_threads, random_state, save, stored
+from tests.checkpoint.stores import IDENTITY, NUMELS, PARAMETERS, Shard, equal, random_state, save, stored
+from tests.growth.simulated import run_threads
 
 
 @pytest.mark.parametrize("asynchronous", [False, True])
@@ -33,7 +34,7 @@ from tests.checkpoint.stores import IDENTITY, NUMELS, PARAMETERS, Shard, equal, 
 @pytest.mark.parametrize("sharded", [False, True])
 def test_every_sharding_comes_back_to_the_bit(tmp_path, world_size, sharded, asynchronous) -> None:
     full = random_state(1)
-    paths = in_threads(
+    paths = run_threads(
         world_size,
         lambda exchange: save(
             tmp_path,
@@ -65,7 +66,7 @@ def test_everything_else_comes_back(tmp_path) -> None:
 
 def test_ranks_write_disjoint_pieces_of_equal_size(tmp_path) -> None:
     full = random_state(1)
-    in_threads(4, lambda exchange: save(tmp_path, 1, full, exchange))
+    run_threads(4, lambda exchange: save(tmp_path, 1, full, exchange))
     files = sorted((tmp_path / "step-1").glob("rank-*.safetensors"))
     sizes = [sum(tensor.numel() for tensor in load_file(file).values()) for file in files]
     assert len(files) == 4 and sum(sizes) == 3 * sum(NUMELS.values())
@@ -78,7 +79,7 @@ def test_partly_shared_pieces_are_written_once() -> None:
         [TensorSlice("a", 4, 10), TensorSlice("b", 0, 1)],
         [TensorSlice("a", 0, 10), TensorSlice("b", 0, 1)],
     ]
-    everyone = in_threads(3, lambda exchange: holdings(tables[exchange.rank], ["a", "b"], exchange))
+    everyone = run_threads(3, lambda exchange: holdings(tables[exchange.rank], ["a", "b"], exchange))
     written = [piece for rank in range(3) for piece in responsible(tables[rank], everyone[rank], rank)]
     for name, numel in {"a": 10, "b": 1}.items():
         elements = sorted(e for piece in written if piece.name == name for e in range(piece.start, piece.stop))
@@ -95,7 +96,7 @@ def test_size_is_twelve_bytes_for_each_parameter(tmp_path) -> None:
         writer.save(1, Shard(full, exchange.rank, 2), parameters, extra={"ledger": list(range(100))})
         assert writer.wait()
 
-    in_threads(2, case)
+    run_threads(2, case)
     size = sum(file.stat().st_size for file in (tmp_path / "step-1").iterdir())
     assert size <= 12 * sum(numels.values()) * 1.01
 
@@ -145,7 +146,7 @@ def test_the_buffer_is_used_again(tmp_path) -> None:
 
 def test_a_reader_gives_any_slice(tmp_path) -> None:
     full = random_state(3)
-    in_threads(3, lambda exchange: save(tmp_path, 1, Shard(full, exchange.rank, 3), exchange))
+    run_threads(3, lambda exchange: save(tmp_path, 1, Shard(full, exchange.rank, 3), exchange))
     reader = CheckpointReader(tmp_path / "step-1")
     for start, stop in [(0, 1009), (0, 0), (300, 301), (350, 1000), (358, 359), (1008, 1009)]:
         piece = TensorSlice("embedding", start, stop)
@@ -154,7 +155,7 @@ def test_a_reader_gives_any_slice(tmp_path) -> None:
 
 
 def test_a_reader_opens_no_file_but_those_it_reads_from(tmp_path, monkeypatch) -> None:
-    in_threads(7, lambda exchange: save(tmp_path, 1, Shard(random_state(1), exchange.rank, 7), exchange))
+    run_threads(7, lambda exchange: save(tmp_path, 1, Shard(random_state(1), exchange.rank, 7), exchange))
     opened: list[str] = []
     for owner, name in ((builtins, "open"), (io, "open"), (torch, "from_file")):
         monkeypatch.setattr(owner, name, _noting(getattr(owner, name), opened))
