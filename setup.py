@@ -42,6 +42,7 @@ setup(
         "pyarrow",
         "datasketch",
         "pydantic>=2",
+        "typing_extensions",
     ],
     extras_require={"dev": ["pytest", "pytest-xdist", "hypothesis", "ruff", "mypy"]},
 )

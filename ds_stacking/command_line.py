@@ -24,8 +24,9 @@ from typing import Any, Literal, TextIO, TypeVar, get_args, get_origin, get_type
 
 from jsonargparse import ArgumentParser, Namespace, set_dumper, set_parsing_settings
 
+from ds_stacking.common.errors import OtherRankFailed, RunAgain, UserError
 from ds_stacking.common.failures import exit_code, follows_a_loss, note_failure
-from ds_stacking.config import OtherRankFailed, RunAgain, RunConfig, StageConfig, UserError
+from ds_stacking.config import RunConfig, StageConfig
 
 RECIPES = Path(__file__).resolve().parent.parent / "launchers" / "recipes"
 """Shipped recipes; `--recipe NAME` finds them by name."""

@@ -12,31 +12,10 @@ import re
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from ds_stacking.common.errors import UserError, require
+
 OPTIMIZER_STATES = ("stack", "new_reset", "reset", "second_only")
 """Optimizer state policies without an argument; `scale:c` takes one."""
-
-
-class UserError(ValueError):
-    """Bad input. Its text is the one sentence that the user reads."""
-
-    exit_code = 2
-
-
-class RunAgain(Exception):
-    """The run was asked to stop and has saved its state; the same command with `--resume auto` goes on."""
-
-    exit_code = 75
-    """sysexits.h's EX_TEMPFAIL, try again."""
-
-
-class OtherRankFailed(RuntimeError):
-    """Another rank failed in what all do together; its text has that rank's words where they are known."""
-
-
-def require(condition: object, message: str) -> None:
-    """Raise UserError with `message` unless the condition holds."""
-    if not condition:
-        raise UserError(message)
 
 
 @dataclass(kw_only=True)

@@ -14,7 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from ds_stacking.command_line import parse_run, run_main
-from ds_stacking.config import UserError
+from ds_stacking.common.errors import UserError
 
 PRETRAIN = Path(__file__).with_name("pretrain.py")
 

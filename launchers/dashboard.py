@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 
 from ds_stacking.command_line import run_main
-from ds_stacking.config import UserError
+from ds_stacking.common.errors import UserError
 
 
 def main() -> None:

@@ -10,7 +10,8 @@ import pytest
 
 from ds_stacking import command_line
 from ds_stacking.command_line import RECIPES, field_types, make_parser, parse_run, run_main
-from ds_stacking.config import RunConfig, UserError
+from ds_stacking.common.errors import UserError
+from ds_stacking.config import RunConfig
 from ds_stacking.engine.ds_config import load_ds_config
 from ds_stacking.training.batching import plan_batch
 from ds_stacking.training.run import check_stages

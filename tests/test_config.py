@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from ds_stacking.common.errors import UserError
 from ds_stacking.config import (
     OPTIMIZER_STATES,
     CorpusConfig,
@@ -19,7 +20,6 @@ from ds_stacking.config import (
     OptimizerConfig,
     RunConfig,
     StageConfig,
-    UserError,
     parse_stages,
 )
 from ds_stacking.data.preparation_config import PreparationConfig

@@ -11,7 +11,7 @@ from ds_stacking.checkpoint.format import MANIFEST
 from ds_stacking.checkpoint.huggingface import HuggingFaceReader, HuggingFaceWriter
 from ds_stacking.checkpoint.select import find
 from ds_stacking.checkpoint.store import CheckpointReader, CheckpointState
-from ds_stacking.config import UserError
+from ds_stacking.common.errors import UserError
 from ds_stacking.growth.blocks import BlockNames, find_block_names
 from ds_stacking.growth.checks import check_finite
 from ds_stacking.growth.exchange import OneRank

@@ -19,8 +19,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from ds_stacking.common.errors import UserError
 from ds_stacking.common.files import sync_directory, write_json
-from ds_stacking.config import UserError
 from ds_stacking.growth.plan import GrowthPlan, ParameterInfo
 from ds_stacking.growth.state import Kind, TensorSlice
 

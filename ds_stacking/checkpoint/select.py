@@ -15,7 +15,7 @@ from ds_stacking.checkpoint.format import CHECKPOINT_NAME, MANIFEST
 from ds_stacking.checkpoint.manifest import Manifest, Unusable, read_manifest
 from ds_stacking.checkpoint.share import from_first_rank, side_by_side
 from ds_stacking.checkpoint.verify import content_fault, describe, find_faults, inspect
-from ds_stacking.config import UserError
+from ds_stacking.common.errors import UserError
 from ds_stacking.growth.exchange import Exchange
 
 

@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from ds_stacking.config import OtherRankFailed, UserError
+from ds_stacking.common.errors import OtherRankFailed, UserError
 from ds_stacking.growth.exchange import Exchange
 
 MEET = 1.0

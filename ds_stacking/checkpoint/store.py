@@ -24,7 +24,7 @@ from ds_stacking.checkpoint.format import INDEX, STATE, TEMPORARY, PieceFile, ra
 from ds_stacking.checkpoint.index import PieceIndex, index_bytes, index_rows
 from ds_stacking.checkpoint.job import publish
 from ds_stacking.checkpoint.manifest import Unusable, read_manifest
-from ds_stacking.config import UserError
+from ds_stacking.common.errors import UserError
 from ds_stacking.growth.plan import ParameterInfo
 from ds_stacking.growth.state import Kind, TensorSlice
 

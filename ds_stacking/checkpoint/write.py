@@ -22,8 +22,8 @@ from ds_stacking.checkpoint.manifest import Unusable
 from ds_stacking.checkpoint.retention import prune
 from ds_stacking.checkpoint.snapshot import Snapshot, responsible
 from ds_stacking.checkpoint.verify import verify
+from ds_stacking.common.errors import UserError
 from ds_stacking.common.files import write_json
-from ds_stacking.config import UserError
 from ds_stacking.growth.exchange import Exchange
 from ds_stacking.growth.holdings import holdings
 from ds_stacking.growth.plan import ParameterInfo

@@ -13,39 +13,48 @@ import os
 import re
 import secrets
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
+
+from ds_stacking.common.own_files import open_folder
 
 _LEFTOVER = re.compile(r"\..+\.[0-9a-f]{16}\.tmp")
 
 
 @contextmanager
-def whole_file(path: Path) -> Iterator[IO[bytes]]:
-    """A binary file to write to, which gets the name `path` when the `with` ends, and is gone where that raises."""
+def whole_file(path: Path, *, inside: Path | None = None) -> Iterator[IO[bytes]]:
+    """A binary file to write to, which gets the name `path` when the `with` ends, and is gone where that raises.
+
+    Below `inside`, a folder above the file, no link is followed; without it, the user has named the file.
+    """
     # not the process's number: two hosts may have the same one
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
-    try:
-        with temporary.open("xb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-    sync_directory(path.parent)
+    temporary = f".{path.name}.{secrets.token_hex(8)}.tmp"
+    folders = path.parent.relative_to(inside).parts if inside else ()
+    with open_folder(inside or path.parent, *folders) as parent:
+        handle = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666, dir_fd=parent)
+        try:
+            with open(handle, "wb") as file:
+                yield file
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path.name, src_dir_fd=parent, dst_dir_fd=parent)
+        except BaseException:
+            with suppress(FileNotFoundError):
+                os.unlink(temporary, dir_fd=parent)
+            raise
+        os.fsync(parent)
 
 
-def write_text(path: Path, text: str) -> None:
-    """Write a text file as UTF-8, whole or not at all."""
-    with whole_file(path) as file:
+def write_text(path: Path, text: str, *, inside: Path | None = None) -> None:
+    """Write a text file as UTF-8, whole or not at all; links below `inside` are not followed."""
+    with whole_file(path, inside=inside) as file:
         file.write(text.encode())
 
 
-def write_json(path: Path, content: Any) -> None:
+def write_json(path: Path, content: Any, *, inside: Path | None = None) -> None:
     """Write a JSON file, whole or not at all; a number that is not finite becomes null. Raises TypeError."""
-    write_text(path, json.dumps(finite(content), indent=2, allow_nan=False) + "\n")
+    write_text(path, json.dumps(finite(content), indent=2, allow_nan=False) + "\n", inside=inside)
 
 
 def finite(value: Any) -> Any:

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from ds_stacking.config import UserError
+from ds_stacking.common.errors import UserError
 from ds_stacking.data.blocks import BlockReader, Blocks, read_mixed
 from ds_stacking.data.masking import Masker
 from ds_stacking.data.mixture import Interleaving, Mixture

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.lib.stride_tricks import sliding_window_view
 
-from ds_stacking.config import UserError
+from ds_stacking.common.errors import UserError
 from ds_stacking.data.random_numbers import below, random_bits
 from ds_stacking.data.token_file import Split
 from ds_stacking.data.tokenizer import SpecialIds

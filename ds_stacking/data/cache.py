@@ -9,7 +9,8 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from ds_stacking.config import CorpusConfig, UserError
+from ds_stacking.common.errors import UserError
+from ds_stacking.config import CorpusConfig
 
 
 def cache_root(config: CorpusConfig) -> Path:

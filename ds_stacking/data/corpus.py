@@ -9,7 +9,8 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ds_stacking.config import SourceConfig, UserError
+from ds_stacking.common.errors import UserError
+from ds_stacking.config import SourceConfig
 from ds_stacking.data.documentation import documentation, installed_versions
 from ds_stacking.data.documents import cut
 from ds_stacking.data.mediawiki import clean_wikitext

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ds_stacking.config import UserError
+from ds_stacking.common.errors import UserError
 from ds_stacking.data.token_file import Split
 
 _PERIOD = 10_000

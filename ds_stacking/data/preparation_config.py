@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from ds_stacking.config import SourceConfig, require
+from ds_stacking.common.errors import require
+from ds_stacking.config import SourceConfig
 
 
 @dataclass(kw_only=True)

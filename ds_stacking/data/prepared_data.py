@@ -11,8 +11,9 @@ from typing import Any, cast
 
 import numpy as np
 
+from ds_stacking.common.errors import UserError
 from ds_stacking.common.files import write_json
-from ds_stacking.config import CorpusConfig, UserError
+from ds_stacking.config import CorpusConfig
 from ds_stacking.data.cache import cache_root, locked
 from ds_stacking.data.leaks import find_leak
 from ds_stacking.data.mixture import Mixture, read_mixture

@@ -30,8 +30,8 @@ import numpy as np
 from filelock import FileLock, Timeout
 from transformers import PreTrainedTokenizerBase
 
+from ds_stacking.common.errors import UserError
 from ds_stacking.common.files import is_leftover, write_json
-from ds_stacking.config import UserError
 from ds_stacking.data import worker
 from ds_stacking.data.build import Build, ahead, in_batches
 from ds_stacking.data.card import write_card

@@ -22,7 +22,7 @@ import pyarrow
 import pyarrow.parquet
 import zstandard
 
-from ds_stacking.config import UserError
+from ds_stacking.common.errors import UserError
 from ds_stacking.data.documents import LONGEST_DOCUMENT
 from ds_stacking.data.mediawiki import read_pages
 

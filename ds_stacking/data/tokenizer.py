@@ -15,7 +15,8 @@ import tokenizers
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
 from transformers import AutoTokenizer, BertTokenizer, PreTrainedTokenizerBase
 
-from ds_stacking.config import SourceConfig, UserError
+from ds_stacking.common.errors import UserError
+from ds_stacking.config import SourceConfig
 from ds_stacking.data.text_files import first_line
 
 SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")

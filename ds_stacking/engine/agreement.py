@@ -17,7 +17,7 @@ from contextlib import contextmanager
 import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
 
-from ds_stacking.config import OtherRankFailed, UserError
+from ds_stacking.common.errors import OtherRankFailed, UserError
 
 PATIENCE = 15.0
 """Seconds from the first failure in which the other ranks must report; those that do not wait for a rank in vain."""

@@ -8,7 +8,7 @@ from typing import Any
 from deepspeed.runtime.engine import DeepSpeedEngine
 from torch import nn
 
-from ds_stacking.config import UserError
+from ds_stacking.common.errors import UserError
 from ds_stacking.engine.growable import check_growable
 from ds_stacking.engine.handover import hand_over, isolated_generators
 from ds_stacking.engine.record import GrowthRecord, growth_record

@@ -17,7 +17,7 @@ import torch
 from deepspeed.runtime.engine import DeepSpeedEngine
 from torch import nn
 
-from ds_stacking.config import UserError
+from ds_stacking.common.errors import UserError
 from ds_stacking.engine.agreement import Stranded, agreed
 from ds_stacking.engine.factory import device
 from ds_stacking.engine.release import collect, release, warn_of_leaks, watch

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ds_stacking.config import UserError
+from ds_stacking.common.errors import UserError
 
 
 @dataclass(kw_only=True)

@@ -14,8 +14,9 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModel, PreTrainedModel
 
+from ds_stacking.common.errors import UserError
 from ds_stacking.common.files import write_json
-from ds_stacking.config import CorpusConfig, UserError
+from ds_stacking.config import CorpusConfig
 from ds_stacking.data.corpus import iterate_documents
 from ds_stacking.data.tokenizer import load_tokenizer, special_ids
 from ds_stacking.evaluation.attention import TARGETS, AttentionMaps, measure

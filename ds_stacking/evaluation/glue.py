@@ -19,8 +19,8 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
+from ds_stacking.common.errors import UserError
 from ds_stacking.common.files import write_json, write_text
-from ds_stacking.config import UserError
 from ds_stacking.engine.ds_config import load_ds_config
 from ds_stacking.engine.factory import init_distributed, native_bf16
 from ds_stacking.engine.host import keep_freed_memory, limit_threads

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal, TypeVar
 
-from ds_stacking.config import UserError
+from ds_stacking.common.errors import UserError
 from ds_stacking.evaluation.glue_tasks import HUB_DATA, Task, select_tasks
 
 BESIDE = ("untrained", "bag_of_words")

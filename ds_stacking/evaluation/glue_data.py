@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ds_stacking.config import UserError
+from ds_stacking.common.errors import UserError
 from ds_stacking.data.text_files import first_line
 from ds_stacking.evaluation.glue_tasks import HUB_DATA, Task
 

@@ -19,7 +19,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import AutoModelForSequenceClassification, PreTrainedConfig, PreTrainedTokenizerBase
 
-from ds_stacking.config import OptimizerConfig, UserError
+from ds_stacking.common.errors import UserError
+from ds_stacking.config import OptimizerConfig
 from ds_stacking.data.tokenizer import count_vocabulary, load_tokenizer
 from ds_stacking.engine.factory import Engine, EngineFactory, EngineSpec, device
 from ds_stacking.engine.release import collect, release

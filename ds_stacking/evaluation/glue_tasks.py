@@ -10,7 +10,7 @@ import difflib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from ds_stacking.config import UserError
+from ds_stacking.common.errors import UserError
 
 
 @dataclass(frozen=True, kw_only=True)

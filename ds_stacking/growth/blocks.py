@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from ds_stacking.config import UserError
+from ds_stacking.common.errors import UserError
 
 
 @dataclass(frozen=True, kw_only=True)

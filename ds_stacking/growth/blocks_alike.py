@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ds_stacking.config import UserError
+from ds_stacking.common.errors import UserError
 from ds_stacking.growth.blocks import BlockNames
 from ds_stacking.growth.operators import LayerMap
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from ds_stacking.config import UserError
+from ds_stacking.common.errors import UserError
 from ds_stacking.growth.exchange import Exchange
 from ds_stacking.growth.holdings import Holdings
 from ds_stacking.growth.plan import GrowthPlan

@@ -16,7 +16,7 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from ds_stacking.config import UserError
+from ds_stacking.common.errors import UserError
 from ds_stacking.growth.transforms import COPY, Transform, parse_modifiers
 
 LayerMap = tuple[int | None, ...]

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ds_stacking.config import UserError
+from ds_stacking.common.errors import UserError
 from ds_stacking.growth.blocks import BlockNames
 from ds_stacking.growth.operators import LayerMap, originals
 from ds_stacking.growth.policies import FRESH, StateRule, policy

@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from ds_stacking.config import UserError
+from ds_stacking.common.errors import UserError
 
 OUTPUT_PROJECTION = re.compile(
     r"(.*\.)?(out|down|o_proj|out_proj|down_proj|c_proj|wo|fc2|lin2|out_lin|output\.dense|dense_4h_to_h)\.(weight|bias)"

@@ -16,7 +16,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from ds_stacking.config import UserError
+from ds_stacking.common.errors import UserError
 from ds_stacking.growth.operators import parse_operator
 
 KINDS = ("steps", "tokens", "flops", "prop", "gstack", "plateau", "trial")

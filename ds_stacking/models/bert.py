@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from ds_stacking.config import ModelConfig, UserError
+from ds_stacking.common.errors import UserError
+from ds_stacking.config import ModelConfig
 from ds_stacking.models.blocks import Block, Embedding, LayerNorm, Rows, Sequences
 from ds_stacking.models.heads import MaskedLMHead, NextSentenceHead
 from ds_stacking.models.ops import Dropout, kernels

@@ -19,7 +19,8 @@ import torch
 import transformers
 from torch import Tensor
 
-from ds_stacking.config import ModelConfig, UserError
+from ds_stacking.common.errors import UserError
+from ds_stacking.config import ModelConfig
 from ds_stacking.models.bert import TOKEN_TYPES, Bert
 from ds_stacking.models.shards import SHARD_BYTES, ShardWriter
 

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from ds_stacking.config import UserError
+from ds_stacking.common.errors import UserError
 
 CLOCKS = {"training_seconds": "wall clock", "cpu_seconds": "processor time, the fair one on a shared CPU"}
 """Fields of a training record that tell the time, and their names."""

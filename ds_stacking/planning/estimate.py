@@ -9,7 +9,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ds_stacking.config import RunConfig, StageConfig, UserError
+from ds_stacking.common.errors import UserError
+from ds_stacking.config import RunConfig, StageConfig
 from ds_stacking.models.flops import training_flops
 from ds_stacking.planning.memory import (
     Memory,

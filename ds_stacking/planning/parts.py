@@ -9,7 +9,7 @@ from __future__ import annotations
 import difflib
 from dataclasses import dataclass
 
-from ds_stacking.config import UserError
+from ds_stacking.common.errors import UserError
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from ds_stacking.config import RunConfig, UserError
+from ds_stacking.common.errors import UserError
+from ds_stacking.config import RunConfig
 from ds_stacking.planning.calibration import Calibration
 from ds_stacking.planning.estimate import Cluster, StagePlan, saved_share
 from ds_stacking.planning.parts import Part

@@ -15,8 +15,8 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from ds_stacking.common.errors import UserError
 from ds_stacking.common.files import whole_file
-from ds_stacking.config import UserError
 
 Record = Mapping[str, Any]
 DARK, BLUE, ORANGE, GREY = "#333333", "#0072B2", "#D55E00", "#999999"

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 from scipy import stats
 
-from ds_stacking.config import UserError
+from ds_stacking.common.errors import UserError
 
 LEVEL = 0.95
 """Level of the intervals."""

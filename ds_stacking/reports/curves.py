@@ -11,8 +11,8 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from ds_stacking.common.errors import UserError
 from ds_stacking.common.files import whole_file
-from ds_stacking.config import UserError
 
 Records = Sequence[Mapping[str, Any]]
 

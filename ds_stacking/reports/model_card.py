@@ -9,8 +9,8 @@ from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
+from ds_stacking.common.errors import UserError
 from ds_stacking.common.files import write_text
-from ds_stacking.config import UserError
 from ds_stacking.reports.table import count, duration, flops, loss, stage_markdown
 
 PAPER = "Gong et al., *Efficient Training of BERT by Progressively Stacking*, ICML 2019"

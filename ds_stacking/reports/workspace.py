@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from ds_stacking.config import UserError
+from ds_stacking.common.errors import UserError
 
 if TYPE_CHECKING:
     from wandb_workspaces.workspaces import Section, Workspace

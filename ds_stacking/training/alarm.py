@@ -17,9 +17,9 @@ from typing import Any
 
 import torch.distributed as dist
 
+from ds_stacking.common.errors import RunAgain
 from ds_stacking.common.failures import LOST, exit_code
 from ds_stacking.common.last_words import last_words
-from ds_stacking.config import RunAgain
 
 LOOK = 1.0
 """Seconds between two looks."""

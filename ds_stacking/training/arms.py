@@ -14,7 +14,8 @@ from itertools import pairwise
 
 import numpy as np
 
-from ds_stacking.config import RunConfig, StageConfig, UserError
+from ds_stacking.common.errors import UserError
+from ds_stacking.config import RunConfig, StageConfig
 from ds_stacking.growth.operators import layer_map
 
 SAME_PLAN = 0.02

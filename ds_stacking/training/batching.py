@@ -6,7 +6,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ds_stacking.config import RunConfig, StageConfig, UserError
+from ds_stacking.common.errors import UserError
+from ds_stacking.config import RunConfig, StageConfig
 
 
 @dataclass(frozen=True, kw_only=True)

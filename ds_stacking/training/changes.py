@@ -12,7 +12,8 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
-from ds_stacking.config import RunConfig, StageConfig, UserError
+from ds_stacking.common.errors import UserError
+from ds_stacking.config import RunConfig, StageConfig
 
 Settings = dict[str, Any]
 """Values by dotted name, such as "optimizer.clip" and "stages[1].lr"."""

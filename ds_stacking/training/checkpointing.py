@@ -18,7 +18,8 @@ from ds_stacking.checkpoint.select import Found, find_together, published
 from ds_stacking.checkpoint.share import from_first_rank
 from ds_stacking.checkpoint.store import CheckpointReader
 from ds_stacking.checkpoint.write import CheckpointWriter
-from ds_stacking.config import RunConfig, UserError
+from ds_stacking.common.errors import UserError
+from ds_stacking.config import RunConfig
 from ds_stacking.engine.factory import device
 from ds_stacking.engine.stage_manager import GrowthRecord
 from ds_stacking.engine.zero_state import LiveState

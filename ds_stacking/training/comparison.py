@@ -20,8 +20,9 @@ from typing import Any, Literal
 
 from filelock import FileLock
 
+from ds_stacking.common.errors import RunAgain, UserError
 from ds_stacking.common.files import write_json, write_text
-from ds_stacking.config import RunAgain, RunConfig, UserError
+from ds_stacking.config import RunConfig
 from ds_stacking.training.arms import ARMS, ArmRun, Cost, check_arms, pilot_stages, plan_arms
 from ds_stacking.training.run_directory import CONFIG, METRICS, STOP, is_finished
 

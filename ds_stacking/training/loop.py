@@ -18,7 +18,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ds_stacking.checkpoint.write import CheckpointWriter
-from ds_stacking.config import OtherRankFailed, RunAgain, RunConfig, StageConfig
+from ds_stacking.common.errors import OtherRankFailed, RunAgain
+from ds_stacking.config import RunConfig, StageConfig
 from ds_stacking.data.batches import Batch, EvalBatches, MaskedBatches
 from ds_stacking.data.prefetch import prefetch
 from ds_stacking.data.prepared_data import PreparedData

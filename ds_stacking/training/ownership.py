@@ -23,9 +23,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from ds_stacking.checkpoint.share import from_first_rank
+from ds_stacking.common.errors import UserError
 from ds_stacking.common.failures import note_failure
 from ds_stacking.common.last_words import last_words
-from ds_stacking.config import RunConfig, UserError
+from ds_stacking.config import RunConfig
 from ds_stacking.engine.factory import device
 from ds_stacking.growth.exchange import make_exchange
 from ds_stacking.training.run_directory import check_run_directory, make_private

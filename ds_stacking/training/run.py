@@ -17,7 +17,8 @@ import torch.distributed as dist
 from ds_stacking.checkpoint.select import Found
 from ds_stacking.checkpoint.share import from_first_rank, side_by_side
 from ds_stacking.checkpoint.write import CheckpointWriter
-from ds_stacking.config import ModelConfig, RunConfig, StageConfig, UserError
+from ds_stacking.common.errors import UserError
+from ds_stacking.config import ModelConfig, RunConfig, StageConfig
 from ds_stacking.data.batches import EvalBatches, MaskedBatches
 from ds_stacking.data.masking import Masker
 from ds_stacking.data.prepare import prepare

@@ -9,8 +9,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from ds_stacking.common.errors import UserError
 from ds_stacking.common.files import write_json
-from ds_stacking.config import RunConfig, UserError
+from ds_stacking.config import RunConfig
 
 CONFIG, SUMMARY, METRICS, STOP = "config.json", "summary.json", "metrics.jsonl", "stop"
 SAVED = "saved.json"

@@ -8,7 +8,7 @@ from collections import defaultdict
 import torch
 import torch.distributed as dist
 
-from ds_stacking.config import UserError
+from ds_stacking.common.errors import UserError
 
 DIGEST, HOST = 8, 64
 """Bytes that a rank sends: of its data's fingerprint and of its host's name."""

@@ -23,8 +23,9 @@ from typing import Any, Protocol
 
 import psutil
 
+from ds_stacking.common.errors import UserError
 from ds_stacking.common.files import finite, write_text
-from ds_stacking.config import RunConfig, StageConfig, UserError
+from ds_stacking.config import RunConfig, StageConfig
 
 logger = logging.getLogger(__name__)
 

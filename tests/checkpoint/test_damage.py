@@ -17,7 +17,7 @@ from ds_stacking.checkpoint.manifest import Unusable, read_manifest
 from ds_stacking.checkpoint.select import find, find_together, newest_valid
 from ds_stacking.checkpoint.store import CheckpointReader
 from ds_stacking.checkpoint.verify import verify
-from ds_stacking.config import UserError
+from ds_stacking.common.errors import UserError
 from ds_stacking.growth.exchange import OneRank
 from tests.checkpoint.stores import IDENTITY, equal, random_state, save, stored
 from tests.growth.simulated import run_threads

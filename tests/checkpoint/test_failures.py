@@ -18,7 +18,7 @@ from ds_stacking.checkpoint.job import SaveJob
 from ds_stacking.checkpoint.select import newest_valid
 from ds_stacking.checkpoint.snapshot import Snapshot
 from ds_stacking.checkpoint.write import CheckpointWriter, SaveReport
-from ds_stacking.config import UserError
+from ds_stacking.common.errors import UserError
 from ds_stacking.growth.exchange import Exchange, OneRank
 from tests.checkpoint.stores import IDENTITY, PARAMETERS, equal, random_state, save, stored
 from tests.growth.simulated import run_threads

@@ -20,7 +20,7 @@ from ds_stacking.checkpoint.select import newest_valid
 from ds_stacking.checkpoint.snapshot import responsible
 from ds_stacking.checkpoint.store import CheckpointReader
 from ds_stacking.checkpoint.write import CheckpointWriter
-from ds_stacking.config import UserError
+from ds_stacking.common.errors import UserError
 from ds_stacking.growth.exchange import OneRank
 from ds_stacking.growth.holdings import holdings
 from ds_stacking.growth.plan import ParameterInfo

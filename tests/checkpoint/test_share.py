@@ -16,7 +16,7 @@ from ds_stacking.checkpoint.durable import file_sha256
 from ds_stacking.checkpoint.manifest import read_manifest
 from ds_stacking.checkpoint.select import find_together, newest_valid, shares
 from ds_stacking.checkpoint.share import side_by_side
-from ds_stacking.config import OtherRankFailed
+from ds_stacking.common.errors import OtherRankFailed
 from ds_stacking.engine.factory import device, init_distributed
 from ds_stacking.growth.exchange import make_exchange
 from tests.checkpoint.stores import IDENTITY, Shard, random_state, save

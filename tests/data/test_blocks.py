@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ds_stacking.config import UserError
+from ds_stacking.common.errors import UserError
 from ds_stacking.data.blocks import BlockReader
 from ds_stacking.data.random_numbers import derive_keys
 from ds_stacking.data.token_file import Split, TokenFile

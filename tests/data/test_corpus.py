@@ -7,7 +7,8 @@ from pathlib import Path
 import datasets
 import pytest
 
-from ds_stacking.config import CorpusConfig, UserError
+from ds_stacking.common.errors import UserError
+from ds_stacking.config import CorpusConfig
 from ds_stacking.data.corpus import identify_source, iterate_documents
 
 

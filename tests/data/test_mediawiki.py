@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from ds_stacking.config import UserError
+from ds_stacking.common.errors import UserError
 from ds_stacking.data.mediawiki import clean_wikitext
 from ds_stacking.data.text_files import read_file
 

@@ -12,7 +12,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ds_stacking.config import CorpusConfig, SourceConfig, UserError
+from ds_stacking.common.errors import UserError
+from ds_stacking.config import CorpusConfig, SourceConfig
 from ds_stacking.data.batches import EvalBatches, MaskedBatches
 from ds_stacking.data.masking import Masker
 from ds_stacking.data.mixture import Interleaving, Mixture, read_mixture

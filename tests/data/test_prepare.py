@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 from transformers import AutoTokenizer
 
-from ds_stacking.config import CorpusConfig, UserError
+from ds_stacking.common.errors import UserError
+from ds_stacking.config import CorpusConfig
 from ds_stacking.data.prepare import prepare
 from ds_stacking.data.prepared_data import PreparedData
 from ds_stacking.data.token_file import SPLITS

@@ -18,7 +18,8 @@ import pyarrow.parquet
 import pytest
 from transformers import AutoTokenizer
 
-from ds_stacking.config import CorpusConfig, SourceConfig, UserError
+from ds_stacking.common.errors import UserError
+from ds_stacking.config import CorpusConfig, SourceConfig
 from ds_stacking.data import build
 from ds_stacking.data.documents import clean_text, is_held_out
 from ds_stacking.data.mediawiki import clean_wikitext

@@ -9,7 +9,7 @@ import pyarrow.parquet
 import pytest
 import zstandard
 
-from ds_stacking.config import UserError
+from ds_stacking.common.errors import UserError
 from ds_stacking.data import text_files
 from ds_stacking.data.text_files import is_supported, read_file
 

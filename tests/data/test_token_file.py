@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from scipy.stats import entropy
 
-from ds_stacking.config import UserError
+from ds_stacking.common.errors import UserError
 from ds_stacking.data import token_file
 from ds_stacking.data.documents import is_held_out
 from ds_stacking.data.token_file import SplitWriter, TokenFile, unigram_entropy, write_token_files

@@ -11,7 +11,8 @@ import torch.distributed as dist
 from transformers import MegatronBertForMaskedLM
 
 from ds_stacking.command_line import parse_run
-from ds_stacking.config import RunAgain, StageConfig
+from ds_stacking.common.errors import RunAgain
+from ds_stacking.config import StageConfig
 from ds_stacking.training.loop import Pretraining
 from ds_stacking.training.run import pretrain
 from tests.corpus import small_options, write_corpus

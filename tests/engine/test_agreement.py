@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from ds_stacking.config import OtherRankFailed
+from ds_stacking.common.errors import OtherRankFailed
 from ds_stacking.engine import agreement, handover
 from ds_stacking.engine.agreement import Stranded, agreed
 from ds_stacking.engine.factory import EngineFactory

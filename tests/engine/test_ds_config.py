@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from ds_stacking.config import UserError
+from ds_stacking.common.errors import UserError
 from ds_stacking.engine.ds_config import load_ds_config, offloads_optimizer, resolve_ds_config
 
 SHIPPED = sorted((Path(__file__).parents[2] / "ds_configs").glob("*.json"))

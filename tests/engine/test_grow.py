@@ -10,7 +10,7 @@ import pytest
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
-from ds_stacking.config import UserError
+from ds_stacking.common.errors import UserError
 from ds_stacking.engine.grow import grow_engine
 from ds_stacking.engine.parameter_groups import make_groups
 from ds_stacking.engine.release import collect, release

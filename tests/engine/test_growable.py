@@ -12,7 +12,7 @@ import pytest
 import torch
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
-from ds_stacking.config import UserError
+from ds_stacking.common.errors import UserError
 from ds_stacking.engine.factory import load_cpu_adam
 from ds_stacking.engine.grow import grow_engine
 from ds_stacking.engine.growable import check_growable

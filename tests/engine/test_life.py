@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ds_stacking.config import UserError
+from ds_stacking.common.errors import UserError
 from ds_stacking.engine import handover
 from ds_stacking.engine.release import collect, release, warn_of_leaks, watch
 from ds_stacking.engine.stage_manager import StageManager

@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from ds_stacking.config import UserError
+from ds_stacking.common.errors import UserError
 from ds_stacking.engine import handover, release, stage_manager, zero_state
 from ds_stacking.engine.consolidate import gather_masters
 from ds_stacking.engine.stage_manager import StageManager

@@ -14,7 +14,8 @@ from scipy.spatial.distance import jensenshannon
 from torch import Tensor, nn
 from transformers import AutoModel, RobertaConfig, RobertaModel
 
-from ds_stacking.config import CorpusConfig, ModelConfig, UserError
+from ds_stacking.common.errors import UserError
+from ds_stacking.config import CorpusConfig, ModelConfig
 from ds_stacking.evaluation import attention
 from ds_stacking.evaluation.attention import TARGETS, measure
 from ds_stacking.evaluation.attention_config import AttentionConfig

@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from ds_stacking.config import UserError
+from ds_stacking.common.errors import UserError
 from ds_stacking.evaluation.glue import GlueRun
 from ds_stacking.evaluation.glue_baseline import bag_of_words
 from ds_stacking.evaluation.glue_config import GlueConfig

@@ -7,7 +7,7 @@ from pathlib import Path
 import datasets
 import pytest
 
-from ds_stacking.config import UserError
+from ds_stacking.common.errors import UserError
 from ds_stacking.evaluation.glue_data import load_task
 from ds_stacking.evaluation.glue_tasks import TASKS, select_tasks
 from tests.evaluation.glue_files import BAD, GOOD, LABELS, write_task

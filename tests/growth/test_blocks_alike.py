@@ -16,7 +16,7 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-from ds_stacking.config import UserError
+from ds_stacking.common.errors import UserError
 from ds_stacking.growth.blocks import find_blocks
 from ds_stacking.growth.blocks_alike import check_alike
 from ds_stacking.growth.operators import layer_map

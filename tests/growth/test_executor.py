@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ds_stacking.config import UserError
+from ds_stacking.common.errors import UserError
 from ds_stacking.growth import executor
 from ds_stacking.growth.blocks import find_block_names
 from ds_stacking.growth.checks import check_finite

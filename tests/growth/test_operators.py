@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ds_stacking.config import UserError
+from ds_stacking.common.errors import UserError
 from ds_stacking.growth.operators import OPERATORS, layer_map, originals, parse_operator
 from ds_stacking.growth.transforms import Transform
 

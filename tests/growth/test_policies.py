@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from ds_stacking.config import ModelConfig, UserError
+from ds_stacking.common.errors import UserError
+from ds_stacking.config import ModelConfig
 from ds_stacking.growth.blocks import find_blocks
 from ds_stacking.growth.exchange import OneRank
 from ds_stacking.growth.executor import execute

@@ -7,7 +7,7 @@ import zlib
 import pytest
 import torch
 
-from ds_stacking.config import UserError
+from ds_stacking.common.errors import UserError
 from ds_stacking.growth.blocks import find_block_names
 from ds_stacking.growth.plan import ParameterInfo, make_plan
 from ds_stacking.growth.transforms import OUTPUT_PROJECTION, Transform, uniform_noise

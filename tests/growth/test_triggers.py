@@ -6,7 +6,7 @@ import math
 
 import pytest
 
-from ds_stacking.config import UserError
+from ds_stacking.common.errors import UserError
 from ds_stacking.growth.triggers import (
     Trigger,
     gstack_tokens,

@@ -14,7 +14,7 @@ import time
 from typing import Any
 
 from ds_stacking.command_line import parse_run, run_main
-from ds_stacking.config import UserError
+from ds_stacking.common.errors import UserError
 
 
 def fail(kind: str) -> None:

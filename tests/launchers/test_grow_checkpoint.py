@@ -17,7 +17,7 @@ from ds_stacking.checkpoint.huggingface import HuggingFaceReader, HuggingFaceWri
 from ds_stacking.checkpoint.select import newest_valid
 from ds_stacking.checkpoint.store import CheckpointReader
 from ds_stacking.checkpoint.write import CheckpointWriter
-from ds_stacking.config import UserError
+from ds_stacking.common.errors import UserError
 from ds_stacking.engine.factory import device
 from ds_stacking.engine.stage_manager import StageManager
 from ds_stacking.engine.zero_state import LiveState

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 from transformers import BertConfig, BertForPreTraining, MegatronBertConfig, MegatronBertForPreTraining
 
-from ds_stacking.config import ModelConfig, UserError
+from ds_stacking.common.errors import UserError
+from ds_stacking.config import ModelConfig
 from ds_stacking.models.bert import Bert, BertOutput
 from ds_stacking.models.convert import huggingface_names, to_huggingface
 

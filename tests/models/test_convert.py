@@ -24,7 +24,8 @@ from transformers import (
     MegatronBertForPreTraining,
 )
 
-from ds_stacking.config import ModelConfig, UserError
+from ds_stacking.common.errors import UserError
+from ds_stacking.config import ModelConfig
 from ds_stacking.models.bert import Bert
 from ds_stacking.models.convert import from_huggingface, parameter_shapes, save_huggingface, to_huggingface
 

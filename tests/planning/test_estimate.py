@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from ds_stacking.config import ModelConfig, RunConfig, UserError
+from ds_stacking.common.errors import UserError
+from ds_stacking.config import ModelConfig, RunConfig
 from ds_stacking.models.flops import training_flops
 from ds_stacking.planning.calibration import calibrate
 from ds_stacking.planning.estimate import plan_run, saved_share

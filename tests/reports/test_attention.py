@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from matplotlib.image import imread
 
-from ds_stacking.config import UserError
+from ds_stacking.common.errors import UserError
 from ds_stacking.reports.attention import draw_attention, draw_copies, draw_distances, draw_heads, draw_layers
 
 

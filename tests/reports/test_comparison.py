@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from ds_stacking.config import UserError
+from ds_stacking.common.errors import UserError
 from ds_stacking.reports.comparison import cost_at, effect, loss_at, read_comparison
 from ds_stacking.reports.comparison_report import rows, write_comparison
 

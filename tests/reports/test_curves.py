@@ -6,7 +6,7 @@ import sys
 import pytest
 from matplotlib.image import imread
 
-from ds_stacking.config import UserError
+from ds_stacking.common.errors import UserError
 from ds_stacking.reports.curves import build_figure, draw_curves, read_metrics
 
 

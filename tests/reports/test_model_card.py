@@ -7,7 +7,8 @@ import pytest
 from huggingface_hub import ModelCard
 from transformers import BertConfig, BertForMaskedLM
 
-from ds_stacking.config import RunConfig, UserError
+from ds_stacking.common.errors import UserError
+from ds_stacking.config import RunConfig
 from ds_stacking.reports.model_card import write_model_card
 
 SUMMARY = {

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from ds_stacking.config import UserError
+from ds_stacking.common.errors import UserError
 from ds_stacking.reports.run_report import write_report
 from ds_stacking.reports.svg import Chart, Line, thin_out, ticks
 from tests.reports.browser import look, needs_browser

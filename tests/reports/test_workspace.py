@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from ds_stacking.config import UserError
+from ds_stacking.common.errors import UserError
 from ds_stacking.reports.workspace import build_workspace, save_workspace, workspace_json
 from ds_stacking.training.tracking import AXES
 

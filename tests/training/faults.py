@@ -22,7 +22,7 @@ Fault = Callable[[int], None]
 def train(folder: str, output: str, options: tuple[str, ...] = (), point: str = "", fault: str = "") -> str:
     """Train `folder`/`output` with a fault, resumed where there is a checkpoint; how it ended on this rank."""
     from ds_stacking.command_line import parse_run
-    from ds_stacking.config import RunAgain
+    from ds_stacking.common.errors import RunAgain
     from ds_stacking.training.run import pretrain
 
     if point:

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 import pytest
 
 from ds_stacking.command_line import parse_run
-from ds_stacking.config import RunConfig, StageConfig, UserError
+from ds_stacking.common.errors import UserError
+from ds_stacking.config import RunConfig, StageConfig
 from ds_stacking.training.arms import ARMS, ArmRun, Cost, check_arms, pilot_stages, plan_arms
 
 COSTS = {2: Cost(flops=1.0, seconds=2.0), 4: Cost(flops=2.0, seconds=3.0), 8: Cost(flops=4.0, seconds=5.0)}

@@ -7,7 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ds_stacking.config import RunConfig, StageConfig, UserError
+from ds_stacking.common.errors import UserError
+from ds_stacking.config import RunConfig, StageConfig
 from ds_stacking.training.batching import plan_batch
 
 

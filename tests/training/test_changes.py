@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 
 from ds_stacking.command_line import parse_run
-from ds_stacking.config import RunConfig, StageConfig, UserError
+from ds_stacking.common.errors import UserError
+from ds_stacking.config import RunConfig, StageConfig
 from ds_stacking.training.changes import (
     FREE,
     describe,

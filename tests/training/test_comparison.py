@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from ds_stacking.command_line import parse_run
-from ds_stacking.config import RunAgain, UserError
+from ds_stacking.common.errors import RunAgain, UserError
 from ds_stacking.training.comparison import Comparison, read_costs
 
 FAKE = Path(__file__).with_name("fake_pretrain.py")

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 from ds_stacking.checkpoint.write import CheckpointWriter
-from ds_stacking.config import UserError
+from ds_stacking.common.errors import UserError
 from ds_stacking.growth.exchange import OneRank
 from ds_stacking.training import ownership
 from ds_stacking.training.ownership import OWNERS, Owner, Process, newest

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from ds_stacking.command_line import parse_run
-from ds_stacking.config import RunAgain
+from ds_stacking.common.errors import RunAgain
 from ds_stacking.training.preemption import LOOK, SIGNALS, StopRequest
 from ds_stacking.training.run_directory import claim_run_directory
 from tests.corpus import small_options, write_corpus

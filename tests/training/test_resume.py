@@ -13,7 +13,7 @@ import torch
 from ds_stacking.checkpoint.grow import grow_folder
 from ds_stacking.checkpoint.store import CheckpointReader
 from ds_stacking.command_line import parse_run
-from ds_stacking.config import OtherRankFailed, RunAgain, UserError
+from ds_stacking.common.errors import OtherRankFailed, RunAgain, UserError
 from ds_stacking.growth.state import KINDS, TensorSlice
 from tests.corpus import small_options, write_corpus
 from tests.ranks import run_ranks

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from ds_stacking.config import RunConfig, UserError
+from ds_stacking.common.errors import UserError
+from ds_stacking.config import RunConfig
 from ds_stacking.training.run_directory import CONFIG, OURS, check_run_directory, claim_run_directory
 
 

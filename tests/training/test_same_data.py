@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from ds_stacking.command_line import parse_run
-from ds_stacking.config import UserError
+from ds_stacking.common.errors import UserError
 from tests.corpus import small_options, write_corpus
 from tests.ranks import run_ranks
 

@@ -14,7 +14,8 @@ from types import ModuleType
 
 import pytest
 
-from ds_stacking.config import RunConfig, UserError
+from ds_stacking.common.errors import UserError
+from ds_stacking.config import RunConfig
 from ds_stacking.training import tracking
 from ds_stacking.training.tracking import FanOut, MetricsFile, NullTracker, WandbTracker, known_fields, make_tracker
 

@@ -10,7 +10,8 @@ import pytest
 
 from ds_stacking.checkpoint.store import CheckpointReader
 from ds_stacking.command_line import parse_run
-from ds_stacking.config import ModelConfig, RunAgain, RunConfig, StageConfig, UserError
+from ds_stacking.common.errors import RunAgain, UserError
+from ds_stacking.config import ModelConfig, RunConfig, StageConfig
 from ds_stacking.growth.state import KINDS, TensorSlice
 from ds_stacking.training.triggering import triggered_stages
 from tests.corpus import small_options, write_corpus

@@ -1,0 +1,81 @@
+"""JSON files through typed readers: they have the shape that the code expects, or one sentence says where not.
+
+A shape is anything that pydantic can validate: a TypedDict of the fields that are read (others are kept), a dataclass,
+`dict[str, float]`. JSON that is nested a hundred thousand deep, longer than any such file or no JSON at all is refused
+alike, NaN and infinite numbers wherever a shape says `Finite`.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from pathlib import Path
+from typing import Annotated, Any, TypeVar
+
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
+
+from ds_stacking.common.errors import UserError
+from ds_stacking.common.own_files import LIMIT, read_all, read_inside
+
+Shape = TypeVar("Shape")
+
+Finite = Annotated[float, Field(allow_inf_nan=False)]
+"""A number that is neither NaN nor infinite."""
+Count = Annotated[int, Field(ge=0)]
+"""A whole number, 0 or more."""
+KEEP_OTHERS = ConfigDict(extra="allow", strict=True)
+"""`__pydantic_config__` of a TypedDict that keeps the fields which it does not name."""
+
+
+def read_json(path: Path, shape: type[Shape], *, mend: str, inside: Path | None = None, limit: int = LIMIT) -> Shape:
+    """The content of a JSON file, validated as `shape`.
+
+    Args:
+        path: The file.
+        shape: What it must hold; see above.
+        mend: What its user may do about a file that is damaged, as half a sentence: "restore it, or ...".
+        inside: A folder above the file, below which no link is followed. Without it, the user has named the file.
+        limit: Bytes, at most.
+
+    Raises:
+        UserError: With the file, the field, what it holds and what was expected.
+        OSError: For a file that is not there or cannot be read.
+    """
+    if inside is not None:
+        content = read_inside(inside, str(path.relative_to(inside)), limit=limit)
+    else:
+        with path.open("rb") as file:
+            content = read_all(file.fileno(), path, limit)
+    return parse_json(content, shape, where=str(path), mend=mend)
+
+
+def parse_json(content: bytes | str, shape: type[Shape], *, where: str, mend: str) -> Shape:
+    """JSON text, validated as `shape`; `where` names it in the sentence. Raises UserError."""
+    try:
+        return _adapter(shape).validate_json(content)  # type: ignore[arg-type]
+    except ValidationError as error:
+        raise UserError(f"{where} is damaged or no such file: {_first(error)}; {mend}.") from None
+
+
+@cache
+def _adapter(shape: Any) -> TypeAdapter[Any]:
+    return TypeAdapter(shape, config=None if _has_config(shape) else ConfigDict(strict=True))
+
+
+def _has_config(shape: Any) -> bool:
+    return hasattr(shape, "__pydantic_config__") or hasattr(shape, "model_config")
+
+
+def _first(error: ValidationError) -> str:
+    """The first fault in words: the field, what was expected, and what is there."""
+    fault = error.errors(include_url=False)[0]
+    if fault["type"] == "json_invalid":
+        return f"it is no JSON ({fault['ctx']['error']})"
+    place = ".".join(map(str, fault["loc"]))
+    problem = fault["msg"][0].lower() + fault["msg"][1:]
+    found = "" if fault["type"] == "missing" else f", and is {_shown(fault['input'])}"
+    return f"{place or 'its content'}: {problem}{found}"
+
+
+def _shown(value: Any) -> str:
+    text = ascii(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
