@@ -15,7 +15,7 @@ import runpy
 import signal
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -61,6 +61,8 @@ class Outcome:
             found.append("hangs" if self.code is None else f"ends with {self.code}")
         if "Traceback (most recent call last)" in self.out + self.err:
             found.append("prints a traceback")
+        if "full traceback" in self.err:
+            found.append("has no sentence of its own for this")
         if self.code in (1, 2) and len(self.sentences) != 1:
             found.append(f"says {len(self.sentences)} sentences")
         for sentence in self.sentences:
@@ -76,16 +78,23 @@ class Outcome:
 
 
 def run(
-    script: str, options: Sequence[str], *, folder: Path, environment: Mapping[str, str], closed: Sequence[int] = ()
+    script: str,
+    options: Sequence[str],
+    *,
+    folder: Path,
+    environment: Mapping[str, str],
+    closed: Sequence[int] = (),
+    without: Callable[[], None] | None = None,
 ) -> Outcome:
     """Run launchers/`script` in `folder`/work with nothing in its environment but `environment`.
 
-    `closed` are descriptors that it finds closed (1 is standard output).
+    `closed` are descriptors that it finds closed (1 is standard output); `without` takes something out of the library
+    before the launcher starts.
     """
     words = folder / "words"
     words.mkdir(exist_ok=True)
     process = _context.Process(
-        target=_prisoner, args=(script, list(options), str(folder), dict(environment), list(closed)), daemon=False
+        target=_prisoner, args=(script, list(options), str(folder), dict(environment), list(closed), without)
     )
     process.start()
     process.join(PATIENCE)
@@ -115,7 +124,14 @@ def _end(pid: int | None) -> None:
         time.sleep(0.05)
 
 
-def _prisoner(script: str, options: list[str], folder: str, environment: dict[str, str], closed: list[int]) -> None:
+def _prisoner(
+    script: str,
+    options: list[str],
+    folder: str,
+    environment: dict[str, str],
+    closed: list[int],
+    without: Callable[[], None] | None,
+) -> None:
     os.setsid()
     words = Path(folder) / "words"
     for number, name in ((1, "out"), (2, "err")):
@@ -133,6 +149,8 @@ def _prisoner(script: str, options: list[str], folder: str, environment: dict[st
     sys.argv = [str(ROOT / "launchers" / script), *options]
     sys.path.insert(0, str(ROOT))
     try:
+        if without is not None:
+            without()
         runpy.run_path(sys.argv[0], run_name="__main__")
         code = 0
     except SystemExit as end:

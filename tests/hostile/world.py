@@ -11,7 +11,7 @@ import gzip
 import json
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pyarrow
@@ -75,7 +75,14 @@ class World:
         shutil.copytree(self.root, self._pristine, symlinks=True)
         self._before = self.state()
 
-    def run(self, script: str, *options: str, closed: Sequence[int] = (), **environment: str) -> Outcome:
+    def run(
+        self,
+        script: str,
+        *options: str,
+        closed: Sequence[int] = (),
+        without: Callable[[], None] | None = None,
+        **environment: str,
+    ) -> Outcome:
         """Run a launcher in `work`."""
         given = {
             "PATH": os.environ["PATH"],
@@ -86,7 +93,8 @@ class World:
             "OMP_NUM_THREADS": "1",
             "LANG": "C.UTF-8",
         }
-        return run(script, options, folder=self.root, environment=given | environment, closed=closed)
+        environment = given | environment
+        return run(script, options, folder=self.root, environment=environment, closed=closed, without=without)
 
     def state(self) -> State:
         return state(self.root)
@@ -113,13 +121,20 @@ class World:
             path.parent.mkdir(parents=True, exist_ok=True)
             shutil.copy2(was, path)
 
-    def faults(self, script: str, *options: str, mutated: Path | None = None, **environment: str) -> list[str]:
+    def faults(
+        self,
+        script: str,
+        *options: str,
+        mutated: Path | None = None,
+        without: Callable[[], None] | None = None,
+        **environment: str,
+    ) -> list[str]:
         """What is wrong with a launcher's behaviour in the world as it is; `mutated` is what was made bad in it.
 
         A refused command must leave everything as it was, or else the same command must work once its input is mended.
         """
         before = self.state()
-        outcome = self.run(script, *options, **environment)
+        outcome = self.run(script, *options, without=without, **environment)
         found = outcome.faults()
         after = self.state()
         changed = changes(before, after)

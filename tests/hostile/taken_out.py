@@ -1,0 +1,41 @@
+"""Mends taken out, in the process of one launcher: what the battery must then find is what it is for."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+
+def follow_links() -> None:
+    """Files of a folder are opened by way of links again."""
+    from ds_stacking.common import own_files
+
+    def follow(path: Path, name: str, flags: int, parent: int) -> int:
+        return os.open(name, flags | os.O_CLOEXEC, 0o666, dir_fd=parent)
+
+    own_files._no_link = follow
+    replace("refuse_links", lambda *_: None)
+    replace("refuse_foreign", lambda *_: None)
+
+
+def leave_folders() -> None:
+    """Names with `..` and absolute names are as good as others."""
+    replace("is_inside", lambda name: True)
+
+
+def believe_json() -> None:
+    """JSON is read as it comes."""
+    import json
+
+    replace("parse_json", lambda content, shape, *, where, mend: json.loads(content))
+    replace("read_json", lambda path, shape, *, mend, inside=None, limit=0: json.loads(path.read_bytes()))
+
+
+def replace(name: str, substitute: Any) -> None:
+    """Put a function in the place of one in all modules of the library that have it."""
+    import sys
+
+    for module_name, module in list(sys.modules.items()):
+        if module_name.startswith("ds_stacking") and hasattr(module, name):
+            setattr(module, name, substitute)
