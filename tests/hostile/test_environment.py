@@ -13,9 +13,9 @@ from tests.hostile.world import PREPARE, World, pretrain
 
 NUMBERS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_SIZE", "LOCAL_WORLD_SIZE", "MASTER_PORT", "OMP_NUM_THREADS",
            "SLURM_RESTART_COUNT", "SLURM_JOB_ID", "CROSS_RANK", "CROSS_SIZE")  # fmt: skip
-FOLDERS = ("HOME", "TMPDIR", "DS_STACKING_CACHE", "HF_HOME", "MPLCONFIGDIR", "TORCHINDUCTOR_CACHE_DIR", "TRITON_HOME")
+FOLDERS = ("HOME", "TMPDIR", "DS_STACKING_CACHE", "HF_HOME", "MPLCONFIGDIR", "TORCHINDUCTOR_CACHE_DIR")
 OTHERS = ("MASTER_ADDR", "CUDA_VISIBLE_DEVICES", "WANDB_MODE", "WANDB_API_KEY", "LANG", "TERM", "COLUMNS",
-          "TOKENIZERS_PARALLELISM", "SLURM_CLUSTER_NAME", "DS_STACKING_FAILURE_FILE", "GLOO_SOCKET_IFNAME")  # fmt: skip
+          "SLURM_CLUSTER_NAME", "DS_STACKING_FAILURE_FILE", "GLOO_SOCKET_IFNAME")  # fmt: skip
 VALUES = {
     **dict.fromkeys(NUMBERS, ("abc", "-1", "1.5", "9" * 400, "²")),
     **dict.fromkeys(FOLDERS, ("/nonexistent/a", "/dev/null", "/proc/1", "")),
@@ -44,9 +44,8 @@ def check(world: World, name: str, values: tuple[str, ...]) -> None:
             ("pretrain.py", *pretrain("new")),
             ("prepare_data.py", "--data=corpus", "--output_dir=fresh", *PREPARE),
         ):
-            found += [
-                f"{name}={ascii(value)[:60]}: {fault}" for fault in world.faults(script, *options, **{name: value})
-            ]
+            faults = world.faults(script, *options, **{name: value})
+            found += [f"{name}={ascii(value)[:60]}: {fault}" for fault in faults]
             world.restore()
     assert not found, "\n".join(found)
 

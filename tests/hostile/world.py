@@ -38,7 +38,7 @@ SMALL = [
     "--log_every=1",
     "--warmup_steps=1",
     "--precision=fp32",
-    "--stages=1:1,2:1,4:2",
+    "--stages=1:2,2:2,4:2",
     "--checkpoint_every=1",
     "--tracking=none",
 ]
