@@ -99,9 +99,8 @@ def run(
     process.start()
     process.join(PATIENCE)
     hangs = process.is_alive()
-    if hangs:
-        _end(process.pid)
-        process.join()
+    _end(process.pid)  # also what it left behind, such as wandb's own service
+    process.join()
     out, err = ((words / name).read_text(errors="replace") for name in ("out", "err"))
     peak = int((words / "peak").read_text() or -1) if (words / "peak").exists() else -1
     (words / "peak").unlink(missing_ok=True)
