@@ -9,8 +9,9 @@ from typing import Any
 
 from ds_stacking.checkpoint.format import MANIFEST
 from ds_stacking.checkpoint.huggingface import HuggingFaceReader, HuggingFaceWriter
+from ds_stacking.checkpoint.offline import CheckpointState
 from ds_stacking.checkpoint.select import find
-from ds_stacking.checkpoint.store import CheckpointReader, CheckpointState
+from ds_stacking.checkpoint.store import CheckpointReader
 from ds_stacking.common.errors import UserError
 from ds_stacking.growth.blocks import BlockNames, find_block_names
 from ds_stacking.growth.checks import check_finite

@@ -37,6 +37,7 @@ from ds_stacking.training.changes import (
 from ds_stacking.training.ledger import Ledger
 from ds_stacking.training.reporting import settle
 from ds_stacking.training.run_directory import METRICS, SAVED, refuse_lost_checkpoints
+from ds_stacking.training.saved_state import check_saved, check_settings
 
 if TYPE_CHECKING:
     from ds_stacking.training.loop import Pretraining
@@ -59,13 +60,16 @@ def find_checkpoint(config: RunConfig, expected: dict[str, Any], alive: Callable
     if config.resume:
         path = Path(config.run_dir) / "checkpoints" if config.resume == "auto" else Path(config.resume)
         from_first_rank(lambda: _refuse_early(path, config), exchange)
-        found = find_together(path, exchange, identity=shared, exact=config.resume != "auto", alive=alive)
+        exact = config.resume != "auto"
+        found = find_together(path, exchange, identity=shared, fits=check_saved, exact=exact, alive=alive)
         if found is None:
             from_first_rank(lambda: refuse_lost_checkpoints(Path(config.run_dir)), exchange)
     if found is not None:
         _check_depth(config, CheckpointReader(found.path))
     if found is None and config.branch_from:
-        found = find_together(Path(config.branch_from), exchange, identity=shared, exact=True, alive=alive)
+        found = find_together(
+            Path(config.branch_from), exchange, identity=shared, fits=check_saved, exact=True, alive=alive
+        )
         assert found is not None
         found = replace(found, branch=True)
         reader = CheckpointReader(found.path)
@@ -79,7 +83,10 @@ def _refuse_early(path: Path, config: RunConfig) -> None:
     folder = path / "checkpoints" if (path / "checkpoints").is_dir() else path
     try:
         manifests = [(path, read_manifest(path))] if (path / MANIFEST).is_file() else published(folder)
-    except (OSError, Unusable):
+        for newest, manifest in manifests:
+            if isinstance(manifest, Manifest):
+                check_settings(manifest.identity, str(newest))
+    except (OSError, Unusable, UserError):
         return  # it will be said why
     for newest, manifest in manifests:
         if isinstance(manifest, Manifest):
