@@ -8,7 +8,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, NotRequired, TypeVar
 
 from pydantic import Field
 from typing_extensions import TypedDict
@@ -45,6 +45,13 @@ class _Record(TypedDict):
     sha256: Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
 
 
+class _Identity(TypedDict):
+    """What a run has put there: older versions had no settings."""
+
+    __pydantic_config__ = KEEP_OTHERS  # type: ignore[misc]
+    settings: NotRequired[dict[str, Any]]
+
+
 class _Fields(TypedDict):
     __pydantic_config__ = KEEP_OTHERS  # type: ignore[misc]
     version: int
@@ -52,7 +59,7 @@ class _Fields(TypedDict):
     sequence: Number
     keep: bool
     world_size: Annotated[int, Field(ge=1, le=MOST_RANKS)]
-    identity: dict[str, Any]
+    identity: _Identity
     files: dict[str, _Record]
 
 
@@ -103,7 +110,7 @@ def read_manifest(path: Path) -> Manifest:
         sequence=fields["sequence"],
         keep=fields["keep"],
         world_size=fields["world_size"],
-        identity=fields["identity"],
+        identity=dict(fields["identity"]),
         files={name: FileRecord(record["size"], record["sha256"]) for name, record in fields["files"].items()},
     )
     _check_files(manifest, with_index=fields["version"] > 1)
