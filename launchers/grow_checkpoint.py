@@ -9,34 +9,52 @@ from __future__ import annotations
 import argparse
 import sys
 from pathlib import Path
+from typing import NoReturn
 
 from ds_stacking.command_line import run_main
+from ds_stacking.common.errors import UserError, require
+
+
+class Parser(argparse.ArgumentParser):
+    """A parser whose errors are one sentence."""
+
+    def error(self, message: str) -> NoReturn:
+        """Raise UserError."""
+        raise UserError(f"{message if len(message) <= 200 else message[:200] + '...'}; --help lists the options.")
 
 
 def main() -> None:
     """Parse, grow, say what was done."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         description="Grow the model in IN to more layers and write it to the new folder OUT. IN stays as it is.",
         allow_abbrev=False,
     )
-    parser.add_argument("source", metavar="IN", type=Path, help="Hugging Face folder, run directory or checkpoint")
-    parser.add_argument("target", metavar="OUT", type=Path, help="folder to be made")
+    parser.add_argument("source", metavar="IN", help="Hugging Face folder, run directory or checkpoint")
+    parser.add_argument("target", metavar="OUT", help="folder to be made")
     parser.add_argument("--operator", default="stack", help="stack, interleave, middle, last or a list: 0,1,2,2,1,0")
     parser.add_argument("--to-layers", type=int, required=True, help="blocks of the grown model")
     parser.add_argument("--optimizer_state", default="stack", help="stack, new_reset, reset, second_only or scale:C")
     options = parser.parse_args()
+    require(options.source, "IN is empty; give a Hugging Face folder, a run directory or a checkpoint.")
+    require(options.target, "OUT is empty; give the folder to be made.")
 
     from ds_stacking.checkpoint.grow import grow_folder
+    from ds_stacking.checkpoint.huggingface import left_behind, other_files
 
+    source = Path(options.source)
     path, plan = grow_folder(
-        options.source,
-        options.target,
+        source,
+        Path(options.target),
         operator=options.operator,
         layers=options.to_layers,
         optimizer_state=options.optimizer_state,
     )
     print(plan.describe())
     print(f"{len(plan.entries)} tensors written and verified: {path}")
+    if (path / "config.json").is_file():
+        print(f"taken over as they are: {', '.join(other_files(source)) or 'no other files'}")
+        if left := left_behind(source):
+            print(f"not taken over: {', '.join(map(ascii, left[:20]))}{' ...' if len(left) > 20 else ''}")
 
 
 if __name__ == "__main__":

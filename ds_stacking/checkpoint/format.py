@@ -29,9 +29,11 @@ MANIFEST, STATE, INDEX = "manifest.json", "state.json", "pieces.safetensors"
 TEMPORARY = ".tmp-"
 """Begins the name of every directory that is not published yet, or no longer."""
 
-CHECKPOINT_NAME = re.compile(r"step-(\d+)(?:-(\d+))?")
+CHECKPOINT_NAME = re.compile(r"step-([0-9]{1,18})(?:-([0-9]{1,18}))?")
 """`step-300`, or `step-300-2` where an earlier checkpoint of the same step stands already."""
-FILE_NAME = re.compile(r"state\.json|pieces\.safetensors|rank-\d{5}\.(?:json|safetensors)")
+FILE_NAME = re.compile(r"state\.json|pieces\.safetensors|rank-[0-9]{5}\.(?:json|safetensors)")
+MOST_RANKS = 10**5
+"""Ranks that these names can tell apart."""
 
 
 def tensors_file(rank: int) -> str:

@@ -8,9 +8,8 @@ from __future__ import annotations
 import json
 import math
 import os
-import secrets
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,11 +19,24 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ds_stacking.common.errors import UserError
-from ds_stacking.common.files import sync_directory, write_json
+from ds_stacking.common.files import write_json
+from ds_stacking.common.json_files import shown
+from ds_stacking.common.model_folder import (
+    CONFIG,
+    INDEX,
+    SINGLE,
+    TEXTS,
+    TOKENIZER_FILES,
+    check_folder,
+    model_file,
+    weight_files,
+    weight_map,
+)
 from ds_stacking.growth.plan import GrowthPlan, ParameterInfo
 from ds_stacking.growth.state import Kind, TensorSlice
 
-SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+LONGEST_NAME = 500
+"""Characters of a tensor's name."""
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64}
 DTYPES |= {"I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool}
 DEPTH_KEYS = ("num_hidden_layers", "n_layer", "num_layers", "n_layers")
@@ -52,12 +64,23 @@ class HuggingFaceReader:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
+        self.config = check_folder(folder)
+        if self.config.get("auto_map"):
+            raise UserError(
+                f"{folder / CONFIG} names code of its own ({shown(self.config['auto_map'])}), which is not run and "
+                f"not copied; remove auto_map there, and copy the code to the grown model yourself if you trust it."
+            )
         try:
-            self.config: dict[str, Any] = json.loads((folder / "config.json").read_bytes())
-            self._files = {name: safe_open(folder / name, framework="pt") for name in _weight_files(folder)}
-            self.tensors = dict(self._describe())
-        except (OSError, ValueError, KeyError, SafetensorError) as error:
-            raise UserError(f"{folder} cannot be read as a Hugging Face folder with safetensors: {error}.") from None
+            self._files = {name: safe_open(path, framework="pt") for name, path in weight_files(folder).items()}
+            self.tensors = self._describe()
+        except OSError as error:
+            raise UserError(f"{error.filename or folder} cannot be read ({error.strerror or error}).") from None
+        except SafetensorError as error:
+            raise UserError(
+                f"The safetensors files of {folder} are damaged ({str(error)[:200]}); restore them."
+            ) from None
+        if not self.tensors:
+            raise UserError(f"The safetensors files of {folder} hold no tensors; restore them.")
 
     @property
     def parameters(self) -> dict[str, ParameterInfo]:
@@ -74,47 +97,50 @@ class HuggingFaceReader:
         whole = self._files[self.tensors[piece.name].file].get_tensor(piece.name)
         return whole.flatten()[piece.start : piece.stop].to(torch.float32)
 
-    def _describe(self) -> Iterator[tuple[str, Stored]]:
+    def _describe(self) -> dict[str, Stored]:
+        found: dict[str, Stored] = {}
         for file, opened in self._files.items():
             for name in opened.keys():  # noqa: SIM118 (safe_open is no mapping)
                 part = opened.get_slice(name)
+                if len(name) > LONGEST_NAME:
+                    raise UserError(f"{self.folder / file} holds the tensor {shown(name)}, a name too long to be one.")
+                if name in found:
+                    raise UserError(
+                        f"The tensor {shown(name)} of {self.folder} lies in {found[name].file} and {file}; keep one."
+                    )
                 if part.get_dtype() not in DTYPES:
-                    raise ValueError(f"{name} has the type {part.get_dtype()}, which growth cannot convert")
-                yield name, Stored(dtype=part.get_dtype(), shape=tuple(part.get_shape()), file=file)
+                    raise UserError(
+                        f"{self.folder / file}: {shown(name)} has the type {part.get_dtype()}, which growth cannot "
+                        f"convert; convert the weights to fp32."
+                    )
+                found[name] = Stored(dtype=part.get_dtype(), shape=tuple(part.get_shape()), file=file)
+        for name, file in weight_map(self.folder).items():
+            if name not in found or found[name].file != file:
+                raise UserError(
+                    f"{self.folder / INDEX} says that {shown(name)} lies in {shown(file)}, which lacks it; restore "
+                    f"the index or that file."
+                )
+        return found
 
 
 class HuggingFaceWriter:
-    """A grown Hugging Face folder in the making (StateWriter).
+    """A grown Hugging Face folder in the making (StateWriter), in an empty folder.
 
-    Files are reserved with their headers and mapped into memory; the folder appears under its name at `publish`.
+    Files are reserved with their headers and mapped into memory.
 
-        with HuggingFaceWriter(folder, plan, reader) as target:
-            execute(plan, reader, target, OneRank(), kinds=("master",))
-            target.publish()
+        with whole_folder(target) as unfinished:
+            writer = HuggingFaceWriter(unfinished, plan, reader)
+            execute(plan, reader, writer, OneRank(), kinds=("master",))
+            writer.finish()
     """
 
     def __init__(
         self, folder: Path, plan: GrowthPlan, reader: HuggingFaceReader, *, shard_bytes: int = SHARD_BYTES
     ) -> None:
-        self.folder, self.plan, self.reader = folder.absolute(), plan, reader
-        if self.folder.exists():
-            raise UserError(f"{folder} exists; name a folder that does not, nothing is overwritten.")
+        self.folder, self.plan, self.reader = folder, plan, reader
         self.config = grown_config(reader.config, plan)
-        self._temporary = self.folder.with_name(f".{self.folder.name}-{secrets.token_hex(8)}")
         self._views: dict[str, Tensor] = {}
-        self._temporary.mkdir(parents=True)
-        try:
-            self._file_of = self._reserve(shard_bytes)
-        except BaseException:
-            self.__exit__()
-            raise
-
-    def __enter__(self) -> HuggingFaceWriter:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        """Remove what was not published."""
-        shutil.rmtree(self._temporary, ignore_errors=True)
+        self._file_of = self._reserve(shard_bytes)
 
     def slices(self) -> list[TensorSlice]:
         """Every tensor, whole."""
@@ -131,23 +157,16 @@ class HuggingFaceWriter:
     def commit(self, steps: Mapping[str, int]) -> None:
         """Weights have no step counts."""
 
-    def publish(self) -> Path:
-        """Add configuration, index and the other files of the source; then the folder has its name."""
-        for path in self.reader.folder.iterdir():
-            if path.is_file() and path.name != INDEX and path.suffix not in (".safetensors", ".bin", ".pt"):
-                shutil.copyfile(path, self._temporary / path.name)
-        write_json(self._temporary / "config.json", self.config)
+    def finish(self) -> None:
+        """Add configuration, index and the other files of the source. Raises OSError."""
+        for name in other_files(self.reader.folder):
+            shutil.copyfile(model_file(self.reader.folder, name), self.folder / name)
+        write_json(self.folder / CONFIG, self.config)
         if set(self._file_of.values()) != {SINGLE}:
             total = sum(view.numel() * view.element_size() for view in self._views.values())
             index = {"metadata": {"total_size": total}, "weight_map": self._file_of}
-            write_json(self._temporary / INDEX, index)
+            write_json(self.folder / INDEX, index)
         self._views.clear()
-        for path in self._temporary.iterdir():
-            with open(path, "rb") as file:
-                os.fsync(file.fileno())
-        os.rename(self._temporary, self.folder)
-        sync_directory(self.folder.parent)
-        return self.folder
 
     def _reserve(self, shard_bytes: int) -> dict[str, str]:
         """Make the files; returns the file of every tensor."""
@@ -164,9 +183,26 @@ class HuggingFaceWriter:
         file_of: dict[str, str] = {}
         for number, names in enumerate(shards, start=1):
             file = SINGLE if one else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-            self._views |= _reserve_file(self._temporary / file, {name: tensors[name] for name in names})
+            self._views |= _reserve_file(self.folder / file, {name: tensors[name] for name in names})
             file_of |= dict.fromkeys(names, file)
         return file_of
+
+
+def other_files(folder: Path) -> list[str]:
+    """The files that a grown model takes over as they are: tokenizer, texts, licence. Raises UserError for a link."""
+    names = [name for name in (*TOKENIZER_FILES, *TEXTS) if os.path.lexists(folder / name)]
+    for name in names:
+        try:
+            model_file(folder, name)
+        except OSError as error:
+            raise UserError(f"{folder / name} cannot be read ({error.strerror}); restore or remove it.") from None
+    return names
+
+
+def left_behind(folder: Path) -> list[str]:
+    """What else lies in a folder beside its weights, and is not taken over."""
+    taken = {CONFIG, INDEX, *TOKENIZER_FILES, *TEXTS}
+    return sorted(path.name for path in folder.iterdir() if path.name not in taken and path.suffix != ".safetensors")
 
 
 def grown_config(config: Mapping[str, Any], plan: GrowthPlan) -> dict[str, Any]:
@@ -182,12 +218,6 @@ def grown_config(config: Mapping[str, Any], plan: GrowthPlan) -> dict[str, Any]:
         if key.startswith("layer") and isinstance(value, list) and len(value) == plan.from_layers:
             grown[key] = [value[layer] for layer in plan.layers if layer is not None]
     return grown
-
-
-def _weight_files(folder: Path) -> Sequence[str]:
-    if (folder / INDEX).is_file():
-        return sorted(set(json.loads((folder / INDEX).read_bytes())["weight_map"].values()))
-    return [SINGLE]
 
 
 def _reserve_file(path: Path, tensors: Mapping[str, Stored]) -> dict[str, Tensor]:

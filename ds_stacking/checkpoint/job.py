@@ -20,18 +20,29 @@ from pathlib import Path
 from typing import Any
 
 from torch import Tensor
+from typing_extensions import TypedDict
 
 from ds_stacking.checkpoint import durable
 from ds_stacking.checkpoint.durable import FileRecord, write_file
 from ds_stacking.checkpoint.format import INDEX, MANIFEST, STATE, TEMPORARY, PieceFile, rank_file, tensors_file
 from ds_stacking.checkpoint.index import Rows, index_bytes, index_rows
-from ds_stacking.checkpoint.manifest import Manifest
+from ds_stacking.checkpoint.manifest import Manifest, Number
 from ds_stacking.checkpoint.select import published
 from ds_stacking.common.files import sync_directory
+from ds_stacking.common.json_files import KEEP_OTHERS, read_json
+from ds_stacking.common.own_files import read_inside
 
 POLL, SLOWEST_POLL = 0.02, 1.0
 """Seconds between the first two looks for the marks of the other ranks, and between later ones, at most."""
 MARK = re.compile(r"\.rank-(\d{5})\.(done|failed)")
+
+
+class _Mark(TypedDict):
+    """What a rank says when its files are on the disk."""
+
+    __pydantic_config__ = KEEP_OTHERS  # type: ignore[misc]
+    files: dict[str, tuple[Number, str]]
+    pieces: list[tuple[Number, Number, Number, Number]]
 
 
 class SaveError(Exception):
@@ -134,8 +145,9 @@ class SaveJob:
             for rank, what in self._marks(missing):
                 path = self._mark_path(what, rank)
                 if what == "failed":
-                    raise SaveError(f"rank {rank}: {path.read_text()}")
-                mark = json.loads(path.read_bytes())
+                    words = read_inside(self.temporary, path.name, limit=1 << 20)
+                    raise SaveError(f"rank {rank}: {words.decode(errors='replace')}")
+                mark = read_json(path, _Mark, mend="the checkpoint is given up", inside=self.temporary)
                 records |= {name: FileRecord(*record) for name, record in mark["files"].items()}
                 tables.append(mark["pieces"])
                 path.unlink()

@@ -14,9 +14,14 @@ import torch
 from ds_stacking.checkpoint.format import CHECKPOINT_NAME, MANIFEST
 from ds_stacking.checkpoint.manifest import Manifest, Unusable, read_manifest
 from ds_stacking.checkpoint.share import from_first_rank, side_by_side
+from ds_stacking.checkpoint.store import CheckpointReader, find_fault
 from ds_stacking.checkpoint.verify import content_fault, describe, find_faults, inspect
 from ds_stacking.common.errors import UserError
 from ds_stacking.growth.exchange import Exchange
+
+
+def _any(_: CheckpointReader) -> None:
+    """Every checkpoint fits."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,6 +37,8 @@ class Found:
     """Whether it is another run's, and a new run begins with its state."""
 
 
+Fits = Callable[[CheckpointReader], None]
+"""Raises UserError where a checkpoint is whole, but what a run has put into it is not what a run needs."""
 Search = Generator[tuple[Path, Manifest], str | None, Found | None]
 """A search yields a checkpoint whose content is to be read, and is sent its fault or None."""
 
@@ -51,20 +58,20 @@ def published(folder: Path) -> list[tuple[Path, Manifest | Unusable]]:
     return sorted(found, key=_age, reverse=True)
 
 
-def newest_valid(folder: Path, identity: Mapping[str, Any] | None = None) -> Found | None:
-    """The newest checkpoint of `folder` that is whole and of a run with this `identity`; None in an empty folder.
+def newest_valid(folder: Path, identity: Mapping[str, Any] | None = None, fits: Fits = _any) -> Found | None:
+    """The newest checkpoint of `folder` that is whole, of a run with this `identity`, and `fits`; None if it is empty.
 
     Raises UserError where something is there but nothing valid: a run never starts afresh by mistake.
     """
-    return _alone(_search_folder(folder, identity))
+    return _alone(_search_folder(folder, identity, fits))
 
 
-def find(path: Path, identity: Mapping[str, Any] | None = None) -> Found:
+def find(path: Path, identity: Mapping[str, Any] | None = None, fits: Fits = _any) -> Found:
     """The checkpoint that a user means by `path`: itself, or the newest valid one of a run directory or its folder.
 
     Raises UserError where `path` names one checkpoint and that one is unusable, or where nothing is there.
     """
-    found = _alone(_search(path, identity))
+    found = _alone(_search(path, identity, fits))
     assert found is not None
     return found
 
@@ -74,15 +81,17 @@ def find_together(
     exchange: Exchange,
     *,
     identity: Mapping[str, Any] | None = None,
+    fits: Fits = _any,
     exact: bool = False,
     alive: Callable[[], None] = lambda: None,
 ) -> Found | None:
     """`newest_valid(path)`, or with `exact` `find(path)`. All ranks call it together.
 
     Rank 0 searches, and all ranks read the files of what it finds, a share each; `alive` is called while that gets on.
+    What the files say is then judged by rank 0 for all.
     Raises UserError on every rank, also where some rank cannot see the folder.
     """
-    search = _search(path, identity) if exact else _search_folder(path, identity)
+    search = (_search if exact else _search_folder)(path, identity, fits)
     fault: str | None = None
     while True:
         answer = from_first_rank(lambda: _next(search, fault), exchange)  # noqa: B023 -- called before it returns
@@ -93,13 +102,13 @@ def find_together(
         fault = _check_together(Path(answer["check"]), answer["manifest"], exchange, alive)
 
 
-def _search_folder(folder: Path, identity: Mapping[str, Any] | None) -> Search:
+def _search_folder(folder: Path, identity: Mapping[str, Any] | None, fits: Fits) -> Search:
     """`newest_valid`, which yields what it wants to have read and is sent the fault that was found there."""
     notes = [
         f"{path} is passed over: it is no checkpoint." for path in _visible(folder) if not _is_checkpoint_name(path)
     ]
     for path, _ in published(folder):
-        step, reason = yield from _judge(path, identity)
+        step, reason = yield from _judge(path, identity, fits)
         if reason is None:
             return Found(path=path, step=step, notes=tuple(notes))
         notes.append(f"Checkpoint {path} is skipped: {reason}.")
@@ -111,31 +120,32 @@ def _search_folder(folder: Path, identity: Mapping[str, Any] | None) -> Search:
     )
 
 
-def _search(path: Path, identity: Mapping[str, Any] | None) -> Search:
+def _search(path: Path, identity: Mapping[str, Any] | None, fits: Fits) -> Search:
     """`find` in the same way."""
     if not path.is_dir():
         raise UserError(f"There is no folder {path} to resume from; give a run directory or a checkpoint.")
     if (path / MANIFEST).exists() or _is_checkpoint_name(path):
-        step, reason = yield from _judge(path, identity)
+        step, reason = yield from _judge(path, identity, fits)
         if reason is None:
             return Found(path=path, step=step)
         raise UserError(f"Checkpoint {path} cannot be loaded: {reason}; choose another one.")
     inner = path / "checkpoints"
-    found = yield from _search_folder(inner if inner.is_dir() else path, identity)
+    found = yield from _search_folder(inner if inner.is_dir() else path, identity, fits)
     if found is None:
         raise UserError(f"There is no checkpoint in {path} to resume from; give another folder, or start a new run.")
     return found
 
 
 def _judge(
-    path: Path, identity: Mapping[str, Any] | None
+    path: Path, identity: Mapping[str, Any] | None, fits: Fits
 ) -> Generator[tuple[Path, Manifest], str | None, tuple[int, str | None]]:
     """The step of a checkpoint and why it must not be loaded, None where it may; what must be read is yielded."""
     try:
         manifest = inspect(path, identity)
     except Unusable as unusable:
         return 0, str(unusable)
-    return manifest.step, (yield path, manifest)
+    fault = yield path, manifest
+    return manifest.step, fault or find_fault(path, fits)
 
 
 def _alone(search: Search) -> Found | None:

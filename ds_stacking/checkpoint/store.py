@@ -1,70 +1,100 @@
-"""Checkpoints as stores of training state: the one executor reads from them and writes to them.
+"""Checkpoints as stores of training state: the one executor reads from them (`offline.py` writes to them).
 
 A reader serves any number of ranks under any ZeRO stage, whatever wrote the checkpoint.
 """
 
 from __future__ import annotations
 
-import json
-import os
 import re
-import secrets
-import shutil
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, replace
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, NotRequired
 
 import torch
+from pydantic import Field
 from torch import Tensor
+from typing_extensions import TypedDict
 
-from ds_stacking.checkpoint import durable
-from ds_stacking.checkpoint.durable import FileRecord, file_sha256, write_file
-from ds_stacking.checkpoint.format import INDEX, STATE, TEMPORARY, PieceFile, rank_file, tensors_file
-from ds_stacking.checkpoint.index import PieceIndex, index_bytes, index_rows
-from ds_stacking.checkpoint.job import publish
-from ds_stacking.checkpoint.manifest import Unusable, read_manifest
+from ds_stacking.checkpoint.format import MANIFEST, STATE
+from ds_stacking.checkpoint.generators import Generators, check_generators
+from ds_stacking.checkpoint.index import PieceIndex
+from ds_stacking.checkpoint.manifest import Number, Unusable, read_manifest
 from ds_stacking.common.errors import UserError
+from ds_stacking.common.json_files import KEEP_OTHERS, read_json
 from ds_stacking.growth.plan import ParameterInfo
 from ds_stacking.growth.state import Kind, TensorSlice
+
+Name = Annotated[str, Field(min_length=1, max_length=500)]
+RESTORE = "restore that file"
+
+
+class _Parameter(TypedDict):
+    __pydantic_config__ = KEEP_OTHERS  # type: ignore[misc]
+    numel: Number
+    decay: bool
+    birth: NotRequired[Number]
+    step: NotRequired[Number]
+
+
+class _State(TypedDict):
+    __pydantic_config__ = KEEP_OTHERS  # type: ignore[misc]
+    step: Number
+    parameters: dict[Name, _Parameter]
+    extra: dict[str, Any]
+
+
+class CannotLoad(UserError):
+    """A checkpoint that cannot be loaded, and the `reason`, as the end of such a sentence."""
+
+    def __init__(self, path: Path, reason: str) -> None:
+        super().__init__(f"Checkpoint {path} cannot be loaded: {reason}; choose another one.")
+        self.reason = reason
 
 
 class CheckpointReader:
     """The state in a checkpoint (StateReader of ds_stacking.growth.state); all ranks see all of it.
 
     Files are mapped into memory: a rank reads from the disk only what it asks for. `find` or `newest_valid`
-    (ds_stacking.checkpoint.select) comes first; here only the index is checked. Raises UserError where the tensors
-    do not cover the parameters.
+    (ds_stacking.checkpoint.select) comes first; here only state.json and the index are checked. Raises CannotLoad
+    where something in them is missing or of a wrong type, or the tensors do not cover the parameters.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        try:
+        with self._one_sentence():
             self.manifest = read_manifest(path)
-            content = json.loads((path / STATE).read_bytes())
+            content = read_json(path / STATE, _State, mend=RESTORE, inside=path)
             self.step: int = content["step"]
-            self.parameters = {name: ParameterInfo(**info) for name, info in content["parameters"].items()}
+            self.parameters = {name: _parameter(info) for name, info in content["parameters"].items()}
             self.extra: dict[str, Any] = content["extra"]
+            if self.step != self.manifest.step:
+                raise Unusable(f"{STATE} is of step {self.step}, and {MANIFEST} of step {self.manifest.step}")
             self._pieces = PieceIndex(path, self.manifest, self.parameters)
-        except (Unusable, OSError, ValueError, KeyError, TypeError) as error:
-            raise UserError(f"Checkpoint {path} cannot be loaded: {error}; choose another one.") from None
 
     @property
     def steps(self) -> dict[str, int]:
         """Adam's step count of every parameter."""
         return {name: info.step for name, info in self.parameters.items()}
 
-    def generators(self, rank: int, world_size: int) -> dict[str, Any] | None:
+    def check(self) -> None:
+        """Look at all that is read later: the headers of all files and all generators. Raises CannotLoad."""
+        with self._one_sentence():
+            self._pieces.check()
+        for path in self.generator_files():
+            self._read_generators(path)
+
+    def generators(self, rank: int, world_size: int) -> Generators | None:
         """The generators of `rank` for `restore_generators`; None where another number of ranks trained.
 
         At another world size no saved state is right: two ranks must never draw the same dropout masks.
         """
         files = self.generator_files()
-        return json.loads(files[rank].read_bytes()) if len(files) == world_size else None
+        return self._read_generators(files[rank]) if len(files) == world_size else None
 
     def generator_files(self) -> list[Path]:
         """The file of every rank's generators."""
-        names = sorted(name for name in self.manifest.files if re.fullmatch(r"rank-\d{5}\.json", name))
+        names = sorted(name for name in self.manifest.files if re.fullmatch(r"rank-[0-9]{5}\.json", name))
         return [self.path / name for name in names]
 
     def slices(self) -> list[TensorSlice]:
@@ -73,105 +103,44 @@ class CheckpointReader:
 
     def read(self, piece: TensorSlice, kind: Kind) -> Tensor:
         """The elements of `piece`: [N] float32; a view of the mapped file where they lie in one."""
-        parts = list(self._pieces.parts(piece, kind))
+        with self._one_sentence():
+            parts = list(self._pieces.parts(piece, kind))
         return parts[0] if len(parts) == 1 else torch.cat(parts) if parts else torch.empty(0)
 
+    def _read_generators(self, path: Path) -> Generators:
+        with self._one_sentence():
+            states = read_json(path, Generators, mend=RESTORE, inside=self.path, limit=1 << 20)
+            check_generators(states, path)
+        return states
 
-class CheckpointState:
-    """A checkpoint in the making (StateWriter), for growth without engines in one process.
-
-    The file is mapped into memory, so that what was written may leave it again. What is not written is zero.
-
-        with CheckpointState(folder, step, plan.parameters, extra={}, identity={}) as target:
-            execute(plan, CheckpointReader(path), target, OneRank())
-            target.publish()
-    """
-
-    def __init__(
-        self,
-        folder: Path,
-        step: int,
-        parameters: Mapping[str, ParameterInfo],
-        *,
-        extra: Mapping[str, Any],
-        identity: Mapping[str, Any],
-        generators: Sequence[bytes] = (),
-    ) -> None:
-        """Reserve the file in `folder`; nothing is to be seen there before `publish`. Raises OSError.
-
-        `generators` holds the file of every rank's generators, for a run that goes on with as many ranks.
-        """
-        self.folder, self.step, self.identity = folder.absolute(), step, identity
-        self.extra, self.generators = dict(extra), generators
-        self.parameters = dict(parameters)
-        self._wholes = {name: TensorSlice(name, 0, info.numel) for name, info in parameters.items()}
-        self._layout = PieceFile(list(self._wholes.values()))
-        self._temporary = self.folder / f"{TEMPORARY}step-{step}-{secrets.token_hex(8)}"
-        durable.make_directory(self._temporary)
-        self._path = self._temporary / tensors_file(0)
+    @contextmanager
+    def _one_sentence(self) -> Iterator[None]:
+        """Turn what goes wrong in the body into CannotLoad."""
         try:
-            self._elements = self._reserve()
-        except OSError:
-            self.__exit__()
-            raise
+            yield
+        except (Unusable, UserError) as error:
+            raise CannotLoad(self.path, str(error).rstrip(".")) from None
+        except OSError as error:
+            raise CannotLoad(self.path, f"{error.filename} cannot be read ({error.strerror})") from None
 
-    def __enter__(self) -> CheckpointState:
-        return self
 
-    def __exit__(self, *_: object) -> None:
-        """Remove what was not published."""
-        shutil.rmtree(self._temporary, ignore_errors=True)
+def find_fault(path: Path, fits: Callable[[CheckpointReader], None]) -> str | None:
+    """Why the checkpoint at `path`, whose files are as they were written, cannot be loaded; None where it can.
 
-    def slices(self) -> list[TensorSlice]:
-        """Every tensor, whole."""
-        return list(self._wholes.values())
+    `fits` raises UserError where what a run has put into it is not what a run needs.
+    """
+    try:
+        reader = CheckpointReader(path)
+        reader.check()
+        fits(reader)
+    except CannotLoad as error:
+        return error.reason
+    except UserError as error:
+        return str(error).rstrip(".")
+    return None
 
-    def read(self, piece: TensorSlice, kind: Kind) -> Tensor:
-        """A view into the file."""
-        start = self._layout.position(self._wholes[piece.name], kind) + piece.start
-        return self._elements[start : start + piece.numel]
 
-    def write(self, piece: TensorSlice, kind: Kind, values: Tensor) -> None:
-        """Put the elements into the file."""
-        self.read(piece, kind).copy_(values)
-
-    def commit(self, steps: Mapping[str, int]) -> None:
-        """Keep the step counts."""
-        self.parameters = {name: replace(info, step=steps[name]) for name, info in self.parameters.items()}
-
-    def publish(self) -> Path:
-        """Make it a checkpoint that is never pruned; its path. Raises OSError."""
-        with open(self._path, "rb+") as file:
-            os.fsync(file.fileno())
-        parameters = {name: asdict(info) for name, info in self.parameters.items()}
-        content = {"step": self.step, "parameters": parameters, "extra": self.extra}
-        rows = index_rows(self._layout.pieces, self.parameters, rank=0)
-        files = {
-            tensors_file(0): FileRecord(self._layout.nbytes, file_sha256(self._path)),
-            STATE: write_file(self._temporary / STATE, [json.dumps(content).encode()]),
-            INDEX: write_file(self._temporary / INDEX, [index_bytes([rows])]),
-        }
-        for rank, states in enumerate(self.generators):
-            files[rank_file(rank)] = write_file(self._temporary / rank_file(rank), [states])
-        return publish(
-            self._temporary,
-            self.folder,
-            step=self.step,
-            keep=True,
-            world_size=1,
-            identity=dict(self.identity),
-            files=files,
-        )
-
-    def _reserve(self) -> Tensor:
-        """The file with its header, mapped into memory: its elements [3 * N] float32, all zero.
-
-        Its blocks are taken at once, so that a full disk is an error here and not a crash on a later write.
-        """
-        header = self._layout.header
-        with open(self._path, "xb") as file:
-            os.fchmod(file.fileno(), 0o600)
-            os.posix_fallocate(file.fileno(), 0, self._layout.nbytes)
-            file.write(header)
-        mapped = torch.from_file(str(self._path), shared=True, size=self._layout.nbytes // 4, dtype=torch.float32)
-        return mapped[len(header) // 4 :]
+def _parameter(info: _Parameter) -> ParameterInfo:
+    return ParameterInfo(
+        numel=info["numel"], decay=info["decay"], birth=info.get("birth", 0), step=info.get("step", 0)
+    )

@@ -70,12 +70,15 @@ def _first(error: ValidationError) -> str:
     fault = error.errors(include_url=False)[0]
     if fault["type"] == "json_invalid":
         return f"it is no JSON ({fault['ctx']['error']})"
-    place = ".".join(map(str, fault["loc"]))
+    place = ascii(".".join(map(str, fault["loc"])))[1:-1]  # a key may be long, or hold codes for a terminal
+    if len(place) > 100:
+        place = f"{place[:50]}...{place[-47:]}"
     problem = fault["msg"][0].lower() + fault["msg"][1:]
-    found = "" if fault["type"] == "missing" else f", and is {_shown(fault['input'])}"
+    found = "" if fault["type"] == "missing" else f", and is {shown(fault['input'])}"
     return f"{place or 'its content'}: {problem}{found}"
 
 
-def _shown(value: Any) -> str:
+def shown(value: Any) -> str:
+    """A value for a sentence, however long it is."""
     text = ascii(value)
     return text if len(text) <= 60 else f"{text[:57]}..."

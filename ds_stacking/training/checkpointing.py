@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -34,6 +35,7 @@ from ds_stacking.training.changes import (
     saved_settings,
     settings,
 )
+from ds_stacking.training.fitting import check_fits
 from ds_stacking.training.ledger import Ledger
 from ds_stacking.training.reporting import settle
 from ds_stacking.training.run_directory import METRICS, SAVED, refuse_lost_checkpoints
@@ -55,17 +57,20 @@ def find_checkpoint(config: RunConfig, expected: dict[str, Any], alive: Callable
     """
     exchange = make_exchange(device())
     shared = {name: expected[name] for name in ("model", "data")}
+    fits = partial(check_fits, config=config)
     found = None
     if config.resume:
         path = Path(config.run_dir) / "checkpoints" if config.resume == "auto" else Path(config.resume)
         from_first_rank(lambda: _refuse_early(path, config), exchange)
-        found = find_together(path, exchange, identity=shared, exact=config.resume != "auto", alive=alive)
+        exact = config.resume != "auto"
+        found = find_together(path, exchange, identity=shared, fits=fits, exact=exact, alive=alive)
         if found is None:
             from_first_rank(lambda: refuse_lost_checkpoints(Path(config.run_dir)), exchange)
     if found is not None:
         _check_depth(config, CheckpointReader(found.path))
     if found is None and config.branch_from:
-        found = find_together(Path(config.branch_from), exchange, identity=shared, exact=True, alive=alive)
+        path = Path(config.branch_from)
+        found = find_together(path, exchange, identity=shared, fits=fits, exact=True, alive=alive)
         assert found is not None
         found = replace(found, branch=True)
         reader = CheckpointReader(found.path)

@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import os
+import secrets
 import shutil
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
+from ds_stacking.common.errors import RunFailed
+from ds_stacking.common.folders import explain_disk, whole_folder
+from ds_stacking.common.own_files import make_inside, open_folder, open_inside
 from ds_stacking.config import ModelConfig
 from ds_stacking.data.prepared_data import PreparedData
 from ds_stacking.models.convert import save_huggingface
 from ds_stacking.reports.model_card import write_model_card
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.txt")
+EXPORT, FINAL = "export", "final"
 
 
 def export_stage(
@@ -32,38 +36,55 @@ def export_stage(
     """Where this rank `writes`: export/stage-<n>-<layers>L with weights and tokenizer, which `from_pretrained` loads.
 
     `tensors` is gathered while it is read, so every rank reads it to the end, also after the disk failed on one.
-    The folder appears whole; one that stood there, from before a crash, is replaced.
+    The folder appears whole; one that stood there, from before a crash, is replaced. Raises RunFailed where the disk
+    does not take it, and UserError for a link in the place of a folder of the run.
     """
+    name = f"stage-{stage + 1}-{layers}L"
     try:
         if writes:
-            folder = run_dir / "export" / f"stage-{stage + 1}-{layers}L"
-            with _appearing(folder) as unfinished:
+            folder = make_inside(run_dir, EXPORT) / name
+            with whole_folder(folder, inside=run_dir, replace=True) as unfinished:
                 save_huggingface(unfinished, tensors, model, layers, pad_token_id=data.special.pad)
-                for name in TOKENIZER_FILES:
-                    if (data.tokenizer_dir / name).is_file():
-                        shutil.copyfile(data.tokenizer_dir / name, unfinished / name)
+                for file in TOKENIZER_FILES:
+                    _copy(data.tokenizer_dir, file, unfinished)
+    except OSError as error:
+        raise explain_disk("The stage's model", run_dir / EXPORT / name, error) from error
     finally:
         for _ in tensors:
             pass
 
 
-@contextmanager
-def _appearing(folder: Path) -> Iterator[Path]:
-    """A new folder to fill, which has the name `folder` afterwards, or is gone where the body failed."""
-    unfinished = folder.with_name(f".{folder.name}.part")
-    shutil.rmtree(unfinished, ignore_errors=True)
-    unfinished.mkdir(parents=True)
+def finish_export(run_dir: Path, name: str, *, summary: Mapping[str, Any], config: Mapping[str, Any]) -> None:
+    """Write the model card of the last stage, whose folder is `name`, and point export/final at it.
+
+    Raises UserError for a link in the place of a folder of the run, RunFailed where the disk does not take them.
+    """
+    folder = run_dir / EXPORT / name
     try:
-        yield unfinished
-        shutil.rmtree(folder, ignore_errors=True)
-        os.rename(unfinished, folder)
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
+        with open_folder(run_dir, EXPORT, name):
+            write_model_card(folder, summary=summary, config=config)
+        with open_folder(run_dir, EXPORT) as export:
+            temporary = f".{FINAL}.{secrets.token_hex(8)}.tmp"
+            os.symlink(name, temporary, target_is_directory=True, dir_fd=export)
+            try:
+                os.replace(temporary, FINAL, src_dir_fd=export, dst_dir_fd=export)
+            except OSError:
+                os.unlink(temporary, dir_fd=export)
+                raise
+    except IsADirectoryError:
+        raise RunFailed(
+            f"{folder.parent / FINAL} is a folder, and is to be a link to {name}; move it away and run the "
+            f"same command again with --resume auto."
+        ) from None
+    except OSError as error:
+        raise explain_disk("The model card", folder, error) from error
 
 
-def finish_export(folder: Path, *, summary: Mapping[str, Any], config: Mapping[str, Any]) -> None:
-    """Write the model card of the last stage and point export/final at it."""
-    write_model_card(folder, summary=summary, config=config)
-    final = folder.parent / "final"
-    final.unlink(missing_ok=True)
-    final.symlink_to(folder.name, target_is_directory=True)
+def _copy(source: Path, name: str, target: Path) -> None:
+    """Copy a file, if it is there, never through a link."""
+    try:
+        handle = open_inside(source, name)
+    except FileNotFoundError:
+        return
+    with open(handle, "rb") as file, (target / name).open("xb") as copy:
+        shutil.copyfileobj(file, copy)

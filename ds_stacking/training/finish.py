@@ -70,7 +70,7 @@ def _write_reports(run: Pretraining, loss: HeldOutLoss, shuffled: HeldOutLoss) -
     from ds_stacking.reports.growth_figure import draw_growths
     from ds_stacking.reports.run_report import write_report
 
-    finish_export(_exported(run), summary=summary, config=run.config.to_dict())
+    finish_export(run.run_dir, _exported(run).name, summary=summary, config=run.config.to_dict())
     figures = [draw_curves(run.run_dir), draw_growths(run.run_dir, summary["growths"])]
     figures.append(write_report(run.run_dir, summary))
     write_json(run.run_dir / SUMMARY, summary)

@@ -18,7 +18,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ds_stacking.checkpoint.write import CheckpointWriter
-from ds_stacking.common.errors import OtherRankFailed, RunAgain
+from ds_stacking.common.errors import OtherRankFailed, RunAgain, RunFailed, UserError
 from ds_stacking.config import RunConfig, StageConfig
 from ds_stacking.data.batches import Batch, EvalBatches, MaskedBatches
 from ds_stacking.data.prefetch import prefetch
@@ -348,8 +348,8 @@ class Pretraining:
         self.ask()
         self.stop_if_asked(self.told or self.asked.read() > 0)
 
-    def export(self, index: int, stage: StageConfig) -> OSError | None:
-        """Write the stage's model for `from_pretrained`; what the disk said where that failed on this rank."""
+    def export(self, index: int, stage: StageConfig) -> Exception | None:
+        """Write the stage's model for `from_pretrained`; what is to be said where that failed on this rank."""
         try:
             export_stage(
                 self.run_dir,
@@ -360,7 +360,7 @@ class Pretraining:
                 data=self.data,
                 writes=self.rank == 0,
             )
-        except OSError as fault:
+        except (OSError, RunFailed, UserError) as fault:
             return fault
         return None
 

@@ -74,16 +74,28 @@ DAMAGES = {
     "missing piece": (lambda p: (p / TENSORS).unlink(), f"{TENSORS} is missing"),
     "missing state.json": (lambda p: (p / "state.json").unlink(), "state.json is missing"),
     "missing manifest": (lambda p: (p / "manifest.json").unlink(), "has no manifest.json"),
-    "empty manifest": (lambda p: os.truncate(p / "manifest.json", 0), "manifest.json is empty or no JSON"),
-    "half a manifest": (lambda p: os.truncate(p / "manifest.json", 300), "manifest.json is empty or no JSON"),
-    "manifest of bytes": (lambda p: (p / "manifest.json").write_bytes(b"\xff\x00"), "empty or no JSON"),
-    "manifest of something else": (lambda p: (p / "manifest.json").write_text("[1]"), "is not one of a"),
-    "endlessly nested manifest": (lambda p: (p / "manifest.json").write_text("[" * 200_000), "empty or no JSON"),
+    "empty manifest": (
+        lambda p: os.truncate(p / "manifest.json", 0),
+        "manifest.json is damaged or no such file: it",
+    ),
+    "half a manifest": (
+        lambda p: os.truncate(p / "manifest.json", 300),
+        "manifest.json is damaged or no such file: it",
+    ),
+    "manifest of bytes": (lambda p: (p / "manifest.json").write_bytes(b"\xff\x00"), "it is no JSON"),
+    "manifest of something else": (
+        lambda p: (p / "manifest.json").write_text("[1]"),
+        "an object, and is [1]",
+    ),
+    "endlessly nested manifest": (lambda p: (p / "manifest.json").write_text("[" * 200_000), "it is no JSON"),
     "changed manifest": (lambda p: edit_manifest(p, resign=False, sequence=9), "manifest.json was changed"),
     "other format version": (lambda p: edit_manifest(p, version=3), "it has format version 3"),
-    "manifest without files": (lambda p: edit_manifest(p, files=None), "lacks something"),
+    "manifest without files": (
+        lambda p: edit_manifest(p, files=None),
+        "files: input should be an object",
+    ),
     "manifest that names other files": (
-        lambda p: edit_manifest(p, files={"../../secret": {"size": 1, "sha256": ""}}),
+        lambda p: edit_manifest(p, files={"../../secret": {"size": 1, "sha256": "0" * 64}}),
         "'../../secret', which is no file of a checkpoint",
     ),
     "unknown architecture": (
@@ -100,7 +112,7 @@ DAMAGES = {
     "malicious pickle inside": (lambda p: (p / TENSORS).write_bytes(pickle.dumps(Bomb(p))), "bytes instead of"),
     "piece that is a link": (lambda p: replace_by_link(p / TENSORS), f"{TENSORS} is no ordinary file"),
     "piece that is a pipe": (lambda p: replace_by_pipe(p / TENSORS), f"{TENSORS} is no ordinary file"),
-    "manifest that is a pipe": (lambda p: replace_by_pipe(p / "manifest.json"), "has no manifest.json"),
+    "manifest that is a pipe": (lambda p: replace_by_pipe(p / "manifest.json"), "manifest.json is no regular file"),
     "other recipe": (
         lambda p: edit_manifest(p, identity=IDENTITY | {"recipe": "huge"}),
         "it is of another run: recipe is 'huge' there and 'tiny' here",

@@ -8,8 +8,9 @@ import os
 import pytest
 import torch
 
+from ds_stacking.checkpoint.offline import CheckpointState
 from ds_stacking.checkpoint.select import newest_valid
-from ds_stacking.checkpoint.store import CheckpointReader, CheckpointState
+from ds_stacking.checkpoint.store import CheckpointReader
 from ds_stacking.growth.blocks import find_block_names
 from ds_stacking.growth.exchange import OneRank
 from ds_stacking.growth.executor import execute

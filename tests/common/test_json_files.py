@@ -55,6 +55,7 @@ def test_fields_that_no_shape_names_are_kept(tmp_path: Path) -> None:
         (GOOD.replace("3", "9" * 5000), "is no JSON .*out of range"),
         (GOOD.replace("0.5", "NaN"), "growths.0.seconds: .*finite number, and is nan"),
         (GOOD.replace("0.5", "1e999"), "growths.0.seconds: .*finite number, and is inf"),
+        ('{"\\u001b[2J": 1, "finished": true, "step": 3, "growths": {"' + "y" * 5000 + '": 1}}', "growths: "),
         (GOOD.replace("0.5", '"' + "x" * 1000 + '"'), "growths.0.seconds: .* is 'xxx.*[.]{3};"),
     ],
 )
@@ -78,3 +79,11 @@ def test_links_are_followed_where_the_user_named_the_file_only(tmp_path: Path) -
 def test_a_file_that_is_not_there_is_the_callers_affair(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError):
         read_json(tmp_path / "none.json", Summary, mend="restore it")
+
+
+def test_a_long_key_is_shortened_and_no_code_for_a_terminal_is_shown(tmp_path: Path) -> None:
+    path = tmp_path / "sizes.json"
+    path.write_text('{"\\u001b[2J' + "y" * 5000 + '": "x"}')
+    with pytest.raises(UserError, match=r"x1b\[2Jyyy.*yyy: .*valid integer") as error:
+        read_json(path, dict[str, int], mend="restore it")
+    assert len(str(error.value)) < 400

@@ -18,6 +18,7 @@ from ds_stacking.checkpoint.select import newest_valid
 from ds_stacking.checkpoint.store import CheckpointReader
 from ds_stacking.checkpoint.write import CheckpointWriter
 from ds_stacking.common.errors import UserError
+from ds_stacking.common.folders import whole_folder
 from ds_stacking.engine.factory import device
 from ds_stacking.engine.stage_manager import StageManager
 from ds_stacking.engine.zero_state import LiveState
@@ -77,9 +78,10 @@ def test_large_models_are_written_in_shards(tmp_path) -> None:
     llama(tmp_path / "small", shard="1GB")
     _, plan = grow_folder(tmp_path / "small", tmp_path / "one", operator="middle", layers=3)
     reader = HuggingFaceReader(tmp_path / "small")
-    with HuggingFaceWriter(tmp_path / "many", plan, reader, shard_bytes=9000) as writer:
+    with whole_folder(tmp_path / "many") as unfinished:
+        writer = HuggingFaceWriter(unfinished, plan, reader, shard_bytes=9000)
         execute(plan, reader, writer, OneRank(), kinds=("master",))
-        writer.publish()
+        writer.finish()
     files = sorted((tmp_path / "many").glob("*.safetensors"))
     assert len(files) > 2
     together = {name: values for file in files for name, values in load_file(file).items()}
