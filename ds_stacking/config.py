@@ -370,4 +370,6 @@ def check_optimizer_state(policy: str) -> None:
     if policy in OPTIMIZER_STATES or re.fullmatch(r"scale:[0-9]{0,9}\.?[0-9]{1,9}", policy):
         return
     known = ", ".join(OPTIMIZER_STATES)
-    raise UserError(f"optimizer_state {shown(policy)} is unknown; choose one of {known} or scale:C, such as scale:0.5.")
+    raise UserError(
+        f"optimizer_state {shown(policy)} is unknown; choose one of {known} or scale:C, such as scale:0.5."
+    )

@@ -167,7 +167,9 @@ def _explicit(text: str, source: int, target: int) -> LayerMap:
         )
     unknown = [layer for layer in layers if layer is not None and layer >= source]
     if unknown:
-        raise UserError(f"operator {shown(text)} names block {unknown[0]}, but the model has blocks 0 to {source - 1}.")
+        raise UserError(
+            f"operator {shown(text)} names block {unknown[0]}, but the model has blocks 0 to {source - 1}."
+        )
     return layers
 
 

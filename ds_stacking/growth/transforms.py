@@ -62,7 +62,9 @@ def parse_modifiers(modifiers: Sequence[str]) -> Transform:
     """
     transform = COPY
     for modifier in modifiers:
-        match = re.fullmatch(r"\s*(?:(zero_output)|(scale|noise):([0-9]{0,9}\.?[0-9]{1,9}(?:e-?[0-9]{1,3})?))\s*", modifier)
+        match = re.fullmatch(
+            r"\s*(?:(zero_output)|(scale|noise):([0-9]{0,9}\.?[0-9]{1,9}(?:e-?[0-9]{1,3})?))\s*", modifier
+        )
         if not match:
             raise UserError(
                 f"modifier {shown(modifier.strip())} is unknown; choose zero_output, scale:C or noise:C (noise:0.01)."

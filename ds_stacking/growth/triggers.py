@@ -61,7 +61,9 @@ def parse_trigger(text: str) -> Trigger:
     if kind == "prop" and numbers[0] > STEEPEST:
         raise UserError(f"trigger {shown(text)}: the exponent must be at most {STEEPEST:g}.")
     if list(numbers) != sorted(set(numbers)):
-        raise UserError(f"trigger {shown(text)}: the amounts must rise, since each is counted from the start of the run.")
+        raise UserError(
+            f"trigger {shown(text)}: the amounts must rise, since each is counted from the start of the run."
+        )
     return Trigger(kind=kind, numbers=numbers)
 
 

@@ -152,11 +152,15 @@ def read_metrics(run_dir: str | Path) -> list[dict[str, Any]]:
             if record["kind"] in ("train", "eval"):
                 record = {name: value for name, value in record.items() if name == "kind" or not _is_large(value)}
             elif (rest := rest + max(size, 500)) > LARGEST_REST:
-                raise UserError(f"{folder / 'metrics.jsonl'} holds more about growths than any run writes; restore it.")
+                raise UserError(
+                    f"{folder / 'metrics.jsonl'} holds more about growths than any run writes; restore it."
+                )
             kept.add(record)
             last = record
     except (FileNotFoundError, NotADirectoryError):
-        raise UserError(f"{run_dir} has no metrics.jsonl; give the directory of a run that has begun to train.") from None
+        raise UserError(
+            f"{run_dir} has no metrics.jsonl; give the directory of a run that has begun to train."
+        ) from None
     except OSError as error:
         raise UserError(f"{folder / 'metrics.jsonl'} cannot be read ({error.strerror}); mend that.") from None
     if last is not None and kept.records[-1:] != [last]:
