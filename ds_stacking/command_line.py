@@ -24,7 +24,7 @@ from typing import Any, Literal, TextIO, TypeVar, get_args, get_origin, get_type
 
 from jsonargparse import ArgumentParser, Namespace, set_dumper, set_parsing_settings
 
-from ds_stacking.common.errors import OtherRankFailed, RunAgain, UserError
+from ds_stacking.common.errors import OtherRankFailed, RunAgain, RunFailed, UserError
 from ds_stacking.common.failures import exit_code, follows_a_loss, note_failure
 from ds_stacking.config import RunConfig, StageConfig
 
@@ -288,6 +288,10 @@ def run_main(main: Callable[[], None]) -> int:
         _prepare_to_end(rank, error)
         _say(f"error: rank {rank} ends: {error}", sys.stderr)
         return 1
+    except RunFailed as error:
+        _prepare_to_end(rank, error)
+        _say(f"error: {error}", sys.stderr)
+        return RunFailed.exit_code
     except Exception as error:
         _prepare_to_end(rank, error)
         _say(traceback.format_exc(), sys.stderr)

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from ds_stacking.common.errors import UserError, require
+from ds_stacking.common.words import shown
 
 OPTIMIZER_STATES = ("stack", "new_reset", "reset", "second_only")
 """Optimizer state policies without an argument; `scale:c` takes one."""
@@ -366,7 +367,9 @@ class RunConfig:
 
 def check_optimizer_state(policy: str) -> None:
     """Raise UserError unless `policy` is a known optimizer state policy."""
-    if policy in OPTIMIZER_STATES or re.fullmatch(r"scale:\d*\.?\d+", policy):
+    if policy in OPTIMIZER_STATES or re.fullmatch(r"scale:[0-9]{0,9}\.?[0-9]{1,9}", policy):
         return
     known = ", ".join(OPTIMIZER_STATES)
-    raise UserError(f"optimizer_state {policy!r} is unknown; choose one of {known} or scale:C, such as scale:0.5.")
+    raise UserError(
+        f"optimizer_state {shown(policy)} is unknown; choose one of {known} or scale:C, such as scale:0.5."
+    )

@@ -7,7 +7,6 @@ sbatch --array 0-8 launchers/slurm/compare.sbatch --recipe quickstart --arms scr
 
 from __future__ import annotations
 
-import argparse
 import shlex
 import sys
 from dataclasses import replace
@@ -15,35 +14,35 @@ from pathlib import Path
 
 from ds_stacking.command_line import parse_run, run_main
 from ds_stacking.common.errors import UserError
+from ds_stacking.common.outputs import check_output_folder
+from ds_stacking.common.words import shown
+from ds_stacking.launcher_options import Options, whole_number
 
 PRETRAIN = Path(__file__).with_name("pretrain.py")
 
 
 def main() -> None:
     """Parse, run what is not finished, report."""
-    parser = argparse.ArgumentParser(
-        description="Compare arms of a recipe. The same command goes on where it was stopped; arms and seeds may be "
-        "added. All other options are those of pretrain.py and hold for every arm.",
-        allow_abbrev=False,
-        exit_on_error=False,
+    parser = Options(
+        "Compare arms of a recipe. The same command goes on where it was stopped; arms and seeds may be added. All "
+        "other options are those of pretrain.py and hold for every arm."
     )
     parser.add_argument(
         "--arms", default="scratch,reset,stack", help="scratch, reset, stack, interleave, late, random"
     )
-    parser.add_argument("--seeds", type=int, default=3, metavar="N", help="runs of every arm")
+    parser.add_argument("--seeds", type=whole_number(1, 1000), default=3, metavar="N", help="runs of every arm")
     parser.add_argument("--budgets", default="0.7,1,1.4", help="budgets of scratch, in units of the recipe's FLOPs")
     parser.add_argument("--clock", choices=["wall", "cpu"], default="wall", help="what equal time means")
     parser.add_argument("--launch", default=sys.executable, help="starts pretrain.py; default: Python, one process")
-    parser.add_argument("--task", type=int, help="only the arm and seed of this number, for a job array")
+    parser.add_argument("--task", type=whole_number(0, 100_000), help="only this arm and seed, for a job array")
     parser.add_argument("--report_only", action="store_true", help="start nothing, write the report of what there is")
-    try:
-        known, options = parser.parse_known_args()
-    except argparse.ArgumentError as error:
-        raise UserError(f"{error}; see --help.") from None
+    known, options = parser.parse_known_args()
     config = parse_run(options, vars(known))
     if config.resume or config.overwrite:
         raise UserError("A comparison goes on by itself; leave --resume and --overwrite out, or delete its directory.")
-    config = replace(config, output_dir=config.output_dir or f"runs/compare-{config.name}")
+    if config.output_dir is None:
+        config = replace(config, output_dir=f"runs/compare-{config.name}")
+    folder = check_output_folder(str(config.output_dir), "output_dir")
 
     from ds_stacking.reports.comparison_report import write_comparison
     from ds_stacking.training.comparison import Comparison
@@ -53,15 +52,15 @@ def main() -> None:
         comparison = Comparison(
             config=config,
             options=options,
-            arms=known.arms.split(","),
+            arms=[name.strip() for name in known.arms.split(",")],
             seeds=known.seeds,
             budgets=_numbers(known.budgets),
             clock=known.clock,
-            launch=[*shlex.split(known.launch), str(PRETRAIN)],
+            launch=[*_words(known.launch), str(PRETRAIN)],
             say=lambda line: print(line, flush=True),
         )
         failed = comparison.run(known.task)
-    print(write_comparison(config.run_dir))
+    print(write_comparison(folder))
     if failed:
         print(f"error: {len(failed)} runs failed, the others are reported: {', '.join(failed)}", file=sys.stderr)
         sys.exit(1)
@@ -71,7 +70,17 @@ def _numbers(text: str) -> list[float]:
     try:
         return [float(part) for part in text.split(",")]
     except ValueError:
-        raise UserError(f"budgets {text!r} is no list of numbers; write for example 0.7,1,1.4.") from None
+        raise UserError(f"budgets {shown(text)} is no list of numbers; write for example 0.7,1,1.4.") from None
+
+
+def _words(launch: str) -> list[str]:
+    try:
+        words = shlex.split(launch)
+    except ValueError as error:
+        raise UserError(f"launch {shown(launch)} is no command ({error}); mend its quotes.") from None
+    if not words:
+        raise UserError(f"launch is {shown(launch)}; give the command that starts pretrain.py, or leave it out.")
+    return words
 
 
 if __name__ == "__main__":

@@ -11,15 +11,20 @@ stands for a fresh block. The first block that names a source is the *original*,
 
 from __future__ import annotations
 
-import difflib
+import math
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
 
 from ds_stacking.common.errors import UserError
+from ds_stacking.common.words import nearest, shown
 from ds_stacking.growth.transforms import COPY, Transform, parse_modifiers
 
 LayerMap = tuple[int | None, ...]
+DEEPEST = 100_000
+"""Blocks of a model, at most: a map of more would fill the memory before anything is refused."""
+LARGEST = 1e6
+"""Factors of a modifier, at most."""
 
 
 def stack(source: int, target: int) -> LayerMap:
@@ -81,19 +86,28 @@ class Operator:
 def parse_operator(text: str) -> Operator:
     """Read the notation above; raises UserError for an unknown operator or modifier, naming the nearest known one."""
     base, *modifiers = text.split("+")
-    match = re.fullmatch(r"([^\[\]]*)(?:\[(-?\d*):(-?\d*)\])?", base)
+    match = re.fullmatch(r"([^\[\]]*)(?:\[(-?[0-9]{0,6}):(-?[0-9]{0,6})\])?", base)
     name = match[1].strip() if match else base
-    explicit = re.fullmatch(r"(\d+|\*)(\s*,\s*(\d+|\*))*", name)
+    explicit = re.fullmatch(r"([0-9]{1,6}|\*)(\s*,\s*([0-9]{1,6}|\*))*", name)
     if not match or not (explicit or name in OPERATORS):
-        near = difflib.get_close_matches(name, OPERATORS, n=1)
-        hint = (
-            f"did you mean {near[0]}?" if near else f"choose one of {', '.join(OPERATORS)} or list the blocks: 0,1,0."
-        )
-        raise UserError(f"operator {text!r} is unknown; {hint}")
+        if not match and base.partition("[")[0].strip() in OPERATORS:
+            raise UserError(f"operator {shown(text)} has wrong bounds; write for example stack[1:-1].")
+        hint = nearest(name.partition("[")[0].strip(), OPERATORS)
+        listed = "" if hint.endswith("?") else " Or list the blocks: 0,1,0."
+        raise UserError(f"operator {shown(text)} is unknown; {hint}{listed}")
     if explicit and match[2] is not None:
-        raise UserError(f"operator {text!r} limits an explicit list of blocks; write the whole list instead.")
-    start, stop = (int(bound) if bound else None for bound in match.groups()[1:3])
-    return Operator(name=name, start=start, stop=stop, transform=parse_modifiers(modifiers))
+        raise UserError(f"operator {shown(text)} limits an explicit list of blocks; write the whole list instead.")
+    start, stop = (_bound(text, bound) for bound in match.groups()[1:3])
+    transform = parse_modifiers(modifiers)
+    if not all(math.isfinite(factor) and factor <= LARGEST for factor in (transform.scale, transform.noise)):
+        raise UserError(f"operator {shown(text)}: scale and noise must be at most {LARGEST:,.0f}; give less.")
+    return Operator(name=name, start=start, stop=stop, transform=transform)
+
+
+def _bound(text: str, bound: str | None) -> int | None:
+    if bound == "-":
+        raise UserError(f"operator {shown(text)}: '-' is no bound; write for example stack[1:-1].")
+    return int(bound) if bound else None
 
 
 def layer_map(operator: str, source: int, target: int) -> LayerMap:
@@ -103,12 +117,14 @@ def layer_map(operator: str, source: int, target: int) -> LayerMap:
     makes none.
     """
     parsed = parse_operator(operator)
+    if target > DEEPEST:
+        raise UserError(f"Growth to {target:,} layers: a model has at most {DEEPEST:,} of them; give fewer.")
     if target < source:
         raise UserError(f"Growth from {source} to {target} layers would shrink the model; order the stages by depth.")
     layers = _grown(parsed, operator, source, target)
     copies = len(layers) - layers.count(None) - len(originals(layers))
     if target > source and not copies and (parsed.transform.noise or parsed.transform.scale not in (0, 1)):
-        raise UserError(f"operator {operator!r} copies no block, so scale and noise do nothing; leave them out.")
+        raise UserError(f"operator {shown(operator)} copies no block, so scale and noise do nothing; leave them out.")
     return layers
 
 
@@ -118,7 +134,7 @@ def _grown(parsed: Operator, operator: str, source: int, target: int) -> LayerMa
     blocks = range(source)
     inner = blocks[parsed.start : parsed.stop]
     if not inner:
-        raise UserError(f"operator {operator!r} leaves all {source} blocks alone; widen its bounds.")
+        raise UserError(f"operator {shown(operator)} leaves all {source} blocks alone; widen its bounds.")
     grown = OPERATORS[parsed.name](len(inner), target - source + len(inner))
     moved = (None if layer is None else inner[layer] for layer in grown)
     return (*blocks[: inner.start], *moved, *blocks[inner.stop :])
@@ -146,10 +162,14 @@ def _repeat_run(source: int, target: int, start: Callable[[int, int], int]) -> L
 def _explicit(text: str, source: int, target: int) -> LayerMap:
     layers = tuple(None if item.strip() == "*" else int(item) for item in text.split(","))
     if len(layers) != target:
-        raise UserError(f"operator {text!r} lists {len(layers)} blocks, but the grown model has {target}; list each.")
+        raise UserError(
+            f"operator {shown(text)} lists {len(layers):,} blocks, but the grown model has {target}; list each."
+        )
     unknown = [layer for layer in layers if layer is not None and layer >= source]
     if unknown:
-        raise UserError(f"operator {text!r} names block {unknown[0]}, but the model has blocks 0 to {source - 1}.")
+        raise UserError(
+            f"operator {shown(text)} names block {unknown[0]}, but the model has blocks 0 to {source - 1}."
+        )
     return layers
 
 

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from ds_stacking.common.errors import UserError
+from ds_stacking.common.words import shown
 
 OUTPUT_PROJECTION = re.compile(
     r"(.*\.)?(out|down|o_proj|out_proj|down_proj|c_proj|wo|fc2|lin2|out_lin|output\.dense|dense_4h_to_h)\.(weight|bias)"
@@ -61,10 +62,12 @@ def parse_modifiers(modifiers: Sequence[str]) -> Transform:
     """
     transform = COPY
     for modifier in modifiers:
-        match = re.fullmatch(r"\s*(?:(zero_output)|(scale|noise):(\d*\.?\d+(?:e-?\d+)?))\s*", modifier)
+        match = re.fullmatch(
+            r"\s*(?:(zero_output)|(scale|noise):([0-9]{0,9}\.?[0-9]{1,9}(?:e-?[0-9]{1,3})?))\s*", modifier
+        )
         if not match:
             raise UserError(
-                f"modifier {modifier.strip()!r} is unknown; choose zero_output, scale:C or noise:C (noise:0.01)."
+                f"modifier {shown(modifier.strip())} is unknown; choose zero_output, scale:C or noise:C (noise:0.01)."
             )
         transform = replace(transform, **({"scale": 0.0} if match[1] else {match[2]: float(match[3])}))
     return transform

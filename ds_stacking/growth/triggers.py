@@ -13,13 +13,19 @@ trial:stack,interleave:20        after the stages' steps; operators are tried fo
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ds_stacking.common.errors import UserError
+from ds_stacking.common.words import nearest, shown
 from ds_stacking.growth.operators import parse_operator
 
 KINDS = ("steps", "tokens", "flops", "prop", "gstack", "plateau", "trial")
+MOST_STEPS = 10**12
+"""Optimizer steps of a stage, at most: what no run can make must be a slip of the pen."""
+STEEPEST = 20.0
+"""Exponent of prop, at most: beyond it all steps fall to the last stage anyway."""
 LINES = 8
 """Log lines that a slope is measured over at the least."""
 
@@ -40,20 +46,24 @@ def parse_trigger(text: str) -> Trigger:
     """Read the notation above; raises UserError for what it does not know."""
     kind, _, rest = text.partition(":")
     if kind not in KINDS:
-        raise UserError(f"trigger {text!r} is unknown; choose one of {', '.join(KINDS)}, such as prop:1.")
+        raise UserError(f"trigger {shown(text)} is unknown; {nearest(kind, KINDS)}")
     if kind in ("steps", "gstack"):
         if rest:
-            raise UserError(f"trigger {text!r}: {kind} takes no number; write {kind} alone.")
+            raise UserError(f"trigger {shown(text)}: {kind} takes no number; write {kind} alone.")
         return Trigger(kind=kind)
     if kind == "trial":
         return _trial(text, rest)
     numbers = _numbers(text, rest)
     if kind in ("prop", "plateau") and len(numbers) != 1:
-        raise UserError(f"trigger {text!r} needs one number, such as {kind}:1.")
+        raise UserError(f"trigger {shown(text)} needs one number, such as {kind}:1.")
     if any(number < 0 or (number == 0 and kind != "prop") for number in numbers):
-        raise UserError(f"trigger {text!r}: its numbers must be positive.")
+        raise UserError(f"trigger {shown(text)}: its numbers must be positive.")
+    if kind == "prop" and numbers[0] > STEEPEST:
+        raise UserError(f"trigger {shown(text)}: the exponent must be at most {STEEPEST:g}.")
     if list(numbers) != sorted(set(numbers)):
-        raise UserError(f"trigger {text!r}: the amounts must rise, since each is counted from the start of the run.")
+        raise UserError(
+            f"trigger {shown(text)}: the amounts must rise, since each is counted from the start of the run."
+        )
     return Trigger(kind=kind, numbers=numbers)
 
 
@@ -61,13 +71,12 @@ def _trial(text: str, rest: str) -> Trigger:
     names, _, steps = rest.rpartition(":")
     operators = tuple(names.split(","))
     if (
-        not steps.isdecimal()
-        or int(steps) == 0
+        not re.fullmatch(r"0*[1-9][0-9]{0,5}", steps)
         or len(set(operators)) != len(operators)
         or not 2 <= len(operators) <= 4
     ):
         raise UserError(
-            f"trigger {text!r}: write two to four operators and the steps, such as trial:stack,interleave:20."
+            f"trigger {shown(text)}: write two to four operators and the steps, such as trial:stack,interleave:20."
         )
     for operator in operators:
         parse_operator(operator)
@@ -76,18 +85,19 @@ def _trial(text: str, rest: str) -> Trigger:
 
 def _numbers(text: str, rest: str) -> tuple[float, ...]:
     try:
-        numbers = tuple(float(part) for part in rest.split(","))
+        numbers = tuple(float(part) for part in rest.split(",") if rest.isascii() and "_" not in rest)
     except ValueError:
         numbers = ()
     if not numbers or not all(map(math.isfinite, numbers)):
-        raise UserError(f"trigger {text!r} needs numbers after the colon, such as tokens:1e9,3e9.")
+        raise UserError(f"trigger {shown(text)} needs numbers after the colon, such as tokens:1e9,3e9.")
     return numbers
 
 
 def steps_by_amount(amounts: Sequence[float], per_step: Sequence[float], last: int) -> list[int]:
     """Steps of each stage so that growth i comes once `amounts[i]` is spent; the last stage keeps its `last` steps.
 
-    `per_step` is what a step of each stage spends. Raises UserError where the amounts are not one for each growth.
+    `per_step` is what a step of each stage spends. Raises UserError where the amounts are not one for each growth,
+    or a stage would have more steps than any run makes.
     """
     if len(amounts) != len(per_step) - 1:
         raise UserError(
@@ -96,7 +106,10 @@ def steps_by_amount(amounts: Sequence[float], per_step: Sequence[float], last: i
         )
     steps, spent = [], 0.0
     for amount, each in zip(amounts, per_step, strict=False):
-        steps.append(max(1, math.ceil((amount - spent) / each - 1e-9)))
+        wanted = (amount - spent) / each
+        if wanted > MOST_STEPS:
+            raise UserError(f"The trigger's amount {amount:g} means {wanted:.3g} steps of a stage; give less.")
+        steps.append(max(1, math.ceil(wanted - 1e-9)))
         spent += steps[-1] * each
     return [*steps, last]
 

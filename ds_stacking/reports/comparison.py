@@ -7,25 +7,85 @@ cost, and outside them nothing is claimed. Differences are taken seed by seed, s
 
 from __future__ import annotations
 
-import json
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal, NotRequired, cast
 
 import numpy as np
+from pydantic import Field
 from scipy import stats
+from typing_extensions import TypedDict
 
 from ds_stacking.common.errors import UserError
+from ds_stacking.common.json_files import KEEP_OTHERS, read_json
+from ds_stacking.common.own_files import read_inside
+from ds_stacking.common.words import plain, shown
+from ds_stacking.reports.run_files import Amount, Number, Text, Whole
 
 LEVEL = 0.95
 """Level of the intervals."""
 SECONDS = {"wall": "training_seconds", "cpu": "cpu_seconds"}
 """The field of a summary that holds the seconds of a comparison's clock."""
+PATH = re.compile(
+    r"[A-Za-z][A-Za-z0-9_]{0,39}/(flops|time|x[0-9]{1,9}(\.[0-9]{1,9})?(e[+-][0-9]{2})?)/seed-[0-9]{1,10}"
+)
+"""What a run is called: arm, label and seed. Scratch's labels are its budgets, those of the others what they match."""
+Spent = Annotated[float, Field(allow_inf_nan=False, ge=1e-12, le=1e39)]
+"""What a run that ended has spent; it is divided by."""
 Frontier = Sequence[tuple[float, float]]
 """Cost and loss of scratch's ends, by rising cost."""
+
+
+class Depth(TypedDict):
+    """A stage of the recipe."""
+
+    __pydantic_config__ = KEEP_OTHERS  # type: ignore[misc]
+    layers: Whole
+    steps: Whole
+
+
+class Width(TypedDict):
+    """The recipe's model."""
+
+    __pydantic_config__ = KEEP_OTHERS  # type: ignore[misc]
+    hidden_size: Whole
+
+
+class Recipe(TypedDict):
+    """The recipe that all arms share."""
+
+    __pydantic_config__ = KEEP_OTHERS  # type: ignore[misc]
+    stages: Annotated[list[Depth], Field(max_length=1000)]
+    model: Width
+    data: Text
+
+
+class Plan(TypedDict):
+    """comparison.json."""
+
+    __pydantic_config__ = KEEP_OTHERS  # type: ignore[misc]
+    recipe: Recipe
+    clock: Literal["wall", "cpu"]
+    arms: dict[Annotated[str, Field(pattern="^[A-Za-z][A-Za-z0-9_]{0,39}$")], Text]
+    runs: Annotated[dict[str, Any], Field(max_length=100_000)]
+
+
+class EndOfRun(TypedDict):
+    """summary.json of one of the runs."""
+
+    __pydantic_config__ = KEEP_OTHERS  # type: ignore[misc]
+    finished: bool
+    eval_loss_masked: NotRequired[Number | None]
+    steps: Whole
+    tokens: Amount
+    flops: Spent
+    training_seconds: Spent
+    cpu_seconds: Spent
+    data_fingerprint: Text
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,6 +140,8 @@ class Results:
     """Runs that failed, with the reason."""
     missing: list[str] = field(default_factory=list)
     """Planned runs that have not finished."""
+    without_curve: dict[str, str] = field(default_factory=dict)
+    """Runs whose metrics cannot be read, with the reason."""
 
     def of(self, arm: str, label: str) -> dict[int, End]:
         """Ends of an arm's runs by seed; what matches the time may be the run that matches the FLOPs."""
@@ -128,31 +190,51 @@ def label_of(cost: str) -> str:
 
 
 def read_comparison(folder: str | Path) -> Results:
-    """Read a comparison's directory. Raises UserError where it is none."""
+    """Read a comparison's directory. Raises UserError where it is none; a run whose files are damaged has failed."""
     folder = Path(folder)
     try:
-        plan = json.loads((folder / "comparison.json").read_text())
-    except (OSError, ValueError):
+        path = folder / "comparison.json"
+        plan = read_json(path, Plan, mend="restore it, or compare in another --output_dir", inside=folder)
+    except OSError:
         raise UserError(f"{folder} holds no comparison; give the output_dir of compare.py.") from None
-    results = Results(folder=folder, plan=plan)
-    for path in plan["runs"]:
-        summary = _summary(folder / path)
-        failure = (folder / path).with_suffix(".failed")
-        if summary is not None:
-            results.ends.append(_end(path, summary, SECONDS[plan["clock"]]))
-        elif failure.exists():
-            results.failed[path] = failure.read_text().strip()
-        else:
-            results.missing.append(path)
+    for name in plan["runs"]:
+        if not PATH.fullmatch(name) or name.startswith("scratch/") != ("/x" in name):
+            raise UserError(f"{path}: runs names {shown(name)}, which is none of compare.py's; restore the file.")
+    results = Results(folder=folder, plan=cast(dict[str, Any], plan))
+    for name in plan["runs"]:
+        _read_run(results, name)
     return results
 
 
-def _summary(run_dir: Path) -> Mapping[str, Any] | None:
+def _read_run(results: Results, name: str) -> None:
+    """Note where a run has ended, why it failed, or that it is missing."""
     try:
-        summary = json.loads((run_dir / "summary.json").read_text())
-    except (OSError, ValueError):
+        summary = read_json(
+            results.folder / name / "summary.json", EndOfRun, mend="restore it", inside=results.folder, limit=1 << 26
+        )
+    except OSError:
+        failure = _failure(results.folder, f"{name}.failed")
+        if failure is None:
+            results.missing.append(name)
+        else:
+            results.failed[name] = failure
+    except UserError as error:
+        results.failed[name] = plain(str(error)).rstrip(".")
+    else:
+        if summary["finished"] and summary.get("eval_loss_masked") is not None:
+            results.ends.append(_end(name, summary, SECONDS[results.plan["clock"]]))
+        else:
+            results.missing.append(name)
+
+
+def _failure(folder: Path, name: str) -> str | None:
+    """What the runner noted of a run that failed."""
+    try:
+        return plain(read_inside(folder, name, limit=1 << 16).decode(errors="replace"))
+    except OSError:
         return None
-    return summary if summary.get("finished") and summary.get("eval_loss_masked") is not None else None
+    except UserError as error:
+        return plain(str(error)).rstrip(".")
 
 
 def _end(path: str, summary: Mapping[str, Any], seconds: str) -> End:

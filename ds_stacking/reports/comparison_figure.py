@@ -26,7 +26,7 @@ def draw_comparison(results: Results, path: Path) -> Path:
     panels[0].set_ylabel("held-out loss on [MASK] positions (nats)")
     handles, labels = panels[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), frameon=False)
-    with whole_file(path) as file:
+    with whole_file(path, inside=results.folder) as file:
         figure.savefig(file, format="png")
     return path
 

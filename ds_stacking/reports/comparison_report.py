@@ -9,12 +9,17 @@ from typing import Any
 
 import numpy as np
 
+from ds_stacking.common.errors import UserError
 from ds_stacking.common.files import write_json, write_text
+from ds_stacking.common.outputs import writing
+from ds_stacking.common.own_files import make_inside
+from ds_stacking.common.words import plain
 from ds_stacking.reports.comparison import SECONDS, Effect, End, Results, label_of, read_comparison
 from ds_stacking.reports.comparison_figure import CLOCKS, draw_comparison
-from ds_stacking.reports.curves import axis_unit, read_metrics
+from ds_stacking.reports.curves import axis_unit
 from ds_stacking.reports.page import charts, heading, legend, page, paragraph, table
-from ds_stacking.reports.svg import Chart, Line
+from ds_stacking.reports.run_files import read_metrics
+from ds_stacking.reports.svg import Chart, Line, Point
 from ds_stacking.reports.table import count, duration, flops
 
 COSTS = ("flops", "tokens", "seconds")
@@ -22,6 +27,8 @@ HEADERS = (
     *("arm", "seeds", "loss", "FLOPs", "time"),
     *("gain at equal FLOPs", "FLOPs saved", "loss, equal time", "gain at equal time", "time saved"),
 )
+Curves = dict[tuple[str, str], list[Point]]
+"""(Run, cost) -> cost and loss of its evaluations, by rising cost."""
 GRID = 60
 """Points of a mean curve."""
 
@@ -30,18 +37,37 @@ def write_comparison(folder: str | Path) -> str:
     """Write report.html, report.json, table.md and comparison.png into `folder`/report; returns the table as text.
 
     Whatever has finished is reported, and what failed or is missing is named. Raises UserError where there is no
-    comparison in `folder`.
+    comparison in `folder`, RunFailed where the report cannot be written.
     """
     results = read_comparison(folder)
-    target = results.folder / "report"
-    target.mkdir(exist_ok=True)
-    text = markdown(results)
-    write_text(target / "table.md", text + "\n")
-    write_json(target / "report.json", content(results))
-    if results.ends:
-        draw_comparison(results, target / "comparison.png")
-    write_text(target / "report.html", html(results))
+    folder, target = results.folder, results.folder / "report"
+    curves = read_curves(results)
+    text, page = markdown(results), html(results, curves)
+    with writing(target):
+        make_inside(folder, "report")
+        write_text(target / "table.md", text + "\n", inside=folder)
+        write_json(target / "report.json", content(results), inside=folder)
+        if results.ends:
+            draw_comparison(results, target / "comparison.png")
+        write_text(target / "report.html", page, inside=folder)
     return f"{text}\n\nreport  {target / 'report.html'}"
+
+
+def read_curves(results: Results) -> Curves:
+    """For every finished run, its evaluations by each cost; a run whose metrics are damaged has failed."""
+    curves: Curves = {}
+    fields = {"flops": "flops", "tokens": "tokens", "seconds": SECONDS[results.plan["clock"]]}
+    for end in results.ends:
+        name = _name(end)
+        try:
+            records = [record for record in read_metrics(results.folder / name) if record["kind"] == "eval"]
+        except UserError as error:
+            results.without_curve[name] = plain(str(error)).rstrip(".")
+            continue
+        for cost, field in fields.items():
+            known = [r for r in records if field in r and "eval_loss_masked" in r]
+            curves[name, cost] = sorted((r[field], r["eval_loss_masked"]) for r in known)
+    return curves
 
 
 def content(results: Results) -> dict[str, Any]:
@@ -98,7 +124,7 @@ def markdown(results: Results) -> str:
     return "\n".join([text, *(f"\n{line}" for line in _notes(results))])
 
 
-def html(results: Results) -> str:
+def html(results: Results, curves: Curves) -> str:
     """The report as one page."""
     recipe = results.plan["recipe"]
     stages = ", ".join(f"{stage['layers']}:{stage['steps']}" for stage in recipe["stages"])
@@ -127,7 +153,7 @@ def html(results: Results) -> str:
             ),
             heading("Loss against cost"),
             legend((colour, f"{arm}: {results.plan['arms'][arm]}") for colour, arm in colours),
-            charts(_charts(results)),
+            charts(_charts(results, curves)),
             paragraph(
                 "Thin lines: mean over seeds while training, with the learning rate still high; bands from the lowest "
                 "to the highest seed. Dots: the ends, where it has fallen to 0; only these compare. Dashed: scratch "
@@ -178,6 +204,7 @@ def _ends(ends: Iterable[End]) -> tuple[str, ...]:
 
 def _notes(results: Results) -> list[str]:
     failed = [f"{path} failed: {reason}." for path, reason in results.failed.items()]
+    failed += [f"{path} has no curve: {reason}." for path, reason in results.without_curve.items()]
     missing = [f"Not finished: {', '.join(results.missing)}."] if results.missing else []
     by_data: dict[str, set[int]] = {}
     for end in results.ends:
@@ -190,40 +217,41 @@ def _notes(results: Results) -> list[str]:
 
 
 def _run_row(end: End) -> tuple[str, ...]:
-    path = f"{end.arm}/{end.label}/seed-{end.seed}"
-    return (path, f"{end.loss:.4f}", str(end.steps), count(end.tokens), flops(end.flops), duration(end.seconds))
+    return (_name(end), f"{end.loss:.4f}", str(end.steps), count(end.tokens), flops(end.flops), duration(end.seconds))
 
 
-def _charts(results: Results) -> list[tuple[str, str]]:
+def _name(end: End) -> str:
+    """The run's name, which is that of its directory."""
+    return f"{end.arm}/{end.label}/seed-{end.seed}"
+
+
+def _charts(results: Results, curves: Curves) -> list[tuple[str, str]]:
     names = {"flops": "FLOPs", "tokens": "tokens", "seconds": "seconds"}
-    return [(f"Loss against {names[cost]}", _chart(results, cost)) for cost in COSTS]
+    return [(f"Loss against {names[cost]}", _chart(results, curves, cost)) for cost in COSTS]
 
 
-def _chart(results: Results, cost: str) -> str:
+def _chart(results: Results, curves: Curves, cost: str) -> str:
     end = max((getattr(end, cost) for end in results.ends), default=1.0)
     scale, unit = axis_unit(cost, end)
     unit = unit.replace("wall clock", CLOCKS[results.plan["clock"]])
     lines: list[Line] = []
     for colour, arm in enumerate(results.plan["arms"]):
-        labels = [label for label in _labels(results, arm, cost) if results.of(arm, label)]
-        lines += [_curve(results, arm, label, cost, colour) for label in labels]
+        for label in _labels(results, arm, cost):
+            found = [curves.get((_name(end), cost), []) for end in results.of(arm, label).values()]
+            lines += _curve([points for points in found if points], colour)
         lines += _ends_of(results, arm, cost, colour)
     return Chart(lines=lines, title=f"loss against {cost}", x_label=unit, x_scale=scale).svg()
 
 
-def _curve(results: Results, arm: str, label: str, cost: str, colour: int) -> Line:
-    """The mean curve of one arm and budget, with a band over seeds."""
-    field = SECONDS[results.plan["clock"]] if cost == "seconds" else cost
-    curves = []
-    for end in results.of(arm, label).values():
-        records = read_metrics(results.folder / arm / end.label / f"seed-{end.seed}")
-        points = [(r[field], r["eval_loss_masked"]) for r in records if r["kind"] == "eval"]
-        curves.append(sorted(points))
-    grid = np.linspace(max(c[0][0] for c in curves), min(c[-1][0] for c in curves), GRID)
+def _curve(curves: list[list[Point]], colour: int) -> list[Line]:
+    """The mean curve of one arm and budget, with a band over seeds; none where the seeds have no part in common."""
+    if not curves or not (first := max(c[0][0] for c in curves)) < (last := min(c[-1][0] for c in curves)):
+        return []
+    grid = np.linspace(first, last, GRID)
     losses = np.array([np.interp(grid, [x for x, _ in curve], [y for _, y in curve]) for curve in curves])
     points = list(zip(grid.tolist(), losses.mean(0).tolist(), strict=True))
     band = list(zip(grid.tolist(), losses.min(0).tolist(), losses.max(0).tolist(), strict=True))
-    return Line(points=points, band=band if len(curves) > 1 else (), colour=colour, style="thin")
+    return [Line(points=points, band=band if len(curves) > 1 else (), colour=colour, style="thin")]
 
 
 def _labels(results: Results, arm: str, cost: str) -> list[str]:

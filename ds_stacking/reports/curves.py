@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +12,9 @@ from matplotlib.figure import Figure
 
 from ds_stacking.common.errors import UserError
 from ds_stacking.common.files import whole_file
+from ds_stacking.common.outputs import writing
+from ds_stacking.common.own_files import make_inside
+from ds_stacking.reports.run_files import read_metrics
 
 Records = Sequence[Mapping[str, Any]]
 
@@ -52,38 +54,17 @@ UNITS = {
 """For each quantity that a loss is drawn against: the units of its axis, the largest first."""
 
 
-def read_metrics(run_dir: str | Path) -> list[dict[str, Any]]:
-    """Event records of a run in order of steps.
-
-    A run that was resumed wrote some steps twice; those after the resume count. Raises UserError where the file is
-    missing or holds a line that is not JSON (an unfinished last line, as a killed run leaves it, is passed over).
-    """
-    path = Path(run_dir) / "metrics.jsonl"
-    if not path.is_file():
-        raise UserError(f"{run_dir} has no metrics.jsonl; give the directory of a run that has begun to train.")
-    records: list[dict[str, Any]] = []
-    for number, line in enumerate(path.read_text().splitlines(keepends=True), start=1):
-        try:
-            record = json.loads(line)
-        except json.JSONDecodeError as error:
-            if not line.endswith("\n"):
-                break
-            raise UserError(f"{path} line {number} is not JSON; delete that line to draw the rest.") from error
-        if records and record["step"] < records[-1]["step"]:
-            records = [earlier for earlier in records if earlier["step"] < record["step"]]
-        records.append(record)
-    return records
-
-
 def draw_curves(run_dir: str | Path) -> Path:
     """Draw `run_dir`/report/curves.png: loss against tokens, FLOPs and seconds, with every growth marked."""
     records = read_metrics(run_dir)
     if not any(record["kind"] == "eval" for record in records):
         raise UserError(f"{run_dir} holds no evaluation yet; draw its curves after the first one.")
-    path = Path(run_dir) / "report" / "curves.png"
-    path.parent.mkdir(exist_ok=True)
-    with whole_file(path) as file:
-        build_figure(records).savefig(file, format="png")
+    run_dir, figure = Path(run_dir), build_figure(records)
+    path = run_dir / "report" / "curves.png"
+    with writing(path):
+        make_inside(run_dir, "report")
+        with whole_file(path, inside=run_dir) as file:
+            figure.savefig(file, format="png")
     return path
 
 
@@ -98,19 +79,24 @@ def build_figure(records: Records) -> Figure:
     return figure
 
 
+def growth_name(growth: Mapping[str, Any]) -> str:
+    """`3 → 6`, from a growth's record."""
+    return f"{growth.get('from_layers', '?')} → {growth.get('to_layers', '?')}"
+
+
 def axis_unit(quantity: str, end: float) -> tuple[float, str]:
     """Size and name of the unit for an axis of one of UNITS that reaches `end`."""
     return next(((scale, unit) for scale, unit in UNITS[quantity] if end >= 2 * scale), UNITS[quantity][-1])
 
 
 def _draw_panel(axes: Axes, records: Records, quantity: str) -> None:
-    end = max(record[quantity] for record in records)
+    end = max((record.get(quantity, 0.0) for record in records), default=0.0) or 1.0
     scale, unit = axis_unit(quantity, end)
     for curve in CURVES:
         points = [
             (record[quantity] / scale, record[curve.fields[record["kind"]]])
             for record in records
-            if record.get(curve.fields.get(record["kind"], "")) is not None
+            if record.get(curve.fields.get(record["kind"], "")) is not None and record.get(quantity) is not None
         ]
         if points:
             every = 1 + len(points) // 40  # markers that touch would hide the line
@@ -124,6 +110,7 @@ def _draw_panel(axes: Axes, records: Records, quantity: str) -> None:
 
 def _mark_stages(axes: Axes, growths: Records, quantity: str, scale: float, end: float) -> None:
     """Shade every second stage and name each growth on a vertical line."""
+    growths = [growth for growth in growths if growth.get(quantity) is not None]
     places = [growth[quantity] / scale for growth in growths]
     edges = [0, *places, end]
     for left, right in list(zip(edges, edges[1:], strict=False))[1::2]:
@@ -131,7 +118,7 @@ def _mark_stages(axes: Axes, growths: Records, quantity: str, scale: float, end:
     for growth, place in zip(growths, places, strict=True):
         axes.axvline(place, color="#333333", lw=0.9, ls=":", zorder=1)
         axes.annotate(
-            f"{growth['from_layers']} → {growth['to_layers']} layers",
+            f"{growth_name(growth)} layers",
             xy=(place, 1),
             xycoords=("data", "axes fraction"),
             xytext=(3, -2),

@@ -11,6 +11,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, StrMethodFormatter
 
 from ds_stacking.common.files import whole_file
+from ds_stacking.common.outputs import writing
+from ds_stacking.common.own_files import make_inside
 
 COSINES = {
     "copy_cosine_master": ("weights", "#0072B2", "-"),
@@ -25,10 +27,12 @@ def draw_growths(run_dir: str | Path, growths: Sequence[Mapping[str, Any]]) -> P
     growths = [growth for growth in growths if growth["observations"]]
     if not growths:
         return None
-    path = Path(run_dir) / "report" / "growths.png"
-    path.parent.mkdir(exist_ok=True)
-    with whole_file(path) as file:
-        build_figure(growths).savefig(file, format="png")
+    run_dir, figure = Path(run_dir), build_figure(growths)
+    path = run_dir / "report" / "growths.png"
+    with writing(path):
+        make_inside(run_dir, "report")
+        with whole_file(path, inside=run_dir) as file:
+            figure.savefig(file, format="png")
     return path
 
 

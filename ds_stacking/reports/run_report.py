@@ -5,16 +5,21 @@ It can be written while the run goes on; what has not been measured yet is left 
 
 from __future__ import annotations
 
-import json
+import os
 from collections.abc import Mapping, Sequence
 from html import escape
 from pathlib import Path
 from statistics import median
 from typing import Any
 
+from ds_stacking.common.errors import UserError
 from ds_stacking.common.files import write_text
-from ds_stacking.reports.curves import CURVES, UNITS, Records, axis_unit, read_metrics
+from ds_stacking.common.outputs import writing
+from ds_stacking.common.own_files import make_inside
+from ds_stacking.common.words import shown
+from ds_stacking.reports.curves import CURVES, UNITS, Records, axis_unit, growth_name
 from ds_stacking.reports.page import cards, charts, heading, legend, page, paragraph, table
+from ds_stacking.reports.run_files import read_metrics, read_run_name, read_summary
 from ds_stacking.reports.svg import Chart, Line, Point, thin_out
 from ds_stacking.reports.table import HEADERS, count, duration, flops, loss, stage_cells
 
@@ -50,24 +55,29 @@ BLOCKS = (
 
 
 def write_report(run_dir: str | Path, summary: Mapping[str, Any] | None = None) -> Path:
-    """Write `run_dir`/report/report.html. Raises UserError where no run has begun there.
+    """Write `run_dir`/report/report.html.
 
-    `summary` is that of the run where it is not yet in its file.
+    `summary` is that of the run where it is not yet in its file. Raises UserError where no run has begun there or a
+    file is damaged, RunFailed where the page cannot be written.
     """
+    if not str(run_dir).strip():
+        raise UserError("The name of a run directory is empty; give the directory of a run.")
     run_dir = Path(run_dir)
-    records = read_metrics(run_dir)
-    if summary is None and (run_dir / "summary.json").exists():
-        summary = json.loads((run_dir / "summary.json").read_text())
-    config = json.loads((run_dir / "config.json").read_text()) if (run_dir / "config.json").exists() else {}
+    if not os.path.isdir(run_dir):
+        raise UserError(f"{shown(str(run_dir))} is no folder; give the directory of a run.")
+    records, name = read_metrics(run_dir), read_run_name(run_dir)
+    if summary is None:
+        summary = read_summary(run_dir)
+    content = html(records, name, summary or {})
     path = run_dir / "report" / "report.html"
-    path.parent.mkdir(exist_ok=True)
-    write_text(path, html(records, config, summary or {}))
+    with writing(path):
+        make_inside(run_dir, "report")
+        write_text(path, content, inside=run_dir)
     return path
 
 
-def html(records: Records, config: Mapping[str, Any], summary: Mapping[str, Any]) -> str:
+def html(records: Records, name: str, summary: Mapping[str, Any]) -> str:
     """The page of a run: figures, losses, speed by stage, growths, blocks."""
-    name = str(config.get("name", "run"))
     trained = [record for record in records if record["kind"] == "train"]
     growths = [record for record in records if record["kind"] == "growth"]
     observed = [record for record in records if record["kind"] == "after_growth"]
@@ -86,7 +96,7 @@ def html(records: Records, config: Mapping[str, Any], summary: Mapping[str, Any]
         rows = zip(stage_cells(summary["stages"]), _speeds(trained, summary["stages"]), strict=True)
         parts += [heading("Stages"), table(headers, ((*cells, speed) for cells, speed in rows))]
     if growths:
-        later = {growth["stage"]: growth.get("eval_loss_later") for growth in summary.get("growths", ())}
+        later = {growth.get("stage"): growth.get("eval_loss_later") for growth in summary.get("growths", ())}
         parts += [heading("Growths"), table(GROWTHS, (_growth_row(growth, later) for growth in growths))]
     if observed:
         parts += [heading("Blocks after a growth"), *_blocks(observed)]
@@ -96,8 +106,9 @@ def html(records: Records, config: Mapping[str, Any], summary: Mapping[str, Any]
 
 def _state(records: Records, summary: Mapping[str, Any]) -> str:
     if summary.get("finished"):
-        ranks, zero = summary["world_size"], summary["zero_stage"]
-        return f"Finished: {summary['steps']:,} steps on {ranks} rank{'s' * (ranks != 1)}, ZeRO stage {zero}."
+        steps, ranks, zero = (summary.get(name, "?") for name in ("steps", "world_size", "zero_stage"))
+        steps = f"{steps:,}" if isinstance(steps, int) else steps
+        return f"Finished: {steps} steps on {ranks} rank{'s' * (ranks != 1)}, ZeRO stage {zero}."
     return f"Not finished: step {records[-1]['step']:,}." if records else "Nothing has been logged yet."
 
 
@@ -123,7 +134,7 @@ def _losses(records: Records, growths: Records, quantity: str) -> str:
         points = [
             (record[quantity], record[curve.fields[record["kind"]]])
             for record in records
-            if record.get(curve.fields.get(record["kind"], "")) is not None
+            if record.get(curve.fields.get(record["kind"], "")) is not None and record.get(quantity) is not None
         ]
         lines.append(
             Line(
@@ -141,7 +152,8 @@ def _chart(lines: Sequence[Line], growths: Records, quantity: str, title: str, *
     """A chart over one of UNITS with every growth marked."""
     end = max((x for line in lines for x, _ in line.points), default=1.0)
     scale, unit = axis_unit(quantity, end)
-    marks = [(growth[quantity], f"{growth['from_layers']} → {growth['to_layers']} layers") for growth in growths]
+    places = [growth for growth in growths if growth.get(quantity) is not None]
+    marks = [(growth[quantity], f"{growth_name(growth)} layers") for growth in places]
     return Chart(lines=lines, title=title, x_label=unit, x_scale=scale, marks=marks, from_zero=from_zero).svg()
 
 
@@ -162,47 +174,55 @@ def _rates(trained: Records, growths: Records) -> list[tuple[str, str]]:
 
 
 def _points(records: Records, field: str) -> list[Point]:
-    return thin_out([(record["tokens"], record[field]) for record in records if record.get(field) is not None])
+    known = [record for record in records if record.get(field) is not None and record.get("tokens") is not None]
+    return thin_out([(record["tokens"], record[field]) for record in known])
 
 
 def _speeds(trained: Records, stages: Sequence[Mapping[str, Any]]) -> list[str]:
     """Median tokens per second of each stage."""
-    rates = [[r["tokens_per_second"] for r in trained if r["stage"] == stage] for stage in range(len(stages))]
-    return [count(median(rate)) if rate else "-" for rate in rates]
+    rates: dict[int | None, list[float]] = {}
+    for record in trained:
+        if record.get("tokens_per_second") is not None:
+            rates.setdefault(record.get("stage"), []).append(record["tokens_per_second"])
+    return [count(median(rates[stage])) if stage in rates else "-" for stage in range(len(stages))]
 
 
-def _growth_row(growth: Mapping[str, Any], later: Mapping[int, float | None]) -> tuple[str, ...]:
+def _growth_row(growth: Mapping[str, Any], later: Mapping[int | None, float | None]) -> tuple[str, ...]:
     return (
-        f"{growth['from_layers']} → {growth['to_layers']}",
+        growth_name(growth),
         str(growth.get("operator", "-")),
         str(growth.get("optimizer_state", "-")),
         f"{growth['seconds_growth']:.2f}" if growth.get("seconds_growth") is not None else "-",
         loss(growth.get("eval_loss_before")),
         loss(growth.get("eval_loss_after")),
-        loss(later.get(growth["stage"])),
+        loss(later.get(growth.get("stage"))),
         str(growth.get("tensors_verified", "-")),
     )
 
 
 def _blocks(observed: Records) -> list[str]:
     """For each growth, what its blocks look like at the first and at the last look; copies over time."""
-    parts = []
-    for stage in dict.fromkeys(record["stage"] for record in observed):
-        own = [record for record in observed if record["stage"] == stage]
+    parts: list[str] = []
+    by_stage: dict[int | None, list[Mapping[str, Any]]] = {}
+    for record in observed:
+        by_stage.setdefault(record.get("stage"), []).append(record)
+    for stage, own in by_stage.items():
         looks = [own[0], own[-1]]
+        steps = [look.get("steps_since", "?") for look in looks]
         figures = []
         for title, field in BLOCKS:
             lines = [
                 Line(
-                    points=sorted((float(block), value) for block, value in look.get(field, {}).items()),
+                    points=sorted((float(b), value) for b, value in look.get(field, {}).items() if value is not None),
                     colour=colour,
                     dots=True,
-                    label=f"{look['steps_since']} steps after, block",
+                    label=f"{since} steps after, block",
                 )
-                for look, colour in zip(looks, (0, 1), strict=True)
+                for look, since, colour in zip(looks, steps, (0, 1), strict=True)
             ]
             figures.append((title, Chart(lines=lines, title=title, x_label="block", from_zero=True).svg()))
-        names = [f"{look['steps_since']} step{'s' * (look['steps_since'] != 1)} after" for look in looks]
-        parts += [paragraph(f"Stage {stage + 1}, {own[0]['layers']} layers."), legend(zip((0, 1), names, strict=True))]
+        names = [f"{since} step{'s' * (since != 1)} after" for since in steps]
+        title = "A stage" if stage is None else f"Stage {stage + 1}"
+        parts += [paragraph(f"{title}, {own[0].get('layers', '?')} layers."), legend(zip((0, 1), names, strict=True))]
         parts.append(charts(figures))
     return parts

@@ -11,6 +11,8 @@ from dataclasses import dataclass, field
 from html import escape
 
 WIDTH, HEIGHT = 420, 270
+SMALLEST = 1e-12
+"""Relative to the values, or absolute: what is shorter is no range that an axis could show."""
 LEFT, RIGHT, TOP, BOTTOM = 54, 12, 12, 40
 Point = tuple[float, float]
 
@@ -57,7 +59,8 @@ class Chart:
         points = [point for line in self.lines for point in line.points if math.isfinite(point[1])]
         if not points:
             return ""
-        self._x = (0.0, max(x for x, _ in points) or 1.0)
+        widest = max(x for x, _ in points)
+        self._x = (0.0, widest if widest > SMALLEST else 1.0)
         self._y = self._range(points)
         inner = self._axes() + "".join(map(self._mark, self.marks)) + "".join(map(self._line, self.lines))
         return (
@@ -69,8 +72,10 @@ class Chart:
         """The vertical range: the first tenth of a curve, where a loss falls steeply, may lie above it."""
         later = [y for x, y in points if x >= 0.1 * self._x[1]] or [y for _, y in points]
         low, high = (0.0 if self.from_zero else min(y for _, y in points)), max(later)
-        margin = 0.06 * (high - low) or 0.05 * abs(high) or 1.0
-        return (low if self.from_zero else low - margin, high + margin)
+        margin = 0.06 * (high - low)
+        if margin <= SMALLEST * max(1.0, abs(high)):  # a flat line, or one that lies below 0 where 0 is the floor
+            margin = 0.05 * abs(high) or 1.0
+        return (min(low, high) if self.from_zero else low - margin, max(low, high) + margin)
 
     def _place(self, x: float, y: float) -> str:
         """Data to pixels; what lies above the chart is held at its edge."""
@@ -118,7 +123,7 @@ class Chart:
 def ticks(low: float, high: float, count: int = 5) -> list[float]:
     """Round numbers from `low` to `high`, about `count` of them."""
     step = 10.0 ** math.floor(math.log10((high - low) / count))
-    step *= next(factor for factor in (1, 2, 5, 10) if (high - low) / (step * factor) <= count)
+    step *= next((factor for factor in (1, 2, 5) if (high - low) / (step * factor) <= count), 10)
     first = math.ceil(low / step - 1e-9)
     return [round(i * step, 12) for i in range(first, math.floor(high / step + 1e-9) + 1)]
 

@@ -9,10 +9,13 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from ds_stacking.common.errors import UserError
+from ds_stacking.common.words import plain
 
 if TYPE_CHECKING:
     from wandb_workspaces.workspaces import Section, Workspace
 
+SECONDS = 15
+"""Longest wait for an answer of wandb's server."""
 AXES = {"tokens": "tokens", "flops": "model FLOPs", "seconds": "seconds", "training_seconds": "seconds of training"}
 
 
@@ -36,15 +39,19 @@ def workspace_json(workspace: Workspace) -> str:
 
 def save_workspace(entity: str | None, project: str) -> str:
     """Send the workspace to wandb; returns its address. Raises UserError where wandb does not take it."""
-    import wandb
-
-    if wandb.setup().settings.mode in ("offline", "disabled"):
-        raise UserError("wandb is offline here; give --out FILE to write the workspace to a file.")
     try:
-        workspace = build_workspace(entity or str(wandb.Api().default_entity), project)
+        import wandb
+
+        if wandb.setup().settings.mode in ("offline", "disabled"):
+            raise UserError("wandb is offline here; give --out FILE to write the workspace to a file.")
+        if not wandb.login(prompt=False, timeout=SECONDS):
+            raise UserError("wandb knows no key; log in (wandb login), or give --out FILE.")
+        workspace = build_workspace(entity or str(wandb.Api(timeout=SECONDS).default_entity), project)
         workspace.save()
-    except Exception as error:  # no key, no network, no permission: each a class of its own, some of them private
-        reason = str(error).split("\n")[0]
+    except UserError:
+        raise
+    except Exception as error:  # no network, no permission, a bad setting: each a class of its own, some private
+        reason = plain(str(error) or type(error).__name__, 200)
         raise UserError(f"wandb did not take the workspace ({reason}); log in, or give --out FILE.") from error
     return workspace.url
 

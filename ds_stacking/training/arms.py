@@ -8,6 +8,7 @@ costs at each depth was measured by a pilot on the machine that trains.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import pairwise
@@ -15,11 +16,14 @@ from itertools import pairwise
 import numpy as np
 
 from ds_stacking.common.errors import UserError
+from ds_stacking.common.words import nearest, shown
 from ds_stacking.config import RunConfig, StageConfig
-from ds_stacking.growth.operators import layer_map
+from ds_stacking.growth.operators import layer_map, parse_operator
 
 SAME_PLAN = 0.02
 """Where equal time means so nearly the steps of equal FLOPs, relatively, one run serves for both."""
+LEAST, MOST_BUDGETS = 1e-3, 20
+"""The smallest budget of scratch, whose inverse is the largest, and how many there may be."""
 Shares = list[tuple[int, float]]
 """Depth and share of the optimizer steps, by stage."""
 
@@ -144,11 +148,10 @@ def check_arms(config: RunConfig, arms: Sequence[str], budgets: Sequence[float])
     stages = recipe_stages(config)
     unknown = [name for name in arms if name not in ARMS]
     if unknown:
-        raise UserError(f"arm {unknown[0]!r} is unknown; choose from {', '.join(ARMS)}.")
+        raise UserError(f"arm {shown(unknown[0])} is unknown; {nearest(unknown[0], ARMS)}")
     if "scratch" not in arms or len(set(arms)) != len(arms):
         raise UserError("arms must hold scratch, with which the others are compared, and each arm once.")
-    if len(set(budgets)) < 3 or min(budgets) <= 0 or not min(budgets) < 1 < max(budgets):
-        raise UserError("budgets must be three or more positive numbers on both sides of 1, such as 0.7,1,1.4.")
+    check_budgets(budgets)
     never = config.schedule == "constant" or (config.schedule == "wsd" and not config.decay_percent)
     if never or any(stage.lr is not None for stage in stages):
         raise UserError(
@@ -159,10 +162,31 @@ def check_arms(config: RunConfig, arms: Sequence[str], budgets: Sequence[float])
         raise UserError(f"trigger {config.trigger} is set; the arms have their own times of growth, so leave it out.")
     if len(stages) < 2 and len(arms) > 1:
         raise UserError("The recipe has one stage, so nothing grows; give --stages with two depths or more.")
+    parse_operator(config.operator)  # every run has it, whatever its arm grows by
     for name in arms:
         depths = [layers for layers, _ in ARMS[name].shares(config, 0)]
         for source, target in pairwise(depths):
             layer_map(ARMS[name].settings["operator"], source, target)
+
+
+def check_budgets(budgets: Sequence[float]) -> None:
+    """Raise UserError where scratch's budgets cannot tell what an arm saves."""
+    wrong = [budget for budget in budgets if not (math.isfinite(budget) and LEAST <= budget <= 1 / LEAST)]
+    if wrong:
+        raise UserError(
+            f"budgets holds {wrong[0]:g}; give numbers from {LEAST:g} to {1 / LEAST:g}, such as 0.7,1,1.4."
+        )
+    if len(set(map(budget_label, budgets))) < max(3, len(budgets)) or not min(budgets) < 1 < max(budgets):
+        raise UserError(
+            "budgets must be three or more different positive numbers, on both sides of 1, such as 0.7,1,1.4."
+        )
+    if len(budgets) > MOST_BUDGETS:
+        raise UserError(f"budgets holds {len(budgets):,} numbers; give at most {MOST_BUDGETS}.")
+
+
+def budget_label(budget: float) -> str:
+    """What a run of scratch with this budget is called."""
+    return f"x{budget:g}"
 
 
 def pilot_stages(config: RunConfig, steps: int) -> list[StageConfig]:
@@ -188,7 +212,7 @@ def plan_arms(
             }
             steps = {"flops": flops / per_step["flops"], "time": seconds / per_step["seconds"]}
             if name == "scratch":
-                steps = {f"x{budget:g}": budget * steps["flops"] for budget in sorted(set(budgets))}
+                steps = {budget_label(budget): budget * steps["flops"] for budget in sorted(set(budgets))}
             elif abs(steps["time"] / steps["flops"] - 1) < SAME_PLAN:
                 del steps["time"]
             runs += [

@@ -2,12 +2,15 @@
 
 A comparison's directory holds `comparison.json` (recipe, clock, measured costs, the plan), `pilot/`, and for every run
 its directory `<arm>/<label>/seed-<n>/` with what it printed in `seed-<n>.log` beside it. Called again, finished runs
-stay as they are, stopped ones go on, and arms or seeds may be added.
+stay as they are, stopped ones go on, and arms or seeds may be added. `comparison.json` is written once the pilot has
+succeeded, so a recipe that was refused leaves the directory free for the mended one.
 """
 
 from __future__ import annotations
 
 import json
+import os
+import shutil
 import signal
 import statistics
 import subprocess
@@ -16,12 +19,19 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal, NotRequired
 
 from filelock import FileLock
+from pydantic import Field
+from typing_extensions import TypedDict
 
-from ds_stacking.common.errors import RunAgain, UserError
+from ds_stacking.common.errors import RunAgain, RunFailed, UserError
 from ds_stacking.common.files import write_json, write_text
+from ds_stacking.common.json_files import KEEP_OTHERS, Count, Finite, read_json
+from ds_stacking.common.json_lines import read_json_lines
+from ds_stacking.common.outputs import check_output_folder, writing
+from ds_stacking.common.own_files import make_inside, open_inside, refuse_links
+from ds_stacking.common.words import plain, shown
 from ds_stacking.config import RunConfig
 from ds_stacking.training.arms import ARMS, ArmRun, Cost, check_arms, pilot_stages, plan_arms
 from ds_stacking.training.run_directory import CONFIG, METRICS, STOP, is_finished
@@ -31,6 +41,42 @@ PILOT_STEPS = 60
 """Steps of the pilot at each depth, the first third of which is not counted."""
 CLOCKS = {"wall": "training_seconds", "cpu": "cpu_seconds"}
 """The field of a record that holds the seconds of each clock."""
+
+
+MOST_SEEDS = 1000
+LAST_WORDS = 1 << 16
+"""Bytes at the end of a log in which a run's last words are looked for."""
+Spent = Annotated[float, Field(allow_inf_nan=False, ge=1e-12, le=1e39)]
+
+
+class SavedCost(TypedDict):
+    """What a step costs, in comparison.json."""
+
+    flops: Spent
+    seconds: Spent
+
+
+class Saved(TypedDict):
+    """comparison.json: what is read of it to go on."""
+
+    __pydantic_config__ = KEEP_OTHERS  # type: ignore[misc]
+    recipe: dict[str, Any]
+    clock: str
+    costs: dict[Annotated[str, Field(pattern="^[0-9]{1,6}$")], SavedCost]
+    arms: dict[str, str]
+    runs: dict[str, list[list[Count]]]
+
+
+class PilotLine(TypedDict):
+    """A line of the pilot's metrics.jsonl."""
+
+    __pydantic_config__ = KEEP_OTHERS  # type: ignore[misc]
+    kind: str
+    layers: Count
+    step: Count
+    flops: Finite
+    training_seconds: NotRequired[Finite]
+    cpu_seconds: NotRequired[Finite]
 
 
 @dataclass(kw_only=True)
@@ -58,44 +104,81 @@ class Comparison:
 
     def __post_init__(self) -> None:
         check_arms(self.config, self.arms, self.budgets)
-        if self.seeds < 1:
-            raise UserError(f"seeds is {self.seeds}; it must be 1 or more.")
-        self.folder = Path(self.config.run_dir)
+        if not 1 <= self.seeds <= MOST_SEEDS:
+            raise UserError(f"seeds is {self.seeds}; it must be 1 to {MOST_SEEDS:,}.")
+        if self.config.seed + self.seeds > 2**32:
+            raise UserError(f"seed {self.config.seed} leaves no room for {self.seeds} seeds below 2**32; give less.")
+        if not self.launch or shutil.which(self.launch[0]) is None:
+            program = shown(self.launch[0]) if self.launch else "empty"
+            raise UserError(f"launch names {program}, which is no program that can be started; give one, or its path.")
+        self.folder = check_output_folder(self.config.run_dir, "output_dir")
+        if os.path.lexists(self.folder / CONFIG) and not os.path.lexists(self.folder / PLAN):
+            raise UserError(f"output_dir {self.folder} holds a run, and no comparison; choose another --output_dir.")
 
     def run(self, task: int | None = None) -> list[str]:
         """Run everything, or only one arm with one seed (`task`, counted from 0); returns the runs that failed.
 
-        Raises UserError for bad input of all runs, which the pilot meets first, and RunAgain when asked to stop.
+        Raises UserError for bad input of all runs, which the pilot meets first, RunFailed where the pilot fails, and
+        RunAgain when asked to stop.
         """
-        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
-            signal.signal(number, self._stop)
         pairs = [(arm, seed) for arm in self.arms for seed in range(self.config.seed, self.config.seed + self.seeds)]
         if task is not None and not 0 <= task < len(pairs):
             raise UserError(
                 f"task {task} is not among the {len(pairs)} of {len(self.arms)} arms and {self.seeds} seeds."
             )
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+            signal.signal(number, self._stop)
         wanted = pairs if task is None else [pairs[task]]
-        runs = [run for run in self.plan() if (run.arm, run.seed) in wanted]
-        return [run.path for run in runs if not self.train(run)]
+        with writing(self.folder):
+            runs = [run for run in self.plan() if (run.arm, run.seed) in wanted]
+            return [run.path for run in runs if not self.train(run)]
 
     def plan(self) -> list[ArmRun]:
         """The runs, planned once for all that share the directory; a pilot measures what a step costs."""
-        same = self.config.to_dict() | {"output_dir": None, "name": None, "tracking": None}
-        same = {"recipe": same, "clock": self.clock}
-        path = self.folder / PLAN
+        is_new = not self.folder.exists()
         self.folder.mkdir(parents=True, exist_ok=True)
+        refuse_links(self.folder, (".lock",))
         with FileLock(self.folder / ".lock"):
-            saved = json.loads(path.read_text()) if path.exists() else same
-            if any(saved[name] != value for name, value in same.items()):
-                raise UserError(f"{self.folder} holds a comparison of another recipe; choose another --output_dir.")
-            costs = {int(layers): Cost(**cost) for layers, cost in saved.get("costs", {}).items()} or self.pilot()
-            runs = plan_arms(self.config, self.arms, self.budgets, self.seeds, costs)
-            planned = {run.path: [[stage.layers, stage.steps] for stage in run.stages] for run in runs}
-            plain = {layers: asdict(cost) for layers, cost in costs.items()}
-            arms = {name: arm.meaning for name, arm in ARMS.items() if name in {*self.arms, *saved.get("arms", {})}}
-            more = {"costs": plain, "arms": arms, "runs": saved.get("runs", {}) | planned}
-            write_json(path, same | more)
+            try:
+                return self._plan()
+            except UserError:
+                if is_new and not os.path.lexists(self.folder / PLAN):  # made for what was refused
+                    shutil.rmtree(self.folder, ignore_errors=True)
+                raise
+
+    def _plan(self) -> list[ArmRun]:
+        recipe = self.config.to_dict() | {"output_dir": None, "name": None, "tracking": None}
+        path = self.folder / PLAN
+        saved = self._saved(path, recipe)
+        costs = {int(layers): Cost(**cost) for layers, cost in saved["costs"].items()} if saved else self.pilot()
+        unknown = {stage.layers for stage in pilot_stages(self.config, 1)} - set(costs)
+        if unknown:
+            raise UserError(
+                f"{path} has no cost of {min(unknown)} layers; restore it, or choose another --output_dir."
+            )
+        runs = plan_arms(self.config, self.arms, self.budgets, self.seeds, costs)
+        planned = {run.path: [[stage.layers, stage.steps] for stage in run.stages] for run in runs}
+        known: Any = saved or {"arms": {}, "runs": {}}
+        arms = {name: arm.meaning for name, arm in ARMS.items() if name in {*self.arms, *known["arms"]}}
+        content = {"recipe": recipe, "clock": self.clock, "costs": {n: asdict(cost) for n, cost in costs.items()}}
+        write_json(path, content | {"arms": arms, "runs": known["runs"] | planned}, inside=self.folder)
         return runs
+
+    def _saved(self, path: Path, recipe: dict[str, Any]) -> Saved | None:
+        """What an earlier call has planned. Raises UserError where that was for another recipe, or is damaged."""
+        if not os.path.lexists(path):
+            return None
+        saved = read_json(path, Saved, mend="restore it, or choose another --output_dir", inside=self.folder)
+        wanted = {**recipe, "clock": self.clock}
+        for name, value in {**saved["recipe"], "clock": saved["clock"]}.items():
+            if name not in wanted or value != wanted[name]:
+                raise UserError(
+                    f"{self.folder} holds a comparison of another recipe ({plain(name, 60)} {shown(value)}, not "
+                    f"{shown(wanted.get(name))}); choose another --output_dir."
+                )
+        if wanted.keys() - saved["recipe"].keys() - {"clock"}:
+            raise UserError(f"{self.folder} holds a comparison of another version; choose another --output_dir.")
+        return saved
 
     def pilot(self) -> dict[int, Cost]:
         """Measure what a step costs at each depth, in a run of a few steps that also prepares the data."""
@@ -104,12 +187,15 @@ class Comparison:
         options = [f"--stages={stages}", "--operator=last", "--optimizer_state=stack", "--tracking=none"]
         options += ["--eval_every=0", "--checkpoint_every=0", f"--log_every={PILOT_STEPS // 12}"]
         self.say(f"pilot: {PILOT_STEPS} steps at each depth")
-        code = self._start(path, options)
+        # afresh: what stands there may be a pilot of a recipe that was refused
+        code, last = self._start(path, [*options, "--overwrite"])
         if not is_finished(replace(self.config, output_dir=str(path))):
-            last = _last_line(path.with_suffix(".log"))
             if code == UserError.exit_code:
                 raise UserError(last.removeprefix("error: "))
-            raise RuntimeError(f"the pilot ended with code {code}: {last}; see {path.with_suffix('.log')}")
+            raise RunFailed(
+                f"the pilot ended with code {code}: {last}; see {path.with_suffix('.log')}, and give the same command "
+                f"again, or a mended one."
+            )
         return read_costs(path, CLOCKS[self.clock])
 
     def train(self, run: ArmRun) -> bool:
@@ -121,56 +207,67 @@ class Comparison:
             return True
         stages = ", ".join(f"{stage.layers} layers x {stage.steps}" for stage in run.stages)
         self.say(f"{run.path}: {stages}")
-        code = self._start(path, run.options())
+        code, last = self._start(path, [*run.options(), "--resume=auto"])
         if is_finished(finished):
             failed.unlink(missing_ok=True)
             return True
         if code == RunAgain.exit_code:
             raise RunAgain(f"stopped in {run.path}; the same command goes on")
-        write_text(failed, f"ended with code {code}: {_last_line(path.with_suffix('.log'))}\n")
-        self.say(f"{run.path} failed: {failed.read_text().strip()}")
+        words = f"ended with code {code}: {last}"
+        write_text(failed, f"{words}\n", inside=self.folder)
+        self.say(f"{run.path} failed: {words}")
         return False
 
-    def _start(self, path: Path, options: Sequence[str]) -> int:
-        """Start pretrain.py for the run directory `path` and wait for its end; returns its exit code."""
+    def _start(self, path: Path, options: Sequence[str]) -> tuple[int, str]:
+        """Start pretrain.py for the run directory `path` and wait for its end; its exit code and last words."""
         if self.reason:
             raise RunAgain(f"stopped by {self.reason}; the same command goes on")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        command = [*self.launch, *self.options, *options, f"--output_dir={path}", "--resume=auto"]
-        with path.with_suffix(".log").open("ab") as log:
+        make_inside(self.folder, *path.parent.relative_to(self.folder).parts)
+        command = [*self.launch, *self.options, *options, f"--output_dir={path}"]
+        name = str(path.with_suffix(".log").relative_to(self.folder))
+        with open(open_inside(self.folder, name, os.O_RDWR | os.O_CREAT | os.O_APPEND), "r+b", buffering=0) as log:
+            begin = log.seek(0, os.SEEK_END)
             # A session of its own: Ctrl-C shall reach this process alone, which then asks by a file.
             process = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
             while process.poll() is None:
                 if self.reason and (path / CONFIG).exists():
-                    (path / STOP).touch()
+                    os.close(open_inside(path, STOP, os.O_WRONLY | os.O_CREAT))
                 time.sleep(0.2)
+            log.seek(max(begin, log.seek(0, os.SEEK_END) - LAST_WORDS))
+            last = _last_line(log.read().decode(errors="replace"))
         if self.reason:
             (path / STOP).unlink(missing_ok=True)
             raise RunAgain(f"stopped by {self.reason} in {path}; the same command goes on")
-        return process.returncode
+        return process.returncode, last
 
     def _stop(self, number: int, frame: Any) -> None:
         self.reason = signal.Signals(number).name
 
 
 def read_costs(run_dir: Path, clock: str) -> dict[int, Cost]:
-    """Cost of a step by depth: FLOPs from the ledger's totals, seconds as the median over a pilot's log lines."""
+    """Cost of a step by depth: FLOPs from the ledger's totals, seconds as the median over a pilot's log lines.
+
+    Raises UserError where the pilot's metrics are damaged or do not tell.
+    """
+    by_depth: dict[int, list[Any]] = {}
+    path, mend = run_dir / METRICS, f"delete {run_dir}, and the pilot is run again"
+    for _, record in read_json_lines(path, PilotLine, mend=mend, inside=run_dir):
+        if record["kind"] == "train" and clock in record:
+            by_depth.setdefault(record["layers"], []).append(record)
     costs = {}
-    records = [json.loads(line) for line in (run_dir / METRICS).read_text().splitlines()]
-    for layers in sorted({record["layers"] for record in records}):
-        own = [record for record in records if record["kind"] == "train" and record["layers"] == layers]
+    for layers, own in sorted(by_depth.items()):
         own = own[len(own) // 3 :]
-        steps = own[-1]["step"] - own[0]["step"]
-        seconds = [(b[clock] - a[clock]) / (b["step"] - a["step"]) for a, b in pairwise(own)]
-        costs[layers] = Cost(
-            flops=(own[-1]["flops"] - own[0]["flops"]) / steps, seconds=max(statistics.median(seconds), 1e-9)
-        )
+        pairs = [(a, b) for a, b in pairwise(own) if b["step"] > a["step"]]
+        seconds = [(b[clock] - a[clock]) / (b["step"] - a["step"]) for a, b in pairs]
+        flops, steps = own[-1]["flops"] - own[0]["flops"], own[-1]["step"] - own[0]["step"]
+        if not (pairs and flops > 0 and steps > 0):
+            raise UserError(f"{path} does not tell what a step of {layers} layers costs; {mend}.")
+        costs[layers] = Cost(flops=flops / steps, seconds=max(statistics.median(seconds), 1e-9))
     return costs
 
 
-def _last_line(log: Path) -> str:
+def _last_line(text: str) -> str:
     """The last thing that a run said; a line that begins with `error: ` before any other."""
-    lines = [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()]
-    return next(
-        (line for line in reversed(lines) if line.startswith("error: ")), lines[-1] if lines else "it said nothing"
-    )
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    found = next((line for line in reversed(lines) if line.startswith("error: ")), lines[-1] if lines else "")
+    return plain(found) or "it said nothing"

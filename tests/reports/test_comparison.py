@@ -117,7 +117,7 @@ def test_failed_and_missing_runs_are_named_and_the_rest_is_reported(tmp_path: Pa
     (folder / "scratch/x1/seed-3/summary.json").write_text('{"finished"')
     text = write_comparison(folder)
     assert "stack/flops/seed-2 failed: ended with code 1: out of memory" in text
-    assert "Not finished: scratch/x1/seed-3" in text
+    assert f"scratch/x1/seed-3 failed: {folder}/scratch/x1/seed-3/summary.json is damaged" in text
     results = read_comparison(folder)
     assert len(results.ends) == 10 and results.saving("stack", "flops").mean is not None
     assert [row[0] for row in rows(results)] == ["scratch x0.7", "scratch x1", "scratch x1.4", "stack"]

@@ -67,8 +67,10 @@ def test_a_run_that_goes_on_is_told_as_far_as_it_is(tmp_path: Path) -> None:
     (folder / "metrics.jsonl").write_text("")
     (folder / "summary.json").unlink()
     assert "Nothing has been logged yet" in write_report(folder).read_text()
-    with pytest.raises(UserError, match="no metrics.jsonl"):
+    with pytest.raises(UserError, match="is no folder"):
         write_report(tmp_path / "nothing")
+    with pytest.raises(UserError, match="no metrics.jsonl"):
+        write_report(tmp_path)
 
 
 def test_the_page_loads_nothing_and_trusts_no_name(tmp_path: Path) -> None:

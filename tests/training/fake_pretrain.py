@@ -20,7 +20,7 @@ SECONDS = {1: 2.5, 2: 3.5, 4: 5.0}
 def main() -> int:
     config = parse_run(sys.argv[1:])
     run = Path(config.run_dir)
-    assert config.resume == "auto"
+    assert (config.resume == "auto") != config.overwrite
     run.mkdir(parents=True, exist_ok=True)
     (run / "config.json").write_text(json.dumps(config.to_dict()))
     name = "/".join(run.parts[-3:])
@@ -45,7 +45,12 @@ def main() -> int:
                 {"kind": "eval", "layers": stage.layers, "eval_loss_masked": 9.0 - totals["step"] / 100, **totals}
             )
     (run / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
-    end = {"finished": True, "steps": totals["step"], "eval_loss_masked": records[-1]["eval_loss_masked"]}
+    end = {
+        "finished": True,
+        "data_fingerprint": "abc",
+        "steps": totals["step"],
+        "eval_loss_masked": records[-1]["eval_loss_masked"],
+    }
     (run / "summary.json").write_text(json.dumps(totals | end))
     return 0
 
