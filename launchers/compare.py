@@ -13,7 +13,7 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
-from ds_stacking.command_line import parse_run, run_main
+from ds_stacking.command_line import EPILOG, parse_run, run_main
 from ds_stacking.common.errors import UserError
 
 PRETRAIN = Path(__file__).with_name("pretrain.py")
@@ -24,6 +24,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description="Compare arms of a recipe. The same command goes on where it was stopped; arms and seeds may be "
         "added. All other options are those of pretrain.py and hold for every arm.",
+        epilog=EPILOG,
         allow_abbrev=False,
         exit_on_error=False,
     )

@@ -11,7 +11,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from ds_stacking.command_line import run_main
+from ds_stacking.command_line import EPILOG, run_main
 from ds_stacking.common.errors import UserError
 
 
@@ -19,6 +19,7 @@ def main() -> None:
     """Parse, write what was asked for."""
     parser = argparse.ArgumentParser(
         description="Write report/report.html of run directories, finished or not, or make the workspace on wandb.",
+        epilog=EPILOG,
         allow_abbrev=False,
     )
     parser.add_argument("runs", nargs="*", metavar="RUN_DIR", help="run directories to write the page of")

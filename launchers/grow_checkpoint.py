@@ -10,13 +10,14 @@ import argparse
 import sys
 from pathlib import Path
 
-from ds_stacking.command_line import run_main
+from ds_stacking.command_line import EPILOG, run_main
 
 
 def main() -> None:
     """Parse, grow, say what was done."""
     parser = argparse.ArgumentParser(
         description="Grow the model in IN to more layers and write it to the new folder OUT. IN stays as it is.",
+        epilog=EPILOG,
         allow_abbrev=False,
     )
     parser.add_argument("source", metavar="IN", type=Path, help="Hugging Face folder, run directory or checkpoint")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +57,7 @@ def decides_the_model(name: str) -> bool:
     kept = (
         "output_dir",
         "overwrite",
+        "shared",
         "resume",
         "branch_from",
         "max_skipped_steps",
@@ -262,7 +264,8 @@ def raises(error: BaseException | None) -> int:
 def test_exit_codes(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(command_line, "WAIT_FOR_RANK_0", 0.0)
     assert raises(None) == 0
-    assert raises(RuntimeError("broken")) == 1
-    assert "RuntimeError: broken" in capsys.readouterr().err
+    assert raises(RuntimeError("broken\nand more")) == 1
+    said = capsys.readouterr().err
+    assert re.fullmatch(r"error: RuntimeError: broken; the full traceback is in (\S+)\n", said)
     assert raises(UserError("This is wrong; mend it.")) == 2
     assert capsys.readouterr().err == "error: This is wrong; mend it.\n"

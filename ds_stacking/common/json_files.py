@@ -56,6 +56,14 @@ def parse_json(content: bytes | str, shape: type[Shape], *, where: str, mend: st
         raise UserError(f"{where} is damaged or no such file: {_first(error)}; {mend}.") from None
 
 
+def check_value(value: Any, shape: type[Shape], *, where: str, mend: str) -> Shape:
+    """A value that was read already, validated as `shape`; `where` names it in the sentence. Raises UserError."""
+    try:
+        return _adapter(shape).validate_python(value)  # type: ignore[arg-type]
+    except ValidationError as error:
+        raise UserError(f"{where} is damaged or made up: {_first(error)}; {mend}.") from None
+
+
 @cache
 def _adapter(shape: Any) -> TypeAdapter[Any]:
     return TypeAdapter(shape, config=None if _has_config(shape) else ConfigDict(strict=True))

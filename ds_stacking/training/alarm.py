@@ -17,6 +17,7 @@ from typing import Any
 
 import torch.distributed as dist
 
+from ds_stacking.common.environment import local_rank
 from ds_stacking.common.errors import RunAgain
 from ds_stacking.common.failures import LOST, exit_code
 from ds_stacking.common.last_words import last_words
@@ -58,7 +59,7 @@ class Alarm:
         if isinstance(error, RunAgain) or not first or dist.get_world_size() == 1:
             return
         words = str(error).partition("\n")[0]
-        why = f"rank {dist.get_rank()} failed ({type(error).__name__}: {words})"
+        why = f"rank {dist.get_rank()} failed ({f'{type(error).__name__}: {words}'.rstrip(': ')})"
         try:
             self._store.compare_set(self._word, "", json.dumps({"why": why, "code": exit_code(error)}))
         except RuntimeError:
@@ -71,7 +72,7 @@ class Alarm:
             try:
                 if not self._store.check([self._word]):
                     continue
-                failure, speaks = json.loads(self._store.get(self._word)), os.environ.get("LOCAL_RANK") == "0"
+                failure, speaks = json.loads(self._store.get(self._word)), local_rank() == 0
             except RuntimeError:
                 failure, speaks = {"why": "rank 0 is gone", "code": LOST}, True
             if not self._closed.wait(GRACE):

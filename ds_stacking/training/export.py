@@ -5,16 +5,18 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
+from ds_stacking.common.own_files import make_inside, open_folder
 from ds_stacking.config import ModelConfig
 from ds_stacking.data.prepared_data import PreparedData
 from ds_stacking.models.convert import save_huggingface
 from ds_stacking.reports.model_card import write_model_card
+from ds_stacking.training.run_directory import EXPORT
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.txt")
 
@@ -36,7 +38,7 @@ def export_stage(
     """
     try:
         if writes:
-            folder = run_dir / "export" / f"stage-{stage + 1}-{layers}L"
+            folder = make_inside(run_dir, EXPORT) / f"stage-{stage + 1}-{layers}L"
             with _appearing(folder) as unfinished:
                 save_huggingface(unfinished, tensors, model, layers, pad_token_id=data.special.pad)
                 for name in TOKENIZER_FILES:
@@ -52,7 +54,7 @@ def _appearing(folder: Path) -> Iterator[Path]:
     """A new folder to fill, which has the name `folder` afterwards, or is gone where the body failed."""
     unfinished = folder.with_name(f".{folder.name}.part")
     shutil.rmtree(unfinished, ignore_errors=True)
-    unfinished.mkdir(parents=True)
+    unfinished.mkdir()
     try:
         yield unfinished
         shutil.rmtree(folder, ignore_errors=True)
@@ -61,9 +63,11 @@ def _appearing(folder: Path) -> Iterator[Path]:
         shutil.rmtree(unfinished, ignore_errors=True)
 
 
-def finish_export(folder: Path, *, summary: Mapping[str, Any], config: Mapping[str, Any]) -> None:
-    """Write the model card of the last stage and point export/final at it."""
-    write_model_card(folder, summary=summary, config=config)
-    final = folder.parent / "final"
-    final.unlink(missing_ok=True)
-    final.symlink_to(folder.name, target_is_directory=True)
+def finish_export(run_dir: Path, name: str, *, summary: Mapping[str, Any], config: Mapping[str, Any]) -> None:
+    """Write the model card of the last stage, whose folder is `name`, and point export/final at it."""
+    with open_folder(run_dir, EXPORT, name):  # which refuses links
+        write_model_card(run_dir / EXPORT / name, summary=summary, config=config)
+    with open_folder(run_dir, EXPORT) as export:
+        with suppress(FileNotFoundError):
+            os.unlink("final", dir_fd=export)
+        os.symlink(name, "final", target_is_directory=True, dir_fd=export)

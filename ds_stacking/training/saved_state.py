@@ -1,0 +1,91 @@
+"""What a checkpoint says of its run beside the engine's state, as the shape that a resumption can rely on.
+
+Hashes tell that a checkpoint is what was written, not that a run of ours wrote it.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from typing import NotRequired
+
+from typing_extensions import TypedDict
+
+from ds_stacking.checkpoint.store import CheckpointReader
+from ds_stacking.common.errors import UserError
+from ds_stacking.common.json_files import KEEP_OTHERS, Count, parse_json
+from ds_stacking.engine.record import GrowthRecord
+from ds_stacking.evaluation.masked_lm import HeldOutLoss
+from ds_stacking.training.ledger import PHASES, StageTotals
+
+
+class SavedPosition(TypedDict):
+    """The fields of `Position`."""
+
+    step: Count
+    stage: Count
+    stage_step: Count
+    samples: Count
+
+
+class SavedLedger(TypedDict):
+    """What `Ledger.to_dict` gives."""
+
+    __pydantic_config__ = KEEP_OTHERS  # type: ignore[misc]
+    stages: list[StageTotals]
+    phases: dict[str, float]
+    cpu_phases: dict[str, float]
+
+
+class SavedHealth(TypedDict):
+    """What `Health.to_dict` gives."""
+
+    __pydantic_config__ = KEEP_OTHERS  # type: ignore[misc]
+    skipped: Count
+    in_a_row: Count
+    window: list[float]
+
+
+class SavedChange(TypedDict):
+    """A setting that a resumption changed, with "from" and "to" beside these."""
+
+    __pydantic_config__ = KEEP_OTHERS  # type: ignore[misc]
+    step: Count
+    field: str
+
+
+class Saved(TypedDict):
+    """What `save` in training/checkpointing.py hands to the writer as `extra`."""
+
+    __pydantic_config__ = KEEP_OTHERS  # type: ignore[misc]
+    position: SavedPosition
+    stage_end: bool
+    ledger: SavedLedger
+    growths: list[GrowthRecord]
+    evaluated: tuple[int, int, HeldOutLoss] | None
+    stage_steps: list[Count]
+    logged_losses: list[tuple[float, float]]
+    loss_sum: list[float]
+    steps_in_loss: Count
+    health: SavedHealth
+    changes: NotRequired[list[SavedChange]]
+    metrics_bytes: Count
+
+
+def saved_state(reader: CheckpointReader) -> Saved:
+    """The content of `reader.extra`. Raises UserError, one sentence, where it is not what a run saves."""
+    where, mend = f"The state of checkpoint {reader.path}", "give another checkpoint"
+    # through JSON, where a list may become a tuple and an object a record
+    found = parse_json(json.dumps(reader.extra), Saved, where=where, mend=mend)
+    if len(found["ledger"]["stages"]) not in (found["position"]["stage"], found["position"]["stage"] + 1):
+        raise UserError(f"{where} counts {len(found['ledger']['stages'])} stages and stands in another; {mend}.")
+    return found
+
+
+def ledger_values(saved: SavedLedger) -> dict[str, object]:
+    """The same for `Ledger.from_dict`, with every phase and no other."""
+    times = {
+        name: {phase: dict(saved[name]).get(phase, 0.0) for phase in PHASES}  # type: ignore[literal-required]
+        for name in ("phases", "cpu_phases")
+    }
+    return {"stages": [asdict(stage) for stage in saved["stages"]], **times}
