@@ -7,6 +7,7 @@ alike, NaN and infinite numbers wherever a shape says `Finite`.
 
 from __future__ import annotations
 
+from dataclasses import is_dataclass
 from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
@@ -70,7 +71,7 @@ def _adapter(shape: Any) -> TypeAdapter[Any]:
 
 
 def _has_config(shape: Any) -> bool:
-    return hasattr(shape, "__pydantic_config__") or hasattr(shape, "model_config")
+    return hasattr(shape, "__pydantic_config__") or hasattr(shape, "model_config") or is_dataclass(shape)
 
 
 def _first(error: ValidationError) -> str:

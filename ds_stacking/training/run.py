@@ -25,7 +25,7 @@ from ds_stacking.data.masking import Masker
 from ds_stacking.data.prepare import prepare
 from ds_stacking.data.prepared_data import PreparedData, sampled_fingerprint
 from ds_stacking.engine.ds_config import load_ds_config, resolve_ds_config
-from ds_stacking.engine.factory import EngineFactory, device, init_distributed, native_bf16
+from ds_stacking.engine.factory import EngineFactory, check_device, device, init_distributed, native_bf16
 from ds_stacking.engine.host import keep_freed_memory, limit_threads
 from ds_stacking.engine.stage_manager import StageManager
 from ds_stacking.growth.exchange import make_exchange
@@ -85,6 +85,7 @@ def pretrain(config: RunConfig) -> None:
     ds_config = load_ds_config(config.deepspeed_config)
     bf16, why = _precision(config)
     plans = check_stages(config, ds_config, bf16=bf16, world_size=world_size())
+    check_device()
     refuse_what_cannot_fit(config, ds_config, device(), bf16=bf16)
     data = prepare(config.data, config.tokenizer, config.corpus, log=console.line)
     config = replace(config, model=_model_config(config.model, data))

@@ -62,8 +62,8 @@ def check_run_directory(config: RunConfig) -> None:
     path = Path(config.run_dir)
     if config.resume and config.overwrite:
         raise UserError("--resume goes on with a run and --overwrite deletes it; give one of them.")
-    _check_place(path)
     _refuse_another_user(path, shared=config.shared)
+    _check_place(path)
     refuse_links_in(path)
     if config.overwrite and config.branch_from and _lies_in(config.branch_from, path):
         raise UserError(

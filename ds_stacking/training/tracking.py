@@ -186,10 +186,10 @@ def _start(run_dir: Path, name: str, config: Mapping[str, Any]) -> Any:
     """A started wandb run, or None where the user's environment or settings files disable wandb."""
     import wandb  # takes a second, and only rank 0 with tracking needs it
 
-    make_inside(run_dir, WANDB)  # which refuses a link
     defaults = wandb.setup().settings
     if defaults.mode == "disabled":
         return None
+    make_inside(run_dir, WANDB)  # which refuses a link
     online = defaults.mode == "online" and _ready(wandb, defaults.base_url)
     run = wandb.init(
         project=defaults.project or "ds-stacking",
