@@ -12,6 +12,8 @@ import json
 import os
 import threading
 import time
+from collections.abc import Callable
+from contextlib import suppress
 from types import TracebackType
 from typing import Any
 
@@ -31,6 +33,10 @@ _numbers = itertools.count()
 
 class Alarm:
     """Watches, inside a `with`, for the failure of another rank and tells the others of this one's."""
+
+    def __init__(self) -> None:
+        self.undo: Callable[[], None] = lambda: None
+        """Called before the process is ended from here; the body of the `with` may set it."""
 
     def __enter__(self) -> Alarm:
         self._closed = threading.Event()
@@ -78,4 +84,6 @@ class Alarm:
             if not self._closed.wait(GRACE):
                 if speaks:
                     last_words(f"error: {failure['why']}; rank {dist.get_rank()} ends.")
+                with suppress(Exception):
+                    self.undo()
                 os._exit(failure["code"])

@@ -95,8 +95,8 @@ class Pretraining:
     growths: list[GrowthRecord] = field(default_factory=list)
     changes: list[dict[str, Any]] = field(default_factory=list)
     """Settings that resumptions changed."""
-    claimed: bool = False
-    """Whether the run directory is this run's: what is in it was deleted or is gone on with."""
+    claimed_at: int | None = None
+    """The step at which a new run took its directory; where it makes no step more, it gives all back."""
 
     def __post_init__(self) -> None:
         self.schedule = Schedule(self.config)

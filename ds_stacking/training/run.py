@@ -97,6 +97,7 @@ def pretrain(config: RunConfig) -> None:
             keep_tracebacks(Path(config.run_dir))
             run, found = _set_up(config, data, plans, ds_config, holds, watchdog, bf16=bf16)
             console.resolved(_resolved(run, why))
+            alarm.undo = partial(_undo, run)
             try:
                 stage_finished = _resume(run, found)
                 _claim(run, found)
@@ -105,8 +106,7 @@ def pretrain(config: RunConfig) -> None:
             except BaseException as error:
                 alarm.sound(error)  # before what may take seconds
                 run.close(exit_code=1)
-                if rank() == 0 and run.claimed and found is None and run.position.step == 0:
-                    give_back(run.run_dir)
+                _undo(run)
                 raise
             alarm.close()
             run.close()
@@ -157,6 +157,12 @@ def _resume(run: Pretraining, found: Found | None) -> bool:
     return stage_finished
 
 
+def _undo(run: Pretraining) -> None:
+    """Rank 0: what a new run has written before its first step goes, so that the mended command finds nothing."""
+    if run.rank == 0 and run.position.step == run.claimed_at:
+        give_back(run.run_dir)
+
+
 def _claim(run: Pretraining, found: Found | None) -> None:
     """Make the run directory this run's, now that it can start: what was there before is deleted or gone on with."""
     asked = make_exchange(run.device).total(int(run.stop.asked()))
@@ -166,10 +172,10 @@ def _claim(run: Pretraining, found: Found | None) -> None:
         raise RunAgain(f"stopped by {run.stop.reason or 'another rank'} before its first step; start it again")
     keep = found is not None and not found.branch
     size = metrics_bytes(run.run_dir, found)
+    run.claimed_at = None if keep else run.position.step
 
     def claim() -> None:
         if run.rank == 0:
-            run.claimed = True
             record = _record(run.config, run.data) | {"changes": run.changes}
             claim_run_directory(run.config, record, keep=keep)
             if size is not None:
