@@ -1,7 +1,8 @@
 """Options and recipes for every launcher, and how a launcher ends.
 
 Exit codes: 0 done, 1 failed at run time, 2 bad input, 71 a rank, a device or the network was lost, 75 stopped and
-saved; 71 and 75 may be run again. Bad input is one sentence, printed once however many ranks met it.
+saved, 130 interrupted before there was anything to save; 71 and 75 may be run again. Bad input and failures are one
+sentence each; that of bad input is printed once, however many ranks met it.
 """
 
 from __future__ import annotations
@@ -24,8 +25,13 @@ from typing import Any, Literal, TextIO, TypeVar, get_args, get_origin, get_type
 
 from jsonargparse import ArgumentParser, Namespace, set_dumper, set_parsing_settings
 
-from ds_stacking.common.errors import OtherRankFailed, RunAgain, RunFailed, UserError
+from ds_stacking.common import environment
+from ds_stacking.common.environment import check_environment
+from ds_stacking.common.errors import OtherRankFailed, RunAgain, UserError
+from ds_stacking.common.explain import EPILOG, explain, take_option
 from ds_stacking.common.failures import exit_code, follows_a_loss, note_failure
+from ds_stacking.common.own_files import read_all
+from ds_stacking.common.streams import keep_streams
 from ds_stacking.config import RunConfig, StageConfig
 
 RECIPES = Path(__file__).resolve().parent.parent / "launchers" / "recipes"
@@ -34,6 +40,11 @@ WAIT_FOR_RANK_0 = 15.0
 """Seconds that another rank waits before it prints bad input: rank 0 has most likely met and printed the same."""
 LONGEST_END = 60.0
 """Seconds from an error to the end of its process, at most."""
+"""Ends the help of a launcher."""
+INTERRUPTED = 130
+"""Exit code after Ctrl-C, as of a shell's command: 128 + SIGINT."""
+LARGEST_RECIPE = 1 << 20
+"""Bytes."""
 Options = TypeVar("Options")
 
 
@@ -44,6 +55,7 @@ def make_parser() -> ArgumentParser:
     parser = ArgumentParser(
         prog="pretrain.py",
         description="Pre-train BERT by progressive stacking on DeepSpeed ZeRO engines. No options: the quickstart.",
+        epilog=EPILOG,
         exit_on_error=False,
         allow_abbrev=False,
         parser_mode="json",
@@ -84,7 +96,9 @@ def parse_run(arguments: Sequence[str], launcher: Iterable[str] = ()) -> RunConf
 def parse_options(config: type[Options], arguments: Sequence[str], description: str) -> Options:
     """An instance of a configuration class, whose fields are the options. Raises UserError."""
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
-    parser = ArgumentParser(description=description, exit_on_error=False, allow_abbrev=False, parser_mode="json")
+    parser = ArgumentParser(
+        description=description, epilog=EPILOG, exit_on_error=False, allow_abbrev=False, parser_mode="json"
+    )
     parser.add_class_arguments(config, nested_key=None)
     known = field_types(config)
     options = _complete_switches(_own(arguments), known)
@@ -156,9 +170,15 @@ def _recipe_file(name: str) -> str:
 def _check_recipe(path: str) -> None:
     """Raise UserError for a recipe that cannot be read, is no JSON object or has a key that no option has."""
     try:
-        recipe = json.loads(Path(path).read_text(encoding="utf-8"), parse_constant=_no_number)
+        with open(path, "rb") as file:
+            text = read_all(file.fileno(), Path(path), LARGEST_RECIPE).decode()
+        recipe = json.loads(text, parse_constant=_no_number, parse_int=_whole_number, object_pairs_hook=_once)
+    except UserError:
+        raise
     except OSError as error:
         raise UserError(f"Recipe {path} cannot be read: {error.strerror}.") from None
+    except RecursionError:
+        raise UserError(f"Recipe {path} is nested too deeply; a recipe has two levels, and stages.") from None
     except ValueError as error:  # no JSON, or bytes that are no text
         raise UserError(f"Recipe {path} is no JSON: {error}.") from None
     if not isinstance(recipe, dict):
@@ -176,6 +196,22 @@ def _check_recipe(path: str) -> None:
 def _no_number(constant: str) -> None:
     """Refuse what Python's parser takes for JSON: NaN, Infinity and -Infinity."""
     raise ValueError(f"{constant} is no number")
+
+
+def _whole_number(digits: str) -> int:
+    """Refuse numbers that no setting needs and no sentence should repeat."""
+    if len(digits) > 20:
+        raise ValueError(f"{digits[:20]}... has {len(digits)} digits, and no setting more than 20")
+    return int(digits)
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object whose keys stand there once each; the json module would let the last one win."""
+    names = [name for name, _ in pairs]
+    if len(set(names)) < len(names):
+        twice = next(name for number, name in enumerate(names) if name in names[:number])
+        raise ValueError(f"the key {twice!r} stands there twice; keep one")
+    return dict(pairs)
 
 
 def _stages(given: Any) -> str | list[StageConfig]:
@@ -234,7 +270,8 @@ def _nearest(unknown: str, known: Iterable[str]) -> str:
 
 def _wrong_type(name: str, hint: Any, value: Any) -> str:
     shown = value if isinstance(value, str) else json.dumps(value, default=str)
-    return f"{name} is {shown}; it must be {_describe(hint)}."
+    shown = ascii(shown) if not shown.isprintable() else shown
+    return f"{name} is {shown if len(shown) <= 80 else f'{shown[:80]}...'}; it must be {_describe(hint)}."
 
 
 def _describe(hint: Any) -> str:
@@ -262,7 +299,7 @@ def _explain(message: str, known: Mapping[str, Any], where: str = "") -> str:
         unknown = match[1]
         if group := re.search(r"Group '([\w.]+)'", text):
             unknown = f"{group[1]}.{unknown}"
-        near = _nearest(unknown, [*known, "recipe", "help", "print_config"]) or "; --help lists all."
+        near = _nearest(unknown, [*known, "recipe", "help", "print_config", "traceback"]) or "; --help lists all."
         return f"Unknown option or recipe key {unknown!r}{near}"
     if match := re.search(r"unrecognized arguments: (.*)", text):
         return f"Argument {match[1]!r} belongs to no option; options begin with --, and --help lists them."
@@ -270,41 +307,57 @@ def _explain(message: str, known: Mapping[str, Any], where: str = "") -> str:
 
 
 def run_main(main: Callable[[], None]) -> int:
-    """Call a launcher's body and turn what it raises into an exit code, and into words on one rank only."""
-    rank = int(os.environ.get("RANK", "0"))
+    """Call a launcher's body and turn what it raises into an exit code, and into one sentence, not a traceback."""
+    keep_streams()
+    show = take_option(sys.argv)
+    rank = _rank()
     try:
+        check_environment()
         main()
-    except UserError as error:
-        _prepare_to_end(rank, error)
-        if rank != 0:
-            time.sleep(WAIT_FOR_RANK_0)
-        _say(f"error: {error}", sys.stderr)
-        return UserError.exit_code
     except RunAgain as stopped:
         if rank == 0:
             _say(str(stopped), sys.stdout)
         return RunAgain.exit_code
-    except OtherRankFailed as error:
-        _prepare_to_end(rank, error)
-        _say(f"error: rank {rank} ends: {error}", sys.stderr)
-        return 1
-    except RunFailed as error:
-        _prepare_to_end(rank, error)
-        _say(f"error: {error}", sys.stderr)
-        return RunFailed.exit_code
+    except KeyboardInterrupt:
+        _prepare_to_end(rank, None)
+        if rank == 0:
+            _say("error: interrupted; the same command starts again.", sys.stderr)
+        return INTERRUPTED
     except Exception as error:
-        _prepare_to_end(rank, error)
-        _say(traceback.format_exc(), sys.stderr)
-        return exit_code(error)
+        return _fail(rank, error, show)
     return 0
 
 
-def _prepare_to_end(rank: int, error: Exception) -> None:
+def _fail(rank: int, error: Exception, show: bool) -> int:
+    """Say what went wrong; the exit code."""
+    _prepare_to_end(rank, error)
+    if show:
+        _say(traceback.format_exc().rstrip(), sys.stderr)
+    sentence = explain(error, rank)
+    if isinstance(error, UserError):
+        if rank != 0:
+            time.sleep(WAIT_FOR_RANK_0)
+        _say(f"error: {sentence}", sys.stderr)
+        return UserError.exit_code
+    ends = f"rank {rank} ends: " if isinstance(error, OtherRankFailed) else ""
+    _say(f"error: {ends}{sentence}", sys.stderr)
+    return 1 if ends else exit_code(error)
+
+
+def _rank() -> int:
+    """This process's rank, before a launcher may make it the only one of its own; 0 where nothing tells."""
+    try:
+        return environment.rank()
+    except UserError:
+        return 0
+
+
+def _prepare_to_end(rank: int, error: Exception | None) -> None:
     """Tell the batch script of a failure that would come again, and see to it that this process ends."""
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+    if os.environ.get("WORLD_SIZE", "1") != "1":
         # libraries wait for lost partners at exit too; this timer is no Python thread
         faulthandler.dump_traceback_later(LONGEST_END, exit=True)
-    if not follows_a_loss(error):
+    if error is not None and not follows_a_loss(error):
         note_failure(rank, f"{type(error).__name__}: {error}")
 
 

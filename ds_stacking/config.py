@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import re
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -17,6 +18,53 @@ from ds_stacking.common.words import shown
 
 OPTIMIZER_STATES = ("stack", "new_reset", "reset", "second_only")
 """Optimizer state policies without an argument; `scale:c` takes one."""
+
+
+LARGEST = {
+    **{"layers": 10_000, "num_heads": 10_000, "hidden_size": 1_000_000, "intermediate_size": 10_000_000},
+    **{"max_positions": 10_000_000, "sequence_length": 10_000_000, "vocab_size": 100_000_000},
+    **{"seed": 2**32 - 1, "zero_stage": 3},
+}
+"""Whole numbers beyond which nothing works any more, by the last part of their names."""
+LARGEST_COUNT = 10**12
+"""All others: steps, tokens, sequences, documents."""
+LONGEST_TEXT = 4000
+"""Characters; the longest path that Linux opens has 4,095 bytes."""
+
+
+def check_values(config: object, where: str = "") -> None:
+    """Raise UserError for a number that is infinite, NaN or too large for its field, and for text that names no file.
+
+    `config` is a dataclass, `where` its place in the recipe with a dot, such as `model.`.
+    """
+    for item in dataclasses.fields(config):  # type: ignore[arg-type]
+        value, name = getattr(config, item.name), where + item.name
+        if isinstance(value, str):
+            _check_text(name, value)
+        for number in value if isinstance(value, tuple) else (value,):
+            if isinstance(number, float):
+                require(math.isfinite(number), f"{name} is {number}; it must be a finite number.")
+            if isinstance(number, int):
+                most = LARGEST.get(item.name, LARGEST_COUNT)
+                require(number <= most, f"{name} is {_short(number)}; it must be {most:,} or less.")
+                require(number >= -most, f"{name} is {_short(number)}; it must not be that small.")
+
+
+def _short(number: int) -> str:
+    """A whole number in a sentence; Python itself refuses to write more than 4,300 digits."""
+    return str(number) if abs(number) < 10**40 else "a number of more than 40 digits"
+
+
+def _check_text(name: str, text: str) -> None:
+    require("\0" not in text, f"{name} holds a NUL character, which no name has; remove it.")
+    require(
+        len(text) <= LONGEST_TEXT,
+        f"{name} has {len(text):,} characters ({text[:20]!r}...); {LONGEST_TEXT:,} are the most.",
+    )
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise UserError(f"{name} is {ascii(text)}, which is no text in UTF-8; rename that file or folder.") from None
 
 
 @dataclass(kw_only=True)
@@ -51,6 +99,7 @@ class ModelConfig:
     """Recompute each block's activations in the backward pass."""
 
     def __post_init__(self) -> None:
+        check_values(self, "model.")
         self.intermediate_size = self.intermediate_size or 4 * self.hidden_size
         for name in ("hidden_size", "num_heads", "intermediate_size", "max_positions"):
             require(getattr(self, name) > 0, f"model.{name} is {getattr(self, name)}; it must be positive.")
@@ -138,6 +187,7 @@ class OptimizerConfig:
     """Largest global gradient norm; 0 turns clipping off."""
 
     def __post_init__(self) -> None:
+        check_values(self, "optimizer.")
         self.betas = (float(self.betas[0]), float(self.betas[1]))
         for beta in self.betas:
             require(0 <= beta < 1, f"optimizer.betas holds {beta}; both must lie in [0, 1).")
@@ -178,7 +228,8 @@ class StageConfig:
     """After the growth into this stage, warm up the learning rate of the new blocks alone over these steps."""
 
     def __post_init__(self) -> None:
-        where = f"Stage {self.layers}:{self.steps}"
+        where = f"Stage {_short(self.layers)}:{_short(self.steps)}"
+        check_values(self, f"{where}: ")
         require(self.layers > 0 and self.steps > 0, f"{where} has no layers or no steps; both must be positive.")
         require(
             self.lr is not None or not (self.lr_end is not None or self.lr_steps or self.warmup_steps),
@@ -207,8 +258,11 @@ def parse_stages(text: str) -> list[StageConfig]:
     """Read `3:50000,6:70000,12:280000` (layers:optimizer steps)."""
     stages = []
     for part in text.split(","):
-        match = re.fullmatch(r"\s*(\d+):(\d+)\s*", part)
-        require(match, f"Stage {part.strip()!r} of {text!r} is not LAYERS:STEPS; write for example 3:50000,6:70000.")
+        match = re.fullmatch(r"\s*([0-9]{1,20}):([0-9]{1,20})\s*", part)
+        require(
+            match,
+            f"Stage {part.strip()[:80]!r} of {text[:80]!r} is not LAYERS:STEPS; write for example 3:50000,6:70000.",
+        )
         assert match is not None
         stages.append(StageConfig(layers=int(match[1]), steps=int(match[2])))
     return stages
@@ -233,6 +287,9 @@ class RunConfig:
     recipe was. What is to come is this recipe's."""
     overwrite: bool = False
     """Delete what an earlier run left in output_dir."""
+    shared: bool = False
+    """Let the group of output_dir read and write the run, so that a colleague can go on with it; else it is its
+    user's alone."""
     data: str = "docs"
     """Text: `docs` (documentation of the installed Python packages), a folder, file or glob, a hub dataset, a folder
     of prepare_data.py, or a JSON file that mixes such folders (docs/data.md)."""
@@ -302,6 +359,10 @@ class RunConfig:
     """The optimizer."""
 
     def __post_init__(self) -> None:
+        check_values(self)
+        check_values(self.corpus, "corpus.")
+        for name in ("output_dir", "resume", "branch_from", "data", "tokenizer", "deepspeed_config"):
+            require(getattr(self, name) != "", f"{name} is empty; give it a value, or leave it out for its default.")
         if isinstance(self.stages, str):
             self.stages = parse_stages(self.stages)
         require(self.stages, "stages is empty; give at least one, such as 2:100.")
@@ -313,7 +374,6 @@ class RunConfig:
             *("max_skipped_steps", "skip_above_sigma", "hang_timeout"),
         ):
             require(getattr(self, name) >= 0, f"{name} is {getattr(self, name)}; it must not be negative.")
-        require(self.seed < 2**32, f"seed is {self.seed}; it must be less than 2**32.")
         require(
             re.fullmatch(r"\w[\w.-]*", self.name),
             f"name is {self.name!r}; it names a folder, so give letters, digits, '_', '-' and '.' only.",

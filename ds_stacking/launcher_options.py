@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import NoReturn
 
 from ds_stacking.common.errors import UserError
+from ds_stacking.common.explain import EPILOG
 from ds_stacking.common.words import nearest, shown
 
 
@@ -15,7 +16,7 @@ class Options(ArgumentParser):
     """A parser without abbreviations that raises UserError in the place of printing its usage and ending."""
 
     def __init__(self, description: str) -> None:
-        super().__init__(description=description, allow_abbrev=False)
+        super().__init__(description=description, epilog=EPILOG, allow_abbrev=False)
 
     def error(self, message: str) -> NoReturn:
         """Raise UserError with argparse's message in a sentence of ours."""

@@ -6,29 +6,17 @@ python launchers/grow_checkpoint.py runs/quickstart grown --operator "interleave
 
 from __future__ import annotations
 
-import argparse
 import sys
 from pathlib import Path
-from typing import NoReturn
 
 from ds_stacking.command_line import run_main
-from ds_stacking.common.errors import UserError, require
-
-
-class Parser(argparse.ArgumentParser):
-    """A parser whose errors are one sentence."""
-
-    def error(self, message: str) -> NoReturn:
-        """Raise UserError."""
-        raise UserError(f"{message if len(message) <= 200 else message[:200] + '...'}; --help lists the options.")
+from ds_stacking.common.errors import require
+from ds_stacking.launcher_options import Options
 
 
 def main() -> None:
     """Parse, grow, say what was done."""
-    parser = Parser(
-        description="Grow the model in IN to more layers and write it to the new folder OUT. IN stays as it is.",
-        allow_abbrev=False,
-    )
+    parser = Options("Grow the model in IN to more layers and write it to the new folder OUT. IN stays as it is.")
     parser.add_argument("source", metavar="IN", help="Hugging Face folder, run directory or checkpoint")
     parser.add_argument("target", metavar="OUT", help="folder to be made")
     parser.add_argument("--operator", default="stack", help="stack, interleave, middle, last or a list: 0,1,2,2,1,0")

@@ -13,12 +13,16 @@ from pathlib import Path
 
 from ds_stacking.command_line import parse_run, run_main
 from ds_stacking.common.errors import UserError
+from ds_stacking.common.explain import EPILOG
 
 
 def main() -> None:
     """Parse, plan, print."""
     parser = argparse.ArgumentParser(
-        description="Every option of pretrain.py is one here too.", allow_abbrev=False, exit_on_error=False
+        description="Every option of pretrain.py is one here too.",
+        epilog=EPILOG,
+        allow_abbrev=False,
+        exit_on_error=False,
     )
     parser.add_argument("--nodes", type=int, default=1, help="nodes")
     parser.add_argument("--gpus_per_node", type=int, default=8, help="GPUs of each node")

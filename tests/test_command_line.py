@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +58,7 @@ def decides_the_model(name: str) -> bool:
     kept = (
         "output_dir",
         "overwrite",
+        "shared",
         "resume",
         "branch_from",
         "max_skipped_steps",
@@ -195,6 +198,7 @@ def test_nothing_near_is_not_guessed() -> None:
         ({"stages": 5}, "stages is 5; it must be text such as 3:50000,6:70000 or a list of objects."),
         ({"stages": None}, "stages is null; it must be text such as 3:50000,6:70000 or a list of objects."),
         ({"lr": "fast"}, "lr is fast; it must be a finite number."),
+        ({"lr": "x" * 500}, f"lr is {'x' * 80}...; it must be a finite number."),
         ({"lr": None}, "lr is null; it must be a finite number."),
         ({"seed": 1.5}, "seed is 1.5; it must be a whole number."),
         ({"overwrite": "maybe"}, "overwrite is maybe; it must be true or false."),
@@ -208,7 +212,21 @@ def test_bad_recipes(tmp_path: Path, content: Any, sentence: str) -> None:
     assert refusal("--recipe", write(tmp_path, content)) == sentence
 
 
-@pytest.mark.parametrize("content", ["", "{", "lr: 1", '{"lr": 1,}', '{"lr": NaN}'])
+@pytest.mark.parametrize(
+    "content",
+    [
+        *(
+            "",
+            "{",
+            "lr: 1",
+            '{"lr": 1,}',
+            '{"lr": NaN}',
+            '{"seed": 1, "seed": 1}',
+            '{"model": {"norm": 1, "norm": 2}}',
+        ),
+        *(f'{{"seed": {"9" * digits}}}' for digits in (21, 400, 5000)),
+    ],
+)
 def test_recipe_that_is_no_json(tmp_path: Path, content: str) -> None:
     assert refusal("--recipe", write(tmp_path, content)).startswith(f"Recipe {tmp_path}/recipe.json is no JSON: ")
 
@@ -217,6 +235,16 @@ def test_recipe_that_is_binary_or_no_object(tmp_path: Path) -> None:
     assert "must be a JSON object" in refusal("--recipe", write(tmp_path, "[1]"))
     (tmp_path / "recipe.json").write_bytes(b"\xff\xfe\x00")
     assert "is no JSON" in refusal("--recipe", str(tmp_path / "recipe.json"))
+
+
+@pytest.mark.parametrize("brackets", ["[]", ['{"a":', "}"]])
+def test_recipe_that_is_nested_a_hundred_thousand_deep(tmp_path: Path, brackets: Any) -> None:
+    path = write(tmp_path, brackets[0] * 100_000 + "1" + brackets[1] * 100_000)
+    assert refusal("--recipe", path) == f"Recipe {path} is nested too deeply; a recipe has two levels, and stages."
+
+
+def test_recipe_that_is_no_recipe_by_its_size(tmp_path: Path) -> None:
+    assert "has more than 1,048,576 bytes" in refusal("--recipe", write(tmp_path, " " * (1 << 20) + "{}"))
 
 
 def test_missing_recipe(tmp_path: Path) -> None:
@@ -231,7 +259,19 @@ def test_missing_recipe(tmp_path: Path) -> None:
     ("arguments", "sentence"),
     [
         (["--lr", "fast"], "lr is fast; it must be a finite number."),
-        (["--lr", "inf"], "lr is inf; it must be a finite number."),
+        *(
+            (["--lr", value], f"lr is {said}; it must be a finite number.")
+            for value, said in (("inf", "inf"), ("nan", "nan"), ("1e999", "inf"), ("Infinity", "Infinity"))
+        ),
+        (
+            ["--corpus.vocab_size", "1000000000000"],
+            "corpus.vocab_size is 1000000000000; it must be 100,000,000 or less.",
+        ),
+        (
+            ["--stages", '[{"layers": 1, "steps": 2, "lr": 1e999}]'],
+            "Stage 1:2: lr is inf; it must be a finite number.",
+        ),
+        (["--output_dir", ""], "output_dir is empty; give it a value, or leave it out for its default."),
         (["--lr", "null"], "lr is None; it must be a finite number."),
         (["--lr"], "--lr needs a value."),
         (["--stages"], "--stages needs a value."),
@@ -262,7 +302,45 @@ def raises(error: BaseException | None) -> int:
 def test_exit_codes(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(command_line, "WAIT_FOR_RANK_0", 0.0)
     assert raises(None) == 0
-    assert raises(RuntimeError("broken")) == 1
-    assert "RuntimeError: broken" in capsys.readouterr().err
+    assert raises(RuntimeError("broken\nand more")) == 1
+    said = capsys.readouterr().err
+    assert re.fullmatch(r"error: RuntimeError: broken; the full traceback is in (\S+)\n", said)
     assert raises(UserError("This is wrong; mend it.")) == 2
     assert capsys.readouterr().err == "error: This is wrong; mend it.\n"
+
+
+@pytest.mark.parametrize("shown", [False, True])
+def test_tracebacks_are_shown_where_they_are_asked_for(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, shown: bool
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["pretrain.py", *(["--traceback"] if shown else []), "--lr", "1"])
+
+    def body() -> None:
+        assert sys.argv[1:] == ["--lr", "1"]
+        raise OSError(28, "No space left on device", "/a/b")
+
+    assert run_main(body) == 1
+    said = capsys.readouterr().err
+    assert said.splitlines()[-1].startswith("error: /a/b: No space left on device; make room")
+    assert ("Traceback (most recent call last)" in said) == shown == ("in body" in said)
+
+
+def test_an_interruption_is_a_sentence(capsys: pytest.CaptureFixture[str]) -> None:
+    assert raises(KeyboardInterrupt()) == 130
+    assert capsys.readouterr().err == "error: interrupted; the same command starts again.\n"
+
+
+def test_the_environment_is_looked_at_first(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RANK", "abc")
+    assert raises(RuntimeError("never")) == 2
+    assert capsys.readouterr().err.startswith("error: The environment variable RANK is 'abc'")
+
+
+@pytest.mark.parametrize("name", sorted(path.stem for path in (ROOT / "launchers").glob("*.py")))
+def test_every_launcher_tells_of_it(name: str) -> None:
+    """One that has its help from here, or takes its last line from here."""
+    text = (ROOT / "launchers" / f"{name}.py").read_text()
+    assert "EPILOG" in text or "parse_run(sys.argv[1:])" in text or "parse_options(" in text
+    assert "--traceback" in command_line.EPILOG

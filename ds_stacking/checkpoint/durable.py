@@ -1,10 +1,15 @@
-"""Files and directories that survive a crash: private, written once, fsynced, hashed while they are written."""
+"""Files and directories that survive a crash: private, written once, fsynced, hashed while they are written.
+
+In a folder that a group shares (its members write there, and new files get that group) they are the group's too, as
+far as the umask lets them; everywhere else their owner's alone, whatever the umask.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import os
 import shutil
+import stat
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import NamedTuple
@@ -23,7 +28,7 @@ class FileRecord(NamedTuple):
 
 
 def write_file(path: Path, parts: Iterable[bytes | memoryview]) -> FileRecord:
-    """Write a new file, readable by its owner only, and force it to the disk. Raises OSError."""
+    """Write a new file, which nobody beyond the folder's users can read, and force it to the disk. Raises OSError."""
     hasher, size = hashlib.sha256(), 0
     with open(path, "xb", opener=_private) as file:
         for part in parts:
@@ -52,9 +57,10 @@ def file_sha256(path: Path, count: Callable[[int], None] = lambda size: None) ->
 
 
 def make_directory(path: Path) -> None:
-    """Make a directory that only its owner can enter, and its parents; an existing one is left as it is."""
-    path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-    path.mkdir(exist_ok=True, mode=0o700)
+    """Make a directory that nobody beyond the folder's users can enter, and its parents; an existing one stays."""
+    if not path.parent.exists():
+        make_directory(path.parent)
+    path.mkdir(exist_ok=True, mode=0o770 if _is_shared(path.parent) else 0o700)
 
 
 def remove_checkpoint(path: Path) -> None:
@@ -73,4 +79,9 @@ def sweep(folder: Path, *, besides: Path | None = None) -> None:
 
 
 def _private(path: str, flags: int) -> int:
-    return os.open(path, flags, 0o600)
+    return os.open(path, flags, 0o660 if _is_shared(Path(path).parent) else 0o600)
+
+
+def _is_shared(folder: Path) -> bool:
+    mode = folder.stat().st_mode
+    return bool(mode & stat.S_ISGID and mode & stat.S_IWGRP)

@@ -7,6 +7,7 @@ alike, NaN and infinite numbers wherever a shape says `Finite`.
 
 from __future__ import annotations
 
+from dataclasses import is_dataclass
 from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
@@ -56,13 +57,21 @@ def parse_json(content: bytes | str, shape: type[Shape], *, where: str, mend: st
         raise UserError(f"{where} is damaged or no such file: {_first(error)}; {mend}.") from None
 
 
+def check_value(value: Any, shape: type[Shape], *, where: str, mend: str) -> Shape:
+    """A value that was read already, validated as `shape`; `where` names it in the sentence. Raises UserError."""
+    try:
+        return _adapter(shape).validate_python(value)  # type: ignore[arg-type]
+    except ValidationError as error:
+        raise UserError(f"{where} is damaged or made up: {_first(error)}; {mend}.") from None
+
+
 @cache
 def _adapter(shape: Any) -> TypeAdapter[Any]:
     return TypeAdapter(shape, config=None if _has_config(shape) else ConfigDict(strict=True))
 
 
 def _has_config(shape: Any) -> bool:
-    return hasattr(shape, "__pydantic_config__") or hasattr(shape, "model_config")
+    return hasattr(shape, "__pydantic_config__") or hasattr(shape, "model_config") or is_dataclass(shape)
 
 
 def _first(error: ValidationError) -> str:

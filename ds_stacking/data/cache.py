@@ -2,26 +2,25 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from pathlib import Path
 
 from filelock import FileLock, Timeout
 
+from ds_stacking.common.environment import cache_folder, world_size
 from ds_stacking.common.errors import UserError
 from ds_stacking.config import CorpusConfig
 
 
 def cache_root(config: CorpusConfig) -> Path:
     """`config.cache_dir`, else $DS_STACKING_CACHE, else ~/.cache/ds_stacking."""
-    chosen = config.cache_dir or os.environ.get("DS_STACKING_CACHE") or "~/.cache/ds_stacking"
-    return Path(chosen).expanduser().resolve()
+    return cache_folder(config.cache_dir)
 
 
 def _pause() -> float:
     """Seconds between two tries for a lock: all ranks together ask the storage 50 times a second, or every 10 s."""
-    return min(10.0, max(0.05, int(os.environ.get("WORLD_SIZE") or 1) / 50))
+    return min(10.0, max(0.05, world_size() / 50))
 
 
 def locked(root: Path, key: str, log: Callable[[str], None]) -> AbstractContextManager:

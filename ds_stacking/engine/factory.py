@@ -20,6 +20,8 @@ from deepspeed.utils import groups
 from filelock import FileLock
 from torch import nn
 
+from ds_stacking.common.environment import check_meeting_place, local_rank, rank
+from ds_stacking.common.errors import UserError
 from ds_stacking.config import OptimizerConfig
 from ds_stacking.engine.agreement import agreed
 from ds_stacking.engine.construct import construct_partitioned
@@ -165,16 +167,29 @@ def init_distributed(*, alone: bool = False, limit: timedelta | None = None) -> 
             probe.bind((only["MASTER_ADDR"], 0))
             os.environ |= only | {"MASTER_PORT": str(probe.getsockname()[1])}
         os.environ.setdefault("LOCAL_RANK", "0")
+    elif not torch.distributed.is_initialized():
+        check_meeting_place()
+    check_device()
     # torch 2.13 warns, once on every rank, of names that DeepSpeed 0.19 still calls
     warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)
     # On a CPU DeepSpeed would compile an all-reduce for its inference; load_cpu_adam says what that risks.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    get_accelerator().set_device(int(os.environ["LOCAL_RANK"]))
+    get_accelerator().set_device(local_rank())
     asked = {} if limit is None else {"timeout": limit}
     deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False, **asked)
     if limit is not None:
         for group in (torch.distributed.group.WORLD, groups._clone_world_group()):
             torch.distributed.distributed_c10d._set_pg_timeout(limit, group)
+
+
+def check_device() -> None:
+    """Raise UserError where this rank's GPU is not there."""
+    accelerator = get_accelerator()
+    if accelerator.device_name() == "cuda" and local_rank() >= accelerator.device_count():
+        raise UserError(
+            f"Rank {rank()} is number {local_rank()} of its node and needs a GPU of its own, but torch sees "
+            f"{accelerator.device_count()}; start fewer ranks, or look at CUDA_VISIBLE_DEVICES and DS_ACCELERATOR."
+        )
 
 
 def load_cpu_adam() -> None:
@@ -202,7 +217,8 @@ def native_bf16() -> tuple[bool, str]:
     """Whether this machine multiplies bf16 natively, and by what: GPUs from Ampere, CPUs with AVX512-BF16 or AMX."""
     accelerator = get_accelerator()
     if accelerator.device_name() == "cuda":
-        accelerator.set_device(int(os.environ.get("LOCAL_RANK", "0")))  # else every rank would begin on the first GPU
+        check_device()
+        accelerator.set_device(local_rank())  # else every rank would begin on the first GPU
         return torch.cuda.is_bf16_supported(including_emulation=False), torch.cuda.get_device_name()
     if accelerator.device_name() != "cpu":
         return accelerator.is_bf16_supported(), accelerator.device_name()

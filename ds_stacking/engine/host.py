@@ -8,12 +8,13 @@ import os
 
 import torch
 
+from ds_stacking.common.environment import local_world_size
+
 
 def limit_threads() -> None:
     """Share the cores between the ranks of a node, unless the user said how many threads each gets."""
     if "OMP_NUM_THREADS" not in os.environ:
-        local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or "1")
-        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_ranks))
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_world_size()))
 
 
 def keep_freed_memory() -> None:

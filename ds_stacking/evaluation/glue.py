@@ -8,7 +8,6 @@ that dies leaves its job to the others. Jobs are held by file locks, which end w
 from __future__ import annotations
 
 import json
-import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,6 +18,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
+from ds_stacking.common.environment import rank
 from ds_stacking.common.errors import UserError
 from ds_stacking.common.files import write_json, write_text
 from ds_stacking.engine.ds_config import load_ds_config
@@ -40,7 +40,7 @@ class GlueRun:
 
     def __init__(self, config: GlueConfig) -> None:
         self.config = config
-        self.rank = int(os.environ.get("RANK", "0"))
+        self.rank = rank()
         self.folder = Path(config.output_dir)
         self.ds_config = load_ds_config(config.deepspeed_config)
         self.encoder: Encoder = load_encoder(config.model, config.tokenizer, config.max_length, config.dropout)

@@ -80,7 +80,7 @@ class _Execution:
             wrong = self._verify(own)
             if self.exchange.total(len(wrong)):
                 where = ", ".join(wrong[:5]) or "on another rank"
-                raise RuntimeError(f"After the growth these tensors differ from their source: {where}.")
+                raise RuntimeError(f"After the move these tensors differ from their source: {where}.")
             self.report.tensors_verified = sum(entry.source is not None for entry in self.plan.entries)
         return self.report
 
@@ -163,16 +163,19 @@ class _Execution:
         return wrong
 
     def _equal(self, move: Move) -> bool:
-        same = all(
-            torch.equal(self.writer.read(move.target, k), v.to(self.writer.read(move.target, k).device))
-            for k, v in self._values(move)
-        )
+        same = all(_same(self.writer.read(move.target, k), v) for k, v in self._values(move))
         return same and self._zero_elsewhere(move)
 
     def _zero_elsewhere(self, move: Move) -> bool:
         """Whether the kinds that were not moved are zero in the target."""
         moved = {kind for kind, _ in self._moved(move)}
         return not any(self.writer.read(move.target, kind).any() for kind in self.kinds if kind not in moved)
+
+
+def _same(found: Tensor, wanted: Tensor) -> bool:
+    """Whether all elements are equal; a NaN, as in a run that has diverged, is where one was."""
+    wanted = wanted.to(found.device)
+    return torch.equal(found, wanted) or bool(((found == wanted) | (found.isnan() & wanted.isnan())).all())
 
 
 def digest(values: Tensor) -> Tensor:

@@ -12,12 +12,12 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
+from ds_stacking.common.environment import cache_folder
 from ds_stacking.models.bert import Bert
 
 
@@ -44,8 +44,7 @@ def keep_compiled_code() -> None:
 
     By default it would lie in the machine's temporary folder, which a restart empties.
     """
-    root = Path(os.environ.get("DS_STACKING_CACHE") or Path.home() / ".cache" / "ds_stacking")
-    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(root / "compiled"))
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache_folder() / "compiled"))
 
 
 def compilations() -> Compilations:

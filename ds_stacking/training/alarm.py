@@ -12,11 +12,14 @@ import json
 import os
 import threading
 import time
+from collections.abc import Callable
+from contextlib import suppress
 from types import TracebackType
 from typing import Any
 
 import torch.distributed as dist
 
+from ds_stacking.common.environment import local_rank
 from ds_stacking.common.errors import RunAgain
 from ds_stacking.common.failures import LOST, exit_code
 from ds_stacking.common.last_words import last_words
@@ -30,6 +33,10 @@ _numbers = itertools.count()
 
 class Alarm:
     """Watches, inside a `with`, for the failure of another rank and tells the others of this one's."""
+
+    def __init__(self) -> None:
+        self.undo: Callable[[], None] = lambda: None
+        """Called before the process is ended from here; the body of the `with` may set it."""
 
     def __enter__(self) -> Alarm:
         self._closed = threading.Event()
@@ -58,7 +65,7 @@ class Alarm:
         if isinstance(error, RunAgain) or not first or dist.get_world_size() == 1:
             return
         words = str(error).partition("\n")[0]
-        why = f"rank {dist.get_rank()} failed ({type(error).__name__}: {words})"
+        why = f"rank {dist.get_rank()} failed ({f'{type(error).__name__}: {words}'.rstrip(': ')})"
         try:
             self._store.compare_set(self._word, "", json.dumps({"why": why, "code": exit_code(error)}))
         except RuntimeError:
@@ -71,10 +78,12 @@ class Alarm:
             try:
                 if not self._store.check([self._word]):
                     continue
-                failure, speaks = json.loads(self._store.get(self._word)), os.environ.get("LOCAL_RANK") == "0"
+                failure, speaks = json.loads(self._store.get(self._word)), local_rank() == 0
             except RuntimeError:
                 failure, speaks = {"why": "rank 0 is gone", "code": LOST}, True
             if not self._closed.wait(GRACE):
                 if speaks:
                     last_words(f"error: {failure['why']}; rank {dist.get_rank()} ends.")
+                with suppress(Exception):
+                    self.undo()
                 os._exit(failure["code"])

@@ -6,20 +6,27 @@ A checkpoint holds every setting by its name: so a change can be told, and what 
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import MISSING, fields
 from hashlib import sha256
 from pathlib import Path
-from typing import Any
+from typing import Any, NotRequired
+
+from typing_extensions import TypedDict
 
 from ds_stacking.common.errors import UserError
+from ds_stacking.common.json_files import KEEP_OTHERS, Count, check_value, read_json
 from ds_stacking.config import RunConfig, StageConfig
+from ds_stacking.training.run_directory import CONFIG
 
+SETTING = re.compile(r"(stages\[\d{1,5}\]\.)?\w{1,50}(\.\w{1,50})?")
 Settings = dict[str, Any]
 """Values by dotted name, such as "optimizer.clip" and "stages[1].lr"."""
 
 PLACES = (
-    *("name", "description", "deepspeed_config", "output_dir", "overwrite", "resume", "branch_from", "data"),
+    *("name", "description", "deepspeed_config", "output_dir", "overwrite", "shared", "resume"),
+    *("branch_from", "data"),
     "corpus.cache_dir",
 )
 """Where a run lies and comes from; that its data are the same is told by their fingerprint."""
@@ -35,6 +42,25 @@ FREE_IN_STAGES = ("micro_batch_size", "zero_stage")
 FREE_IF_NOT_OVER = ("steps", "lr", "lr_end", "lr_steps", "warmup_steps", "rewarm_steps")
 """What may change in the current stage and in those to come."""
 OTHER_RUN = "--branch_from begins a new run with this one's state, in another --output_dir"
+
+
+class SavedStage(TypedDict):
+    """A stage in config.json."""
+
+    __pydantic_config__ = KEEP_OTHERS  # type: ignore[misc]
+    layers: Count
+    steps: Count
+    micro_batch_size: NotRequired[int | str | None]
+
+
+class SavedConfig(TypedDict):
+    """What is read of a run's config.json; an older version may lack other fields."""
+
+    __pydantic_config__ = KEEP_OTHERS  # type: ignore[misc]
+    model: dict[str, Any]
+    corpus: dict[str, Any]
+    optimizer: dict[str, Any]
+    stages: list[SavedStage]
 
 
 def settings(config: RunConfig) -> Settings:
@@ -66,13 +92,12 @@ def refuse_another_run(path: Path, changes: Settings, stage: int = 0) -> None:
 
 def refuse_another_finished_run(config: RunConfig) -> None:
     """Raise UserError where the run directory's finished run had settings that would make another run of it."""
-    try:
-        content = json.loads((Path(config.run_dir) / "config.json").read_bytes())
-        saved = {name: content[name] for name in config.to_dict()}
-        model = saved.pop("model")
-        then = {name: value for name, value in _flat(saved) if name not in PLACES}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    content = read_config(Path(config.run_dir))
+    if content is None or not config.to_dict().keys() <= content.keys() | set(PLACES):
         return  # of an older version
+    model = content["model"]
+    saved = {name: value for name, value in content.items() if name in config.to_dict() and name != "model"}
+    then = {name: value for name, value in _flat(saved) if name not in PLACES}
     changes = {name: pair for name, pair in find_changes(then, settings(config)).items() if name not in FREE}
     for name, value in config.to_dict()["model"].items():
         if model.get(name) != value and not (name == "vocab_size" and value == 0):
@@ -97,23 +122,36 @@ def saved_settings(identity: Mapping[str, Any], run_dir: Path, config: RunConfig
     Older versions saved one digest of them: it is that of the present `config`, or of the one in the run directory.
     """
     if "settings" in identity:
-        return dict(identity["settings"])
+        mend = "give another checkpoint"
+        saved = check_value(identity["settings"], dict[str, Any], where="The manifest of the checkpoint", mend=mend)
+        if strange := next((name for name in saved if not SETTING.fullmatch(name)), None):
+            raise UserError(
+                f"The checkpoint was saved under a setting {ascii(strange)[:60]}, which no run has; {mend}."
+            )
+        return saved
     if _old_digest(config.to_dict()) == identity.get("recipe"):
         return settings(config)
+    content = read_config(run_dir)
+    found = {name: value for name, value in (content or {}).items() if name in RunConfig.__dataclass_fields__}
+    if not found or _old_digest(found) != identity.get("recipe"):
+        return None
+    del found["model"]
+    return {name: value for name, value in _flat(found) if name not in PLACES}
+
+
+def read_config(run_dir: Path) -> dict[str, Any] | None:
+    """The content of a run's config.json; None where there is none. Raises UserError where it is damaged."""
+    mend = "restore it, or start again with --overwrite in the place of --resume"
     try:
-        content = json.loads((run_dir / "config.json").read_bytes())
-        known = {field.name for field in fields(RunConfig)}
-        found = {name: value for name, value in content.items() if name in known}
-        if _old_digest(found) != identity["recipe"]:
-            return None
-        found.pop("model")
-        return {name: value for name, value in _flat(found) if name not in PLACES}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return dict(read_json(run_dir / CONFIG, SavedConfig, mend=mend, inside=run_dir))
+    except FileNotFoundError:
         return None
 
 
 def _old_digest(config: dict[str, Any]) -> str:
     """The digest that versions before `settings` saved as "recipe"."""
+    if not all(name in config for name in ("corpus", "stages")):
+        return ""
     free = {name.split(".")[0] for name in PLACES if "." not in name} | {"precision", "micro_batch_size", "tracking"}
     free |= {"log_every", "checkpoint_every", "checkpoint_keep", "checkpoint_async"}
     free |= {"kernels", "compile", "growth_memory", "max_skipped_steps", "hang_timeout"}
@@ -136,7 +174,7 @@ def _flat(values: Any, name: str = "") -> Iterator[tuple[str, Any]]:
     if isinstance(values, dict):
         for key, value in values.items():
             yield from _flat(value, f"{name}.{key}" if name else key)
-    elif name == "stages":
+    elif name == "stages" and isinstance(values, list):
         for number, stage in enumerate(values):
             yield from _flat(stage, f"stages[{number}]")
     else:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from functools import partial
@@ -22,10 +21,9 @@ from ds_stacking.checkpoint.write import CheckpointWriter
 from ds_stacking.common.errors import UserError
 from ds_stacking.config import RunConfig
 from ds_stacking.engine.factory import device
-from ds_stacking.engine.stage_manager import GrowthRecord
 from ds_stacking.engine.zero_state import LiveState
-from ds_stacking.evaluation.masked_lm import HeldOutLoss
 from ds_stacking.growth.blocks import find_block_names
+from ds_stacking.growth.checks import check_finite
 from ds_stacking.growth.exchange import make_exchange
 from ds_stacking.training.changes import (
     OTHER_RUN,
@@ -38,7 +36,8 @@ from ds_stacking.training.changes import (
 from ds_stacking.training.fitting import check_fits
 from ds_stacking.training.ledger import Ledger
 from ds_stacking.training.reporting import settle
-from ds_stacking.training.run_directory import METRICS, SAVED, refuse_lost_checkpoints
+from ds_stacking.training.run_directory import CHECKPOINTS, METRICS, SAVED, refuse_lost_checkpoints
+from ds_stacking.training.saved_state import ledger_values, saved_state
 
 if TYPE_CHECKING:
     from ds_stacking.training.loop import Pretraining
@@ -60,7 +59,7 @@ def find_checkpoint(config: RunConfig, expected: dict[str, Any], alive: Callable
     fits = partial(check_fits, config=config)
     found = None
     if config.resume:
-        path = Path(config.run_dir) / "checkpoints" if config.resume == "auto" else Path(config.resume)
+        path = Path(config.run_dir) / CHECKPOINTS if config.resume == "auto" else Path(config.resume)
         from_first_rank(lambda: _refuse_early(path, config), exchange)
         exact = config.resume != "auto"
         found = find_together(path, exchange, identity=shared, fits=fits, exact=exact, alive=alive)
@@ -81,7 +80,7 @@ def find_checkpoint(config: RunConfig, expected: dict[str, Any], alive: Callable
 
 def _refuse_early(path: Path, config: RunConfig) -> None:
     """Rank 0: refuse what would be another run before any large file is read."""
-    folder = path / "checkpoints" if (path / "checkpoints").is_dir() else path
+    folder = path / CHECKPOINTS if (path / CHECKPOINTS).is_dir() else path
     try:
         manifests = [(path, read_manifest(path))] if (path / MANIFEST).is_file() else published(folder)
     except (OSError, Unusable):
@@ -111,19 +110,20 @@ def changed_settings(config: RunConfig, found: Found | None) -> list[dict[str, A
     if found is None or found.branch:
         return []
     reader = CheckpointReader(found.path)
-    position, stages = reader.extra["position"], config.stages
+    extra, stages = saved_state(reader), config.stages
+    position = extra["position"]
     assert isinstance(stages, list)
     changes = find_changes(_then(found.path, reader.manifest, config), settings(config))
     refuse_another_run(found.path, changes, position["stage"])
     if f"stages[{position['stage']}].steps" in changes:
         _check_steps(config, reader)
     new = [{"step": found.step, "field": name, "from": a, "to": b} for name, (a, b) in changes.items()]
-    return [*reader.extra.get("changes", []), *new]
+    return [*(dict(change) for change in extra.get("changes", [])), *new]
 
 
 def _check_steps(config: RunConfig, reader: CheckpointReader) -> None:
     """Who goes on may prolong or shorten the stage that the checkpoint stands in, but not undo steps."""
-    position, stages = reader.extra["position"], config.stages
+    position, stages = saved_state(reader)["position"], config.stages
     assert isinstance(stages, list)
     stage = stages[position["stage"]]
     if stage.steps < position["stage_step"]:
@@ -135,7 +135,7 @@ def _check_steps(config: RunConfig, reader: CheckpointReader) -> None:
 
 def _check_depth(config: RunConfig, reader: CheckpointReader) -> None:
     """A checkpoint may have been grown on the disk, to any depth."""
-    stage = reader.extra["position"]["stage"]
+    stage = saved_state(reader)["position"]["stage"]
     layers = find_block_names({name: (info.numel,) for name, info in reader.parameters.items()}).count
     assert isinstance(config.stages, list)
     if stage >= len(config.stages) or config.stages[stage].layers != layers:
@@ -151,7 +151,7 @@ def make_writer(
 ) -> CheckpointWriter:
     """The writer of a run that goes on from the checkpoint `found`."""
     return CheckpointWriter(
-        Path(config.run_dir) / "checkpoints",
+        Path(config.run_dir) / CHECKPOINTS,
         make_exchange(device()),
         identity=expected,
         keep=config.checkpoint_keep,
@@ -205,30 +205,42 @@ def tell_reports(run: Pretraining) -> None:
 def restore(run: Pretraining, found: Found) -> bool:
     """Bring `run` to the checkpoint; returns whether it stands at the end of a stage, the next one not begun."""
     reader = CheckpointReader(found.path)
-    extra = reader.extra
-    run.position = type(run.position)(**extra["position"])
+    saved = saved_state(reader)
+    run.position = type(run.position)(**saved["position"])
     run.manager.restore(run.spec(run.position.stage), reader.parameters, reader, stage=run.position.stage)
-    run.ledger = Ledger.from_dict(extra["ledger"], peak=run.ledger.peak)
+    _refuse_diverged(run, found)
+    run.ledger = Ledger.from_dict(ledger_values(saved["ledger"]), peak=run.ledger.peak)
     if len(run.ledger.stages) == run.position.stage:  # the checkpoint was grown on the disk
         run.ledger.start_stage(run.stages[run.position.stage].layers)
-    run.growths = [GrowthRecord(**record) for record in extra["growths"]]
-    if extra["evaluated"] and not found.branch:  # a branch may evaluate on other blocks
-        step, layers, loss = extra["evaluated"]
-        run.evaluated = ((step, layers), HeldOutLoss(**loss))
-    same_ranks = len(extra["loss_sum"]) == run.world_size
-    mine = extra["loss_sum"][run.rank] if same_ranks else sum(extra["loss_sum"]) * (run.rank == 0)
+    run.growths = saved["growths"]
+    if saved["evaluated"] and not found.branch:  # a branch may evaluate on other blocks
+        step, layers, loss = saved["evaluated"]
+        run.evaluated = ((step, layers), loss)
+    same_ranks = len(saved["loss_sum"]) == run.world_size
+    mine = saved["loss_sum"][run.rank] if same_ranks else sum(saved["loss_sum"]) * (run.rank == 0)
     run.loss_sum.fill_(mine)
-    run.steps_in_loss = extra["steps_in_loss"]
-    run.health.load(extra["health"])
+    run.steps_in_loss = saved["steps_in_loss"]
+    run.health.load(dict(saved["health"]))
     run.settled = run.position.step
-    _settle_stages(run, extra["stage_steps"], found)
-    run.logged_losses = [(flops, loss) for flops, loss in extra["logged_losses"]]
+    _settle_stages(run, saved["stage_steps"], found)
+    run.logged_losses = list(saved["logged_losses"])
     generators = reader.generators(run.rank, run.world_size)
     if generators is None:
         run.seed_dropout()
     else:
         restore_generators(generators)
-    return extra["stage_end"] and run.position.stage_step == run.stages[run.position.stage].steps
+    return saved["stage_end"] and run.position.stage_step == run.stages[run.position.stage].steps
+
+
+def _refuse_diverged(run: Pretraining, found: Found) -> None:
+    """Raise UserError, on every rank, where the state that was restored is not finite."""
+    try:
+        check_finite(LiveState(run.engine), make_exchange(run.device))
+    except UserError:
+        raise UserError(
+            f"Checkpoint {found.path} holds NaN or infinite numbers: the run had diverged; give an earlier one as "
+            f"--resume DIR, and a lower --lr."
+        ) from None
 
 
 def _settle_stages(run: Pretraining, steps: list[int], found: Found) -> None:
@@ -240,9 +252,8 @@ def _settle_stages(run: Pretraining, steps: list[int], found: Found) -> None:
             stage.steps = settled
 
 
-def cut_metrics(run_dir: Path, found: Found) -> None:
-    """Rank 0: cut metrics.jsonl back to where the checkpoint saw it, so that no step stands twice."""
-    path = run_dir / METRICS
-    size = CheckpointReader(found.path).extra["metrics_bytes"]
-    if found.path.parent.parent.resolve() == run_dir.resolve() and path.exists() and path.stat().st_size > size:
-        os.truncate(path, size)
+def metrics_bytes(run_dir: Path, found: Found | None) -> int | None:
+    """Bytes of metrics.jsonl that the checkpoint saw; None where it is not this run directory's."""
+    if found is None or found.path.parent.parent.resolve() != run_dir.resolve():
+        return None
+    return saved_state(CheckpointReader(found.path))["metrics_bytes"]

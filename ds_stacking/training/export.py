@@ -18,9 +18,10 @@ from ds_stacking.config import ModelConfig
 from ds_stacking.data.prepared_data import PreparedData
 from ds_stacking.models.convert import save_huggingface
 from ds_stacking.reports.model_card import write_model_card
+from ds_stacking.training.run_directory import EXPORT
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.txt")
-EXPORT, FINAL = "export", "final"
+FINAL = "final"
 
 
 def export_stage(

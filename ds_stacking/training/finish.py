@@ -8,13 +8,14 @@ from typing import Any
 
 from ds_stacking.checkpoint.share import side_by_side
 from ds_stacking.common.files import write_json
+from ds_stacking.common.own_files import make_inside
 from ds_stacking.evaluation.masked_lm import HeldOutLoss
 from ds_stacking.growth.exchange import make_exchange
 from ds_stacking.training.checkpointing import tell_reports
 from ds_stacking.training.export import finish_export
 from ds_stacking.training.loop import Pretraining
 from ds_stacking.training.reporting import log_evaluation
-from ds_stacking.training.run_directory import SUMMARY
+from ds_stacking.training.run_directory import EXPORT, SUMMARY
 
 
 def finish(run: Pretraining) -> None:
@@ -40,7 +41,7 @@ def finish(run: Pretraining) -> None:
 
 def _exported(run: Pretraining) -> Path:
     """The folder of the last stage's model."""
-    return run.run_dir / "export" / f"stage-{len(run.stages)}-{run.stages[-1].layers}L"
+    return run.run_dir / EXPORT / f"stage-{len(run.stages)}-{run.stages[-1].layers}L"
 
 
 def _write_reports(run: Pretraining, loss: HeldOutLoss, shuffled: HeldOutLoss) -> None:
@@ -70,10 +71,11 @@ def _write_reports(run: Pretraining, loss: HeldOutLoss, shuffled: HeldOutLoss) -
     from ds_stacking.reports.growth_figure import draw_growths
     from ds_stacking.reports.run_report import write_report
 
+    make_inside(run.run_dir, "report")  # which refuses a link
     finish_export(run.run_dir, _exported(run).name, summary=summary, config=run.config.to_dict())
     figures = [draw_curves(run.run_dir), draw_growths(run.run_dir, summary["growths"])]
     figures.append(write_report(run.run_dir, summary))
-    write_json(run.run_dir / SUMMARY, summary)
+    write_json(run.run_dir / SUMMARY, summary, inside=run.run_dir)
     run.console.closing(summary)
     run.console.line(f"model   {run.run_dir / 'export' / 'final'}")
     for figure in filter(None, figures):

@@ -18,6 +18,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from ds_stacking.common.errors import RunFailed
 from ds_stacking.common.files import write_json
 from ds_stacking.engine.zero_state import LiveState
 from ds_stacking.growth.plan import ParameterInfo
@@ -32,7 +33,7 @@ LEAST = 16
 """Steps that must be in the window before it bounds anything."""
 
 
-class Unhealthy(RuntimeError):
+class Unhealthy(RunFailed):
     """Too many steps in a row were skipped. Its text says what to do."""
 
 
@@ -110,7 +111,8 @@ def write_post_mortem(run: Pretraining) -> Path:
         first = run.position.samples - plan.sequences
         samples = [[part.tolist() for part in plan.samples(first, rank)] for rank in range(run.world_size)]
         content = {"step": step, "reason": run.health.reason, **run.health.to_dict()}
-        write_json(path, content | {"loss_by_rank": losses, "samples_by_rank": samples, "norms_by_block": norms})
+        content |= {"loss_by_rank": losses, "samples_by_rank": samples, "norms_by_block": norms}
+        write_json(path, content, inside=run.run_dir)
     return path
 
 

@@ -37,7 +37,7 @@ from ds_stacking.training.health import Health
 from ds_stacking.training.ledger import Ledger
 from ds_stacking.training.preemption import LaterSum, StopRequest
 from ds_stacking.training.progress import StageConsole
-from ds_stacking.training.reporting import check_health, log_evaluation, log_growth, log_training
+from ds_stacking.training.reporting import check_health, log_evaluation, log_growth, log_training, refuse_diverged
 from ds_stacking.training.schedule import Schedule
 from ds_stacking.training.tracking import Tracker
 from ds_stacking.training.triggering import choose_operator, end_on_plateau
@@ -95,6 +95,8 @@ class Pretraining:
     growths: list[GrowthRecord] = field(default_factory=list)
     changes: list[dict[str, Any]] = field(default_factory=list)
     """Settings that resumptions changed."""
+    claimed_at: int | None = None
+    """The step at which a new run took its directory; where it makes no step more, it gives all back."""
 
     def __post_init__(self) -> None:
         self.schedule = Schedule(self.config)
@@ -303,7 +305,7 @@ class Pretraining:
         tell_reports(self)
         stopped = f"stopped by {self.stop.reason or 'another rank'} at step {self.position.step}"
         if not saved:  # no RunAgain: a batch script would start it again and again, for nothing
-            raise RuntimeError(f"{stopped}, but the last checkpoint could not be saved")
+            raise RunFailed(f"{stopped}, but the last checkpoint could not be saved; go on with --resume auto")
         raise RunAgain(f"{stopped}, saved; go on with --resume auto")
 
     def evaluate(self) -> HeldOutLoss:
@@ -337,6 +339,7 @@ class Pretraining:
     def close_stage(self, index: int, stage: StageConfig) -> None:
         """Evaluate and export the stage's model."""
         loss = self.evaluate()
+        refuse_diverged(self, loss)
         self.ledger.stage.eval_loss_end = loss.every
         self.ledger.stage.eval_loss_masked_end = loss.masked
         fault = self.export(index, stage)

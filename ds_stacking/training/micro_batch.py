@@ -7,7 +7,6 @@ What was chosen stands in the run's config.json, from which a resumed run takes 
 
 from __future__ import annotations
 
-import json
 import statistics
 import time
 from collections.abc import Callable
@@ -19,12 +18,14 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from ds_stacking.config import RunConfig, StageConfig
+from ds_stacking.checkpoint.share import from_first_rank
+from ds_stacking.config import LARGEST_COUNT, RunConfig, StageConfig
 from ds_stacking.data.batches import Batch
 from ds_stacking.engine.release import collect
+from ds_stacking.growth.exchange import make_exchange
 from ds_stacking.models.bert import Bert
 from ds_stacking.planning.memory import state_bytes, sum_bytes
-from ds_stacking.training.run_directory import CONFIG
+from ds_stacking.training.changes import read_config
 
 FREE = 0.1
 """Share of the device's memory that stays free."""
@@ -90,22 +91,19 @@ def choose_micro_batches(
 def recorded_micro_batches(config: RunConfig, device: torch.device) -> RunConfig | None:
     """The configuration with the sizes that the run chose before it stopped; None where its config.json has none."""
     assert isinstance(config.stages, list)
-    read = _read(Path(config.run_dir) / CONFIG, config.stages) if dist.get_rank() == 0 else [0] * len(config.stages)
-    sizes = torch.tensor(read, device=device)
-    dist.broadcast(sizes, 0)
-    if not sizes.all():
+    asked = config.stages
+    sizes = from_first_rank(lambda: _read(Path(config.run_dir), asked), make_exchange(device))
+    if not all(sizes):
         return None
-    stages = [replace(stage, micro_batch_size=int(size)) for stage, size in zip(config.stages, sizes, strict=True)]
-    return replace(config, stages=stages, micro_batch_size=int(sizes.max()))
+    stages = [replace(stage, micro_batch_size=size) for stage, size in zip(config.stages, sizes, strict=True)]
+    return replace(config, stages=stages, micro_batch_size=max(sizes))
 
 
-def _read(path: Path, stages: list[StageConfig]) -> list[int]:
-    """Sizes in a config.json; zeros where it has none for these stages."""
-    try:
-        found = [stage["micro_batch_size"] for stage in json.loads(path.read_text())["stages"]]
-    except (OSError, ValueError, KeyError, TypeError):
-        return [0] * len(stages)
-    fine = len(found) == len(stages) and all(isinstance(size, int) for size in found)
+def _read(run_dir: Path, stages: list[StageConfig]) -> list[int]:
+    """Sizes in the run's config.json; zeros where it has none for these stages."""
+    saved = (read_config(run_dir) or {}).get("stages", [])
+    found = [stage.get("micro_batch_size") for stage in saved]
+    fine = len(found) == len(stages) and all(isinstance(size, int) and 0 < size <= LARGEST_COUNT for size in found)
     return found if fine else [0] * len(stages)
 
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import secrets
 import socket
 import threading
@@ -23,20 +24,26 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from ds_stacking.checkpoint.share import from_first_rank
+from ds_stacking.common.environment import restarts
 from ds_stacking.common.errors import UserError
 from ds_stacking.common.failures import note_failure
+from ds_stacking.common.json_files import parse_json
 from ds_stacking.common.last_words import last_words
+from ds_stacking.common.own_files import make_inside, open_inside, read_inside
 from ds_stacking.config import RunConfig
 from ds_stacking.engine.factory import device
 from ds_stacking.growth.exchange import make_exchange
-from ds_stacking.training.run_directory import check_run_directory, make_private
+from ds_stacking.training.run_directory import OWNERS, check_run_directory, make_run_directory
 
-OWNERS = ".owner"
 BEAT = 5.0
 """Seconds between two heartbeats."""
 SILENCE = 60.0
 """Seconds without a heartbeat after which an owner on another machine is dead; storage may stall for some."""
 RELEASED = "released"
+NUMBER = re.compile(r"[1-9][0-9]{0,17}")
+"""Names of owners' files."""
+LARGEST = 1 << 16
+"""Bytes of one."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,7 +71,7 @@ class Process:
             pid=os.getpid(),
             started=_start_of(os.getpid()) or "",
             job=f"{os.environ.get('SLURM_CLUSTER_NAME', '')}:{job}" if job else "",
-            restart=int(os.environ.get("SLURM_RESTART_COUNT") or 0),
+            restart=restarts(),
         )
 
     def sees_alive(self, other: Process) -> bool | None:
@@ -77,21 +84,25 @@ class Process:
 
     def __str__(self) -> str:
         job = f" of SLURM job {self.job.split(':')[-1]}" if self.job else ""
-        return f"process {self.pid}{job} on {self.host}"
+        return ascii(f"process {self.pid}{job} on {self.host}"[:200])[1:-1]  # it may be anybody's text
 
 
 class Owner:
     """The ownership of a run directory. A thread keeps it alive and ends the process where it was lost."""
 
-    def __init__(self, run_dir: Path, say: Callable[[str], None] = lambda text: None) -> None:
+    def __init__(self, run_dir: Path, say: Callable[[str], None] = lambda text: None, *, shared: bool = False) -> None:
         """Take `run_dir`, which is made where it is not there. Raises UserError where another process owns it."""
         self.run_dir, self.folder = run_dir, run_dir / OWNERS
-        self._is_new = not run_dir.exists()
+        self._made: list[Path] = []
         self._released = threading.Event()
         try:
-            make_private(self.folder)
+            self._made = make_run_directory(run_dir, shared=shared)
+            if not os.path.lexists(self.folder):
+                self._made.insert(0, self.folder)
+            make_inside(run_dir, OWNERS)
             self.number = self._claim(say)
         except OSError as error:
+            self._unmake()
             raise UserError(
                 f"output_dir {run_dir} cannot be written ({error.strerror}); choose another --output_dir."
             ) from error
@@ -112,17 +123,21 @@ class Owner:
         return (there.st_dev, there.st_ino) == (claim.st_dev, claim.st_ino)
 
     def release(self) -> None:
-        """Give the directory up; a folder that was made for it and is empty but for the claim goes too."""
+        """Give the directory up; folders that were made for it and hold nothing but the claim go too."""
         self._released.set()
         self._thread.join()
         with suppress(OSError):  # a dead process's claim is worth nothing either
             self._write(RELEASED)
         os.close(self._handle)
         with suppress(OSError):  # somebody else came, or deleted it
-            if self._is_new and os.listdir(self.run_dir) == [OWNERS]:
+            if self.folder in self._made and os.listdir(self.run_dir) == [OWNERS]:
                 (self.folder / str(self.number)).unlink()
-                self.folder.rmdir()
-                self.run_dir.rmdir()
+        self._unmake()
+
+    def _unmake(self) -> None:
+        with suppress(OSError):  # the first one that holds something stays, and so do those around it
+            for folder in self._made:
+                folder.rmdir()
 
     def _claim(self, say: Callable[[str], None]) -> int:
         """Create the number after the newest one, whose owner must be gone."""
@@ -135,8 +150,10 @@ class Owner:
                     f"--output_dir."
                 )
             number = last + 1
+            if not NUMBER.fullmatch(str(number)):
+                raise UserError(f"{self.folder} counts further than any run; delete it where no run is under way.")
             try:
-                self._handle = os.open(self.folder / str(number), os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+                self._handle = open_inside(self.run_dir, f"{OWNERS}/{number}", os.O_WRONLY | os.O_CREAT | os.O_EXCL)
             except FileExistsError:
                 continue  # another start was faster
             self._begin = json.dumps(asdict(me)).encode() + b"\n"
@@ -146,7 +163,7 @@ class Owner:
             os.close(self._handle)  # what was seen was out of date: others have come and gone since
             (self.folder / str(number)).unlink()
         for path in self.folder.iterdir():
-            if path.name.isdigit() and int(path.name) < number:
+            if NUMBER.fullmatch(path.name) and int(path.name) < number:
                 path.unlink(missing_ok=True)
         return number
 
@@ -175,7 +192,7 @@ class Owner:
 def newest(folder: Path) -> int:
     """The highest number in a folder of owners; 0 where there is none."""
     with suppress(FileNotFoundError):
-        return max((int(name) for name in os.listdir(folder) if name.isdigit()), default=0)
+        return max((int(name) for name in os.listdir(folder) if NUMBER.fullmatch(name)), default=0)
     return 0
 
 
@@ -214,15 +231,16 @@ def machine() -> str:
 
 def _read(path: Path) -> bytes | None:
     with suppress(FileNotFoundError):
-        return path.read_bytes()  # opened again each time: a network file system asks its server only then
+        # opened again each time: a network file system asks its server only then
+        return read_inside(path.parents[1], f"{OWNERS}/{path.name}", limit=LARGEST)
     return None
 
 
 def _parse(who: bytes) -> Process | None:
     """None for half a file: its owner is just writing it, or died then."""
     try:
-        return Process(**json.loads(who))
-    except (ValueError, TypeError):
+        return parse_json(who, Process, where=OWNERS, mend="")
+    except UserError:
         return None
 
 
@@ -244,7 +262,7 @@ def one_writer(config: RunConfig, say: Callable[[str], None]) -> Iterator[Callab
 
     def claim() -> None:
         nonlocal owner
-        owner = Owner(Path(config.run_dir), say)
+        owner = Owner(Path(config.run_dir), say, shared=config.shared)
         try:
             check_run_directory(config)  # again: since the first look another run may have come and gone
         except UserError:

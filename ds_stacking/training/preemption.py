@@ -18,6 +18,7 @@ from types import FrameType
 import torch
 from torch import Tensor
 
+from ds_stacking.common.environment import local_rank
 from ds_stacking.training.run_directory import stop_names
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
@@ -31,7 +32,7 @@ class StopRequest:
     """Whether this process was asked to stop, and why."""
 
     def __init__(self, run_dir: Path) -> None:
-        first_of_node = os.environ.get("LOCAL_RANK", "0") == "0"
+        first_of_node = local_rank() == 0
         self.stop_files = [run_dir / name for name in stop_names()] if first_of_node else []
         self.reason: str | None = None
         self._signalled: dict[int, float] = {}
@@ -48,7 +49,7 @@ class StopRequest:
         now = time.monotonic()
         if self.reason is None and now >= self._next_look:
             self._next_look = now + LOOK
-            if found := next((path for path in self.stop_files if path.exists()), None):
+            if found := next((path for path in self.stop_files if os.path.lexists(path)), None):
                 self.reason = f"the stop file {found}"
             elif not self._outlives and _launchers() != self._launchers:
                 self.reason = "the end of the launcher"

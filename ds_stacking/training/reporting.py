@@ -103,3 +103,13 @@ def check_health(run: Pretraining) -> None:
         f"{health.in_a_row} optimizer steps in a row were skipped, the last one step {step}: {health.reason}. "
         f"{path} has the losses, batches and norms; lower lr or look at the data, then go on with --resume auto."
     )
+
+
+def refuse_diverged(run: Pretraining, loss: HeldOutLoss) -> None:
+    """Raise Unhealthy where a stage has ended with a model that is worth nothing; all ranks know the same loss."""
+    if not math.isfinite(loss.every):
+        run.writer.wait()
+        raise Unhealthy(
+            f"The held-out loss at the end of stage {run.position.stage + 1}, is not finite: "
+            f"the run has diverged; lower lr, then go back to a checkpoint with --resume DIR, or give --overwrite."
+        )

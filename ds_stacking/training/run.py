@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import platform
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -17,14 +16,16 @@ import torch.distributed as dist
 from ds_stacking.checkpoint.select import Found
 from ds_stacking.checkpoint.share import from_first_rank, side_by_side
 from ds_stacking.checkpoint.write import CheckpointWriter
-from ds_stacking.common.errors import UserError
+from ds_stacking.common.environment import rank, world_size
+from ds_stacking.common.errors import RunAgain, UserError
+from ds_stacking.common.explain import keep_tracebacks
 from ds_stacking.config import ModelConfig, RunConfig, StageConfig
 from ds_stacking.data.batches import EvalBatches, MaskedBatches
 from ds_stacking.data.masking import Masker
 from ds_stacking.data.prepare import prepare
 from ds_stacking.data.prepared_data import PreparedData, sampled_fingerprint
 from ds_stacking.engine.ds_config import load_ds_config, resolve_ds_config
-from ds_stacking.engine.factory import EngineFactory, device, init_distributed, native_bf16
+from ds_stacking.engine.factory import EngineFactory, check_device, device, init_distributed, native_bf16
 from ds_stacking.engine.host import keep_freed_memory, limit_threads
 from ds_stacking.engine.stage_manager import StageManager
 from ds_stacking.growth.exchange import make_exchange
@@ -38,15 +39,17 @@ from ds_stacking.training.batching import BatchPlan, plan_batch
 from ds_stacking.training.changes import describe, refuse_another_finished_run
 from ds_stacking.training.checkpointing import (
     changed_settings,
-    cut_metrics,
     find_checkpoint,
     identity,
     make_writer,
+    metrics_bytes,
     restore,
 )
 from ds_stacking.training.finish import finish
+from ds_stacking.training.fit import refuse_what_cannot_fit
 from ds_stacking.training.ledger import Ledger
 from ds_stacking.training.loop import Pretraining
+from ds_stacking.training.metrics import check_metrics, cut_metrics
 from ds_stacking.training.micro_batch import choose_micro_batches, recorded_micro_batches
 from ds_stacking.training.ownership import one_writer
 from ds_stacking.training.preemption import StopRequest
@@ -54,43 +57,56 @@ from ds_stacking.training.progress import make_console
 from ds_stacking.training.run_directory import (
     check_run_directory,
     claim_run_directory,
+    give_back,
     is_finished,
+    remove_stop_files,
+    set_umask,
 )
 from ds_stacking.training.same_data import check_same_data
-from ds_stacking.training.tracking import make_tracker
+from ds_stacking.training.tracking import NullTracker, check_run_id, make_tracker
 from ds_stacking.training.triggering import triggered_stages
 from ds_stacking.training.watchdog import Watchdog, collective_limit
 
 
 def pretrain(config: RunConfig) -> None:
-    """Run `config` to the end. Every rank calls it; bad input raises UserError before anything is written."""
-    rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    """Run `config` to the end. Every rank calls it.
+
+    What cannot start leaves the run directory as it was: nothing in it is written or deleted before an engine stands,
+    and what a run wrote that fails in its first step is given back.
+    """
     limit_threads()
     keep_freed_memory()
     check_run_directory(config)  # every rank, so that none waits for one that was refused
-    console = make_console(rank)
+    console = make_console(rank())
     if config.resume and is_finished(config):
         refuse_another_finished_run(config)
         console.line(f"{config.run_dir} holds a finished run; there is nothing left to do.")
         return
     ds_config = load_ds_config(config.deepspeed_config)
     bf16, why = _precision(config)
-    plans = check_stages(config, ds_config, bf16=bf16, world_size=world_size)
+    plans = check_stages(config, ds_config, bf16=bf16, world_size=world_size())
+    check_device()
+    refuse_what_cannot_fit(config, ds_config, device(), bf16=bf16)
     data = prepare(config.data, config.tokenizer, config.corpus, log=console.line)
     config = replace(config, model=_model_config(config.model, data))
     init_distributed(limit=collective_limit(config.hang_timeout))
+    set_umask(config)
     with Alarm() as alarm:
         check_same_data(sampled_fingerprint(data), config.data, device())
         with one_writer(config, console.line) as holds, Watchdog(config.hang_timeout) as watchdog:
+            keep_tracebacks(Path(config.run_dir))
             run, found = _set_up(config, data, plans, ds_config, holds, watchdog, bf16=bf16)
             console.resolved(_resolved(run, why))
+            alarm.undo = partial(_undo, run)
             try:
                 stage_finished = _resume(run, found)
+                _claim(run, found)
                 run.train(stage_finished=stage_finished)
                 finish(run)
             except BaseException as error:
                 alarm.sound(error)  # before what may take seconds
                 run.close(exit_code=1)
+                _undo(run)
                 raise
             alarm.close()
             run.close()
@@ -113,19 +129,23 @@ def _set_up(
     expected = identity(config, data.fingerprint)
     found = find_checkpoint(config, expected, watchdog.beat)
     changes = from_first_rank(lambda: changed_settings(config, found), make_exchange(device()))
+    words = from_first_rank(lambda: _look_at_what_stays(config, found), make_exchange(device()))
+    if words is not None and found is not None:
+        found = replace(found, notes=(*found.notes, f"{words}."))
     resumed = found is not None and not found.branch
     config = _micro_batches(config, data, plans, ds_config, bf16=bf16, resumed=resumed)
     watchdog.beat()
     plans = check_stages(config, ds_config, bf16=bf16, world_size=dist.get_world_size())
     writer = make_writer(config, expected, found, holds)
-    return _build(config, data, plans, ds_config, writer, found, changes, watchdog, bf16=bf16), found
+    return _build(config, data, plans, ds_config, writer, changes, watchdog, bf16=bf16), found
 
 
 def _resume(run: Pretraining, found: Found | None) -> bool:
-    """Bring the run to its checkpoint, if there is one; whether it stands at the end of a stage."""
+    """Bring the run to its checkpoint, or build the first engine; whether it stands at the end of a stage."""
     if found is None:
         if run.config.resume:
             run.console.line("no checkpoint yet; starting at step 0")
+        run.open_stage(0, run.stages[0])
         return False
     for note in found.notes:
         run.console.line(note)
@@ -135,6 +155,47 @@ def _resume(run: Pretraining, found: Found | None) -> bool:
     if new:
         run.console.line(f"changed at step {found.step}: {describe(new)}")
     return stage_finished
+
+
+def _undo(run: Pretraining) -> None:
+    """Rank 0: what a new run has written before its first step goes, so that the mended command finds nothing."""
+    if run.rank == 0 and run.position.step == run.claimed_at:
+        give_back(run.run_dir)
+
+
+def _claim(run: Pretraining, found: Found | None) -> None:
+    """Make the run directory this run's, now that it can start: what was there before is deleted or gone on with."""
+    asked = make_exchange(run.device).total(int(run.stop.asked()))
+    if asked:
+        if run.stop.reason == "SIGINT":
+            raise KeyboardInterrupt
+        raise RunAgain(f"stopped by {run.stop.reason or 'another rank'} before its first step; start it again")
+    keep = found is not None and not found.branch
+    size = metrics_bytes(run.run_dir, found)
+    run.claimed_at = None if keep else run.position.step
+
+    def claim() -> None:
+        if run.rank == 0:
+            record = _record(run.config, run.data) | {"changes": run.changes}
+            claim_run_directory(run.config, record, keep=keep)
+            if size is not None:
+                cut_metrics(run.run_dir, size)
+
+    side_by_side(claim, make_exchange(run.device))  # --overwrite may have much to delete
+    config = run.config
+    run.tracker = make_tracker(
+        run.run_dir, tracking=config.tracking, name=config.name, config=config.to_dict(), rank=run.rank
+    )
+
+
+def _look_at_what_stays(config: RunConfig, found: Found | None) -> str | None:
+    """Rank 0: what of the run directory a resumption goes on with is checked before; what is to be said of it."""
+    run_dir = Path(config.run_dir)
+    remove_stop_files(run_dir)
+    if found is not None and not found.branch and config.tracking == "wandb":
+        check_run_id(run_dir)
+    size = metrics_bytes(run_dir, found)
+    return None if size is None else check_metrics(run_dir, size)
 
 
 def _precision(config: RunConfig) -> tuple[bool, str]:
@@ -253,13 +314,12 @@ def _build(
     plans: list[BatchPlan],
     ds_config: Mapping[str, Any],
     writer: CheckpointWriter,
-    found: Found | None,
     changes: list[dict[str, Any]],
     watchdog: Watchdog,
     *,
     bf16: bool,
 ) -> Pretraining:
-    rank = dist.get_rank()
+    run_dir = Path(config.run_dir)
     factory = EngineFactory(
         build_model=partial(_model, config),
         ds_config=ds_config,
@@ -275,16 +335,6 @@ def _build(
         masking_rate=config.corpus.masking_rate_end or config.corpus.masking_rate,
         **_blocks(config, data),
     )
-    run_dir = Path(config.run_dir)
-
-    def claim() -> None:
-        if rank == 0:
-            record = _record(config, data) | {"changes": changes}
-            claim_run_directory(config, record, keep=found is not None and not found.branch)
-            if found is not None:
-                cut_metrics(run_dir, found)
-
-    side_by_side(claim, make_exchange(device()))  # --overwrite may have much to delete
     return Pretraining(
         config=config,
         data=data,
@@ -293,8 +343,8 @@ def _build(
         held_out=held_out,
         plans=plans,
         ledger=Ledger(peak=_peak()),
-        console=make_console(rank),
-        tracker=make_tracker(run_dir, tracking=config.tracking, name=config.name, config=config.to_dict(), rank=rank),
+        console=make_console(dist.get_rank()),
+        tracker=NullTracker(),
         run_dir=run_dir,
         device=device(),
         writer=writer,

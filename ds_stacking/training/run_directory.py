@@ -1,29 +1,60 @@
-"""The run directory: claimed before anything is computed, its JSON files written whole or not at all."""
+"""The run directory: looked at before anything is computed, taken when an engine stands; no link in it is followed.
+
+It may come from somebody else, and it may itself be a link, for its user has named it; what a run writes in it may
+not.
+"""
 
 from __future__ import annotations
 
-import json
 import os
+import re
 import shutil
-from collections.abc import Mapping
+import stat
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, NotRequired
+
+from typing_extensions import TypedDict
 
 from ds_stacking.common.errors import UserError
 from ds_stacking.common.files import write_json
+from ds_stacking.common.json_files import KEEP_OTHERS, read_json
+from ds_stacking.common.own_files import make_inside, open_folder
 from ds_stacking.config import RunConfig
 
 CONFIG, SUMMARY, METRICS, STOP = "config.json", "summary.json", "metrics.jsonl", "stop"
-SAVED = "saved.json"
-"""Names the newest checkpoint, outside the folder of checkpoints, which may lie on storage that is not there."""
-OURS = (CONFIG, SUMMARY, METRICS, STOP, SAVED, "wandb_id.txt", "checkpoints", "export", "report", "wandb")
-"""What a run writes; --overwrite deletes this and nothing else."""
+SAVED, CHECKPOINTS, EXPORT, OWNERS = "saved.json", "checkpoints", "export", ".owner"
+"""saved.json names the newest checkpoint, beside their folder, which may get lost."""
+WANDB_ID, WANDB = "wandb_id.txt", "wandb"
+OURS = (CONFIG, SUMMARY, METRICS, STOP, SAVED, WANDB_ID, CHECKPOINTS, EXPORT, "report", WANDB)
+"""What a run writes; --overwrite deletes this, what `REMAINS` matches, and nothing else."""
+REMAINS = re.compile(r"post_mortem-step-\d+\.json|traceback-rank\d+\.txt")
+"""What tells of failures; it is no run by itself."""
+STAGE = re.compile(r"stage-\d{1,4}-\d{1,5}L")
+"""A stage's folder in export/."""
+WANDBS_LINKS = re.compile(r"latest-run|debug[\w.-]*\.log")
+"""Links that wandb makes in its folder, and replaces without following them."""
+SCRATCH = (
+    "what a run writes is not reached through links: remove the link, or to keep the run on other storage move the "
+    "run directory itself there and give a link to it as --output_dir"
+)
+
+
+class _Summary(TypedDict):
+    __pydantic_config__ = KEEP_OTHERS  # type: ignore[misc]
+    finished: NotRequired[bool]
+
+
+class _Saved(TypedDict):
+    __pydantic_config__ = KEEP_OTHERS  # type: ignore[misc]
+    newest: str
 
 
 def stop_names() -> tuple[str, ...]:
     """The files that ask this run to stop: a person's, and that of its own SLURM job alone, for the batch script."""
-    job = os.environ.get("SLURM_JOB_ID")
-    return (STOP, f"{STOP}-{job}") if job else (STOP,)
+    job = os.environ.get("SLURM_JOB_ID", "")
+    return (STOP, f"{STOP}-{job}") if job.isalnum() else (STOP,)
 
 
 def check_run_directory(config: RunConfig) -> None:
@@ -31,6 +62,9 @@ def check_run_directory(config: RunConfig) -> None:
     path = Path(config.run_dir)
     if config.resume and config.overwrite:
         raise UserError("--resume goes on with a run and --overwrite deletes it; give one of them.")
+    _refuse_another_user(path, shared=config.shared)
+    _check_place(path)
+    refuse_links_in(path)
     if config.overwrite and config.branch_from and _lies_in(config.branch_from, path):
         raise UserError(
             f"--overwrite would delete {config.branch_from}, which --branch_from begins with; "
@@ -41,6 +75,10 @@ def check_run_directory(config: RunConfig) -> None:
         raise UserError(
             f"output_dir {path} holds another run; give --resume auto, --overwrite, or another --output_dir."
         )
+
+
+def _check_place(path: Path) -> None:
+    """Raise UserError where `path` is no folder and cannot become one."""
     # The functions of os.path, unlike Path.exists, answer False where a parent may not be searched.
     existing = next(folder for folder in (path, *path.absolute().parents) if os.path.lexists(folder))
     if not os.path.isdir(existing):
@@ -49,60 +87,170 @@ def check_run_directory(config: RunConfig) -> None:
         raise UserError(
             f"output_dir {path} cannot be made: no permission to write in {existing}; choose another --output_dir."
         )
+    longest = max(len(os.fsencode(part)) for part in path.absolute().parts)
+    if longest > 255 or len(os.fsencode(path.absolute())) > 3800:  # names of checkpoints' files come behind it
+        raise UserError(
+            f"output_dir {str(path)[:40]}... is too long: a name may have 255 bytes, the path 3,800; choose a shorter "
+            f"--output_dir."
+        )
+
+
+def _refuse_another_user(path: Path, *, shared: bool) -> None:
+    """Raise UserError for the run of somebody else, unless the run is to be shared or root asks."""
+    if shared or os.geteuid() == 0 or not os.path.isdir(path):
+        return
+    owner = os.stat(path).st_uid
+    if owner != os.geteuid():
+        raise UserError(
+            f"output_dir {path} belongs to another user (number {owner}); choose another --output_dir, or where both "
+            f"of you are to write there, start it with --shared."
+        )
+
+
+def refuse_links_in(path: Path) -> None:
+    """Raise UserError where one of a run's own files in `path` is a link, or `export/final` leads out of its folder.
+
+    A request to stop may be anything, since it is never opened.
+    """
+    if not os.path.isdir(path):
+        return
+    for name in (*OURS, OWNERS):
+        if name != STOP and (path / name).is_symlink():
+            raise UserError(f"{path / name} is a link to {ascii(os.readlink(path / name))}; {SCRATCH}.")
+    try:
+        for entry in _entries(path):
+            if entry.is_symlink() and not _may_be_a_link(entry.path, path):
+                raise UserError(f"{entry.path} is a link to {ascii(os.readlink(entry.path))}; {SCRATCH}.")
+    except OSError as error:
+        raise UserError(
+            f"{error.filename} cannot be read ({error.strerror}); mend its permissions, or choose another "
+            f"--output_dir."
+        ) from None
+    final = path / EXPORT / "final"
+    if os.path.lexists(final) and not final.is_symlink():
+        raise UserError(f"{final} is no link to the last stage beside it, as a run makes it; remove it.")
+
+
+def _entries(path: Path) -> Iterator[os.DirEntry[str]]:
+    """What lies in a run directory, and in the folders that a run makes in it; what is in checkpoints, they check."""
+    inner = [path / name for name in (EXPORT, "report", OWNERS, CHECKPOINTS, WANDB)]
+    with suppress(FileNotFoundError, NotADirectoryError), os.scandir(path) as entries:
+        yield from (entry for entry in entries if REMAINS.fullmatch(entry.name))
+    with suppress(FileNotFoundError, NotADirectoryError), os.scandir(path / EXPORT) as entries:
+        inner += [Path(entry.path) for entry in entries if entry.is_dir(follow_symlinks=False)]
+    for folder in inner:
+        with suppress(FileNotFoundError, NotADirectoryError), os.scandir(folder) as entries:
+            yield from entries
+
+
+def _may_be_a_link(name: str, path: Path) -> bool:
+    folder, name = os.path.relpath(os.path.dirname(name), path), os.path.basename(name)
+    if folder == EXPORT and name == "final":
+        return STAGE.fullmatch(os.readlink(path / EXPORT / name)) is not None
+    return folder == WANDB and WANDBS_LINKS.fullmatch(name) is not None
 
 
 def _lies_in(inner: str, folder: Path) -> bool:
-    """Whether `inner` is `folder` or in it, by its name or through links (the folder of checkpoints may be one)."""
+    """Whether `inner` is `folder` or in it, by its name or through links (the run directory may be one)."""
     by_name = Path(os.path.abspath(inner)).is_relative_to(os.path.abspath(folder))
-    return by_name or Path(inner).resolve().is_relative_to(folder.resolve())
+    try:
+        return by_name or Path(inner).resolve().is_relative_to(folder.resolve())
+    except (OSError, RuntimeError):  # links in a circle
+        return by_name
 
 
 def refuse_lost_checkpoints(run_dir: Path) -> None:
     """Raise UserError where a run that has saved checkpoints has none; a start afresh would delete the rest of it."""
-    folder = run_dir / "checkpoints"
+    folder = run_dir / CHECKPOINTS
     try:
-        newest = json.loads((run_dir / SAVED).read_bytes())["newest"]
-    except (OSError, ValueError, KeyError, TypeError):
+        mend = "delete that file if the run has no checkpoints that are worth keeping"
+        newest = read_json(run_dir / SAVED, _Saved, mend=mend, inside=run_dir)["newest"]
+    except FileNotFoundError:
         newest = None
     if newest is None and (folder.is_dir() or not os.path.lexists(folder)):
         return
     what = f"{folder} has none"
     if not folder.is_dir():
         what = f"{folder} is no folder" if os.path.lexists(folder) else f"{folder} is gone"
-        if folder.is_symlink():
-            what = f"{folder} leads to {os.readlink(folder)}, which is not there"
     raise UserError(
-        f"The run in {run_dir} {f'saved {newest}' if newest else 'was to save checkpoints'}, but {what}; "
-        f"mount or restore that folder, or start again with --overwrite in the place of --resume."
+        f"The run in {run_dir} {f'saved {ascii(newest)[1:-1][:80]}' if newest else 'was to save checkpoints'}, but "
+        f"{what}; mount or restore that folder, or start again with --overwrite in the place of --resume."
     )
 
 
 def is_finished(config: RunConfig) -> bool:
-    """Whether the run directory holds a run that reached its end."""
+    """Whether the run directory holds a run that reached its end. Raises UserError for a damaged summary.json."""
+    run_dir = Path(config.run_dir)
+    mend = "delete it, and the run goes on from its newest checkpoint"
     try:
-        return json.loads((Path(config.run_dir) / SUMMARY).read_bytes())["finished"] is True
-    except (OSError, ValueError, KeyError, TypeError):
+        summary = read_json(run_dir / SUMMARY, _Summary, mend=mend, inside=run_dir)
+    except (FileNotFoundError, NotADirectoryError):
         return False
+    return summary.get("finished") is True
+
+
+def set_umask(config: RunConfig) -> None:
+    """What this process writes from here on is its user's alone, or of a shared run its group's too."""
+    os.umask(0o007 if config.shared else 0o077)
+
+
+def make_run_directory(path: Path, *, shared: bool) -> list[Path]:
+    """Make the run directory and its parents; those that were made, innermost first. A shared one hands its group on.
+
+    Raises OSError.
+    """
+    missing = []
+    for folder in (path, *path.absolute().parents):
+        if os.path.lexists(folder):
+            break
+        missing.append(folder)
+    path.mkdir(parents=True, exist_ok=True)
+    if missing and shared:
+        os.chmod(path, 0o2770)
+    return missing
+
+
+def remove_stop_files(path: Path) -> None:
+    """A request to stop was for the run before."""
+    for name in stop_names():
+        _remove(path, name)
 
 
 def claim_run_directory(config: RunConfig, resolved: Mapping[str, Any], *, keep: bool = False) -> Path:
-    """Make the run directory, readable by its owner only, and write the resolved configuration into it.
+    """Write the resolved configuration into the run directory, which this process owns.
 
-    What an earlier run left is deleted, or where this one goes on with it (`keep`) only the request to stop.
+    What an earlier run left is deleted first, or where this one goes on with it (`keep`) only its tracebacks. A
+    request to stop that came meanwhile stays.
     """
     path = Path(config.run_dir)
-    for name in stop_names() if keep else {*OURS, *stop_names()}:
-        old = path / name
-        if old.is_dir() and not old.is_symlink():
-            shutil.rmtree(old)
-        else:
-            old.unlink(missing_ok=True)
-    make_private(path)
-    write_json(path / CONFIG, resolved)
+    for name in os.listdir(path):
+        if name.startswith("traceback-") if keep else name != STOP:
+            _remove_ours(path, name)
+    write_json(path / CONFIG, resolved, inside=path)
+    make_inside(path, CHECKPOINTS)
     return path
 
 
-def make_private(path: Path) -> None:
-    """Make a folder and its parents; what this process writes from here on is its user's alone."""
-    os.umask(0o077)
-    path.mkdir(parents=True, exist_ok=True)
+def give_back(path: Path) -> None:
+    """Delete what a run that has not made its first step has written."""
+    with suppress(OSError):
+        for name in os.listdir(path):
+            _remove_ours(path, name)
+
+
+def _remove_ours(path: Path, name: str) -> None:
+    if name in OURS or REMAINS.fullmatch(name):
+        _remove(path, name)
+
+
+def _remove(path: Path, name: str) -> None:
+    """Delete a file, a link itself, or a folder with all that is in it, links not followed."""
+    with open_folder(path) as parent:
+        try:
+            is_folder = stat.S_ISDIR(os.stat(name, dir_fd=parent, follow_symlinks=False).st_mode)
+        except FileNotFoundError:
+            return
+        if is_folder:
+            shutil.rmtree(name, dir_fd=parent)
+        else:
+            os.unlink(name, dir_fd=parent)

@@ -7,12 +7,10 @@ failure gives one warning and ends its part, while metrics.jsonl still holds eve
 from __future__ import annotations
 
 import contextlib
-import errno
 import http.client
-import json
 import logging
-import os
 import queue
+import re
 import threading
 import urllib.error
 import urllib.request
@@ -24,12 +22,13 @@ from typing import Any, Protocol
 import psutil
 
 from ds_stacking.common.errors import UserError
-from ds_stacking.common.files import finite, write_text
+from ds_stacking.common.files import write_text
+from ds_stacking.common.own_files import make_inside, read_inside
 from ds_stacking.config import RunConfig, StageConfig
+from ds_stacking.training.metrics import MetricsFile, Record
+from ds_stacking.training.run_directory import METRICS, WANDB, WANDB_ID
 
 logger = logging.getLogger(__name__)
-
-Record = Mapping[str, Any]
 
 AXES = ("step", "tokens", "flops", "seconds", "training_seconds", "cpu_seconds")
 """What a loss may be drawn against."""
@@ -43,6 +42,7 @@ UPLOAD_SECONDS = 60
 """Longest time that the upload of what is left may take at the end."""
 FINISH_SECONDS = 90
 """Longest time that a run waits for wandb at the end."""
+RUN_ID = re.compile(r"[a-z0-9]{1,64}")
 QUEUE_LENGTH = 10_000
 """Records that may wait for wandb; later ones are dropped."""
 
@@ -87,51 +87,6 @@ class FanOut:
     def close(self, exit_code: int = 0) -> None:
         for tracker in self.trackers:
             tracker.close(exit_code)
-
-
-class MetricsFile:
-    """Appends each record as one JSON line, flushed at once; a number that is not finite becomes null.
-
-    Where the disk is full, lines wait in memory for a better time, and training goes on.
-    """
-
-    def __init__(self, path: Path) -> None:
-        try:
-            self.file = path.open("ab+", buffering=0)
-        except OSError as error:
-            raise UserError(
-                f"Cannot write {path} ({error.strerror}); choose an output_dir that can be written."
-            ) from error
-        self._waiting = b""
-        self._drop_broken_tail()
-
-    def log(self, record: Record) -> None:
-        self._waiting += json.dumps(finite(record), allow_nan=False).encode() + b"\n"
-        self.flush()
-
-    def flush(self) -> None:
-        """Write the lines that wait, if any and if possible."""
-        if not self._waiting:
-            return
-        end = self.file.seek(0, os.SEEK_END)
-        try:
-            if self.file.write(self._waiting) < len(self._waiting):
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        except OSError as error:
-            self.file.truncate(end)
-            logger.warning("%s cannot be written (%s); its lines wait.", self.file.name, error.strerror)
-        else:
-            self._waiting = b""
-
-    def close(self, exit_code: int = 0) -> None:
-        self.flush()
-        self.file.close()
-
-    def _drop_broken_tail(self) -> None:
-        """Cut off a line that a killed process left unfinished, else the next record would be glued to it."""
-        self.file.seek(0)
-        content = self.file.read()
-        self.file.truncate(content.rfind(b"\n") + 1)
 
 
 class WandbTracker:
@@ -194,7 +149,7 @@ def make_tracker(
     """The tracker of a rank: metrics.jsonl, and wandb if `tracking` is "wandb", on rank 0; nothing elsewhere."""
     if rank != 0:
         return NullTracker()
-    trackers: list[Tracker] = [MetricsFile(Path(run_dir) / "metrics.jsonl")]
+    trackers: list[Tracker] = [MetricsFile(Path(run_dir) / METRICS)]
     if tracking == "wandb":
         trackers.append(WandbTracker(Path(run_dir), name=name, config=config))
     return FanOut(trackers)
@@ -234,6 +189,7 @@ def _start(run_dir: Path, name: str, config: Mapping[str, Any]) -> Any:
     defaults = wandb.setup().settings
     if defaults.mode == "disabled":
         return None
+    make_inside(run_dir, WANDB)  # which refuses a link
     online = defaults.mode == "online" and _ready(wandb, defaults.base_url)
     run = wandb.init(
         project=defaults.project or "ds-stacking",
@@ -252,11 +208,29 @@ def _start(run_dir: Path, name: str, config: Mapping[str, Any]) -> Any:
     return run
 
 
+def check_run_id(run_dir: Path) -> str | None:
+    """The wandb id of the run; None where it has none yet. Raises UserError for what is none: it would be sent."""
+    path = run_dir / WANDB_ID
+    try:
+        found = read_inside(run_dir, WANDB_ID, limit=1000).decode(errors="replace").strip()
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror}); mend its permissions, or delete it.") from None
+    if not RUN_ID.fullmatch(found):
+        raise UserError(
+            f"{path} holds no id of a wandb run, which has 1 to 64 small letters and digits; delete it, and a new "
+            f"wandb run begins."
+        )
+    return found
+
+
 def _run_id(run_dir: Path) -> str:
-    path = run_dir / "wandb_id.txt"
-    if not path.exists():
-        write_text(path, uuid.uuid4().hex[:16] + "\n")
-    return path.read_text().strip()
+    if check_run_id(run_dir) is None:
+        write_text(run_dir / WANDB_ID, uuid.uuid4().hex[:16] + "\n", inside=run_dir)
+    found = check_run_id(run_dir)
+    assert found is not None
+    return found
 
 
 def _settings(wandb: Any) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import NotRequired
 
@@ -9,7 +10,7 @@ import pytest
 from typing_extensions import TypedDict
 
 from ds_stacking.common.errors import UserError
-from ds_stacking.common.json_files import KEEP_OTHERS, Count, Finite, read_json
+from ds_stacking.common.json_files import KEEP_OTHERS, Count, Finite, check_value, parse_json, read_json
 
 
 class Growth(TypedDict):
@@ -87,3 +88,23 @@ def test_a_long_key_is_shortened_and_no_code_for_a_terminal_is_shown(tmp_path: P
     with pytest.raises(UserError, match=r"x1b\[2Jyyy.*yyy: .*valid integer") as error:
         read_json(path, dict[str, int], mend="restore it")
     assert len(str(error.value)) < 400
+
+
+@dataclass(kw_only=True)
+class Point:
+    """A record."""
+
+    x: int
+    name: str = ""
+
+
+def test_a_dataclass_is_a_shape_too() -> None:
+    assert parse_json('{"x": 3}', Point, where="here", mend="mend it") == Point(x=3)
+    with pytest.raises(UserError, match="here is damaged .*x: .*valid integer.*; mend it"):
+        parse_json('{"x": "three"}', Point, where="here", mend="mend it")
+
+
+def test_a_value_that_was_read_already() -> None:
+    assert check_value({"a": 1.5}, dict[str, Finite], where="here", mend="mend it") == {"a": 1.5}
+    with pytest.raises(UserError, match="here is damaged or made up: a: .*finite number.*; mend it"):
+        check_value({"a": float("inf")}, dict[str, Finite], where="here", mend="mend it")

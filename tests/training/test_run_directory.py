@@ -5,13 +5,28 @@ from __future__ import annotations
 import json
 import os
 import stat
+import tempfile
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
+from ds_stacking.checkpoint.durable import make_directory, remove_checkpoint, write_file
 from ds_stacking.common.errors import UserError
 from ds_stacking.config import RunConfig
-from ds_stacking.training.run_directory import CONFIG, OURS, check_run_directory, claim_run_directory
+from ds_stacking.training.ownership import Owner
+from ds_stacking.training.run_directory import (
+    CONFIG,
+    OURS,
+    check_run_directory,
+    claim_run_directory,
+    give_back,
+    is_finished,
+    make_run_directory,
+    refuse_lost_checkpoints,
+    remove_stop_files,
+    set_umask,
+)
 
 
 def config(path: Path, *, overwrite: bool = False) -> RunConfig:
@@ -49,9 +64,9 @@ def test_a_resumption_from_elsewhere_does_not_go_on_in_the_directory_of_another_
     with pytest.raises(UserError, match="holds another run"):
         check_run_directory(RunConfig(output_dir=here, resume=str(tmp_path / "other")))
     check_run_directory(RunConfig(output_dir=str(tmp_path / "new"), resume=str(tmp_path / "other")))
-    (tmp_path / "one" / "checkpoints").rename(tmp_path / "scratch")
-    (tmp_path / "one" / "checkpoints").symlink_to(tmp_path / "scratch")
-    check_run_directory(RunConfig(output_dir=here, resume=f"{here}/checkpoints/step-8"))
+    (tmp_path / "one").rename(tmp_path / "scratch")
+    (tmp_path / "one").symlink_to(tmp_path / "scratch")
+    check_run_directory(RunConfig(output_dir=here, resume=f"{tmp_path}/scratch/checkpoints/step-8"))
     with pytest.raises(UserError, match="--overwrite would delete"):
         check_run_directory(RunConfig(output_dir=here, overwrite=True, branch_from=f"{here}/checkpoints/step-8"))
 
@@ -99,15 +114,200 @@ def test_claiming_deletes_what_a_run_wrote_and_nothing_else(tmp_path: Path) -> N
     outside.mkdir()
     (outside / "weights").touch()
     (tmp_path / "export" / "stage-1-2L").mkdir(parents=True)
-    (tmp_path / "checkpoints").symlink_to(outside)
+    (tmp_path / "checkpoints").symlink_to(outside)  # which came after the check
     (tmp_path / "metrics.jsonl").write_text("{}\n")
+    (tmp_path / "traceback-rank3.txt").touch()
+    (tmp_path / "post_mortem-step-8.json").touch()
     claim_run_directory(config(tmp_path, overwrite=True), {"seed": 1})
-    assert sorted(path.name for path in tmp_path.iterdir()) == [CONFIG, "mine.txt"]
-    assert (outside / "weights").exists()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoints", CONFIG, "mine.txt"]
+    assert (outside / "weights").exists() and list((tmp_path / "checkpoints").iterdir()) == []
     assert json.loads((tmp_path / CONFIG).read_text()) == {"seed": 1}
+    give_back(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
 
 
-def test_others_cannot_read_a_run(tmp_path: Path) -> None:
-    folder = claim_run_directory(config(tmp_path / "run"), {})
-    assert stat.S_IMODE(folder.stat().st_mode) == 0o700
-    assert stat.S_IMODE((folder / CONFIG).stat().st_mode) == 0o600
+def test_a_run_that_is_gone_on_with_keeps_all_but_tracebacks(tmp_path: Path) -> None:
+    for name in ("metrics.jsonl", "traceback-rank0.txt", "post_mortem-step-8.json", "stop"):
+        (tmp_path / name).touch()
+    remove_stop_files(tmp_path)
+    claim_run_directory(config(tmp_path), {}, keep=True)
+    kept = ["checkpoints", CONFIG, "metrics.jsonl", "post_mortem-step-8.json"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == kept
+
+
+@pytest.mark.parametrize(("shared", "folder_mode", "file_mode"), [(False, 0o700, 0o600), (True, 0o2770, 0o660)])
+def test_who_may_read_a_run(tmp_path: Path, shared: bool, folder_mode: int, file_mode: int) -> None:
+    asked = RunConfig(output_dir=str(tmp_path / "a" / "run"), shared=shared)
+    set_umask(asked)
+    assert make_run_directory(tmp_path / "a" / "run", shared=shared) == [tmp_path / "a" / "run", tmp_path / "a"]
+    folder = claim_run_directory(asked, {})
+    assert stat.S_IMODE(folder.stat().st_mode) == folder_mode
+    assert stat.S_IMODE((folder / "checkpoints").stat().st_mode) == folder_mode
+    assert stat.S_IMODE((folder / CONFIG).stat().st_mode) == file_mode
+
+
+def a_run(path: Path) -> Path:
+    """What a finished run leaves, as far as names go."""
+    for name in ("checkpoints", "export/stage-1-2L", "report", "wandb/run-1", ".owner"):
+        (path / name).mkdir(parents=True)
+    for name in (*FILES, "wandb/run-1/logs.txt", "export/stage-1-2L/README.md"):
+        (path / name).touch()
+    (path / "export" / "final").symlink_to("stage-1-2L")
+    (path / "wandb" / "latest-run").symlink_to("run-1")
+    return path
+
+
+FILES = (
+    "metrics.jsonl",
+    "config.json",
+    "saved.json",
+    "summary.json",
+    "wandb_id.txt",
+    "report/report.html",
+    ".owner/3",
+)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *FILES,
+        *("checkpoints", "export", "report", "wandb", ".owner", "export/stage-1-2L", "checkpoints/step-3"),
+        *("export/stage-1-2L/README.md", "traceback-rank0.txt", "post_mortem-step-3.json"),
+    ],
+)
+def test_a_link_among_a_runs_own_files_is_refused(tmp_path: Path, name: str) -> None:
+    run, outside = a_run(tmp_path / "run"), tmp_path / "outside"
+    check_run_directory(RunConfig(output_dir=str(run), resume="auto"))
+    if (run / name).exists():
+        (run / name).rename(outside)
+    (run / name).symlink_to(outside)
+    for options in ({"resume": "auto"}, {"overwrite": True}):
+        with pytest.raises(UserError, match=f"{name} is a link to .*move the run directory itself") as refused:
+            check_run_directory(RunConfig(output_dir=str(run), **options))
+        assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize("to", ["/etc", "../../outside", "stage-1-2L/../..", ".", "stage-1-2L/x"])
+def test_the_last_export_is_beside_its_link(tmp_path: Path, to: str) -> None:
+    run = a_run(tmp_path / "run")
+    (run / "export" / "final").unlink()
+    (run / "export" / "final").symlink_to(to)
+    with pytest.raises(UserError, match="final is a link to"):
+        check_run_directory(RunConfig(output_dir=str(run), resume="auto"))
+
+
+def test_the_last_export_is_no_folder(tmp_path: Path) -> None:
+    run = a_run(tmp_path / "run")
+    (run / "export" / "final").unlink()
+    (run / "export" / "final").mkdir()
+    with pytest.raises(UserError, match="final is no link to the last stage"):
+        check_run_directory(RunConfig(output_dir=str(run), resume="auto"))
+
+
+def test_the_run_directory_itself_may_be_a_link(tmp_path: Path) -> None:
+    a_run(tmp_path / "scratch")
+    (tmp_path / "run").symlink_to(tmp_path / "scratch")
+    check_run_directory(RunConfig(output_dir=str(tmp_path / "run"), resume="auto"))
+
+
+def test_a_request_to_stop_may_be_anything(tmp_path: Path) -> None:
+    run = a_run(tmp_path / "run")
+    (run / "stop").symlink_to("/nowhere")
+    check_run_directory(RunConfig(output_dir=str(run), resume="auto"))
+    remove_stop_files(run)
+    assert not os.path.lexists(run / "stop")
+
+
+@pytest.mark.parametrize(
+    ("content", "sentence"),
+    [
+        ('{"finished": tru', "summary.json is damaged or no such file: it is no JSON"),
+        ('{"finished": 1}', "summary.json is damaged .*finished: .*valid boolean, and is 1"),
+        ("[]", "summary.json is damaged .*its content"),
+        ("[" * 100_000, "summary.json is damaged"),
+    ],
+)
+def test_a_damaged_summary(tmp_path: Path, content: str, sentence: str) -> None:
+    (tmp_path / "summary.json").write_text(content)
+    with pytest.raises(UserError, match=sentence):
+        is_finished(config(tmp_path))
+
+
+@pytest.mark.parametrize("content", ["", '{"newest": 7}', "[]", '{"newest": "step-1"} x'])
+def test_a_damaged_note_of_the_newest_checkpoint(tmp_path: Path, content: str) -> None:
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "saved.json").write_text(content)
+    with pytest.raises(UserError, match="saved.json is damaged .*delete that file"):
+        refuse_lost_checkpoints(tmp_path)
+
+
+def test_names_that_are_too_long(tmp_path: Path) -> None:
+    for path in (tmp_path / ("a" * 256), tmp_path.joinpath(*["b" * 200] * 19)):
+        with pytest.raises(UserError, match="is too long: .*choose a shorter --output_dir"):
+            check_run_directory(config(path))
+
+
+OTHERS = 65534, 65533
+"""Two users who are not root; this folder's tests run as root, or skip."""
+
+
+def as_user(number: int, case: Callable[[], object]) -> str:
+    """What `case` raises, or "done", in a process of the user `number` whose group is 4242."""
+    reading, writing = os.pipe()
+    if (child := os.fork()) == 0:
+        try:
+            os.setgroups([])
+            os.setgid(4242)
+            os.setuid(number)
+            case()
+            os.write(writing, b"done")
+        except BaseException as error:
+            os.write(writing, f"{type(error).__name__}: {error}".encode())
+        os._exit(0)
+    os.close(writing)
+    os.waitpid(child, 0)
+    with open(reading) as pipe:
+        return pipe.read()
+
+
+@pytest.fixture
+def common() -> Iterator[Path]:
+    """A folder in which everybody may write."""
+    with tempfile.TemporaryDirectory() as folder:
+        os.chmod(folder, 0o777)
+        yield Path(folder)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can become two users")
+@pytest.mark.parametrize("shared", [False, True])
+def test_two_users_with_one_folder(common: Path, shared: bool) -> None:
+    run, (first, second) = common / "run", OTHERS
+
+    def start(shared: bool = shared, resume: str | None = None) -> None:
+        asked = RunConfig(output_dir=str(run), shared=shared, resume=resume)
+        check_run_directory(asked)
+        set_umask(asked)
+        owner = Owner(run, shared=shared)
+        remove_stop_files(run)
+        claim_run_directory(asked, {"seed": 1}, keep=resume is not None)
+        with (run / "metrics.jsonl").open("a") as metrics:
+            metrics.write("a line\n")
+        save = run / "checkpoints" / "step-1"
+        if resume:
+            remove_checkpoint(save)
+        make_directory(save)
+        write_file(save / "state.json", [b"{}"])
+        owner.release()
+
+    assert as_user(first, start) == "done"
+    refused = as_user(second, lambda: start(False, "auto"))
+    assert "belongs to another user (number 65534)" in refused and "--shared" in refused
+    again = as_user(second, lambda: start(True, "auto"))
+    if shared:
+        assert again == "done" and (run / "metrics.jsonl").read_text().count("a line") == 2
+        assert (run / "checkpoints" / "step-1").stat().st_uid == second
+        assert as_user(first, lambda: start(True, "auto")) == "done"
+    else:
+        assert "no permission to write" in again
+        assert (run / "metrics.jsonl").read_text().count("a line") == 1
