@@ -40,7 +40,6 @@ WAIT_FOR_RANK_0 = 15.0
 """Seconds that another rank waits before it prints bad input: rank 0 has most likely met and printed the same."""
 LONGEST_END = 60.0
 """Seconds from an error to the end of its process, at most."""
-"""Ends the help of a launcher."""
 INTERRUPTED = 130
 """Exit code after Ctrl-C, as of a shell's command: 128 + SIGINT."""
 LARGEST_RECIPE = 1 << 20

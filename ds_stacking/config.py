@@ -16,6 +16,8 @@ from typing import Any, Literal
 from ds_stacking.common.errors import UserError, require
 from ds_stacking.common.words import shown
 
+LARGEST_VOCABULARY = 2**22
+"""Entries of a tokenizer at most: four times those of the largest in use."""
 OPTIMIZER_STATES = ("stack", "new_reset", "reset", "second_only")
 """Optimizer state policies without an argument; `scale:c` takes one."""
 
@@ -115,6 +117,12 @@ class ModelConfig:
             require(0 <= getattr(self, name) < 1, f"model.{name} is {getattr(self, name)}; it must lie in [0, 1).")
 
 
+def require_text(name: str, value: str) -> None:
+    """Raise UserError for a setting that names something and is empty, or has characters that no name has."""
+    require(value.strip(), f"{name} is empty; give it a value, or leave it out.")
+    require("\0" not in value, f"{name} is {value!r}; no name has NUL characters.")
+
+
 @dataclass(kw_only=True)
 class SourceConfig:
     """How text is read and tokenised. The source itself is `--data`."""
@@ -137,13 +145,32 @@ class SourceConfig:
     """Lower-case text in a tokenizer that is trained here."""
     eval_percent: float = 5.0
     """Share of documents, in percent, held out for evaluation; chosen by a hash of the document."""
+    max_document: int = 2**26
+    """Characters of a document at most: of a line of jsonl, a page of a dump, a value of parquet (bytes). Reading one
+    takes up to 30 bytes of memory for each."""
+    max_expansion: int = 1000
+    """Times its size that a compressed file may become at most, from 64 MB on; text becomes 3 to 20 times."""
+    zstd_window: int = 2**27
+    """Bytes of memory that a .zst file may ask for to be decompressed; 2**31 for those of zstd --long=31."""
 
     def __post_init__(self) -> None:
         require(
             0 < self.eval_percent < 100, f"corpus.eval_percent is {self.eval_percent}; it must lie between 0 and 100."
         )
-        require(self.vocab_size >= 100, f"corpus.vocab_size is {self.vocab_size}; it must be 100 or more.")
-        require(self.max_documents >= 0, f"corpus.max_documents is {self.max_documents}; it must not be negative.")
+        require(
+            100 <= self.vocab_size <= LARGEST_VOCABULARY,
+            f"corpus.vocab_size is {self.vocab_size}; it must lie between 100 and {LARGEST_VOCABULARY}.",
+        )
+        for name, least, most in (
+            ("max_documents", 0, 2**62),
+            ("max_document", 1, 2**30),
+            ("max_expansion", 1, 2**30),
+            ("zstd_window", 2**10, 2**31),
+        ):
+            value = getattr(self, name)
+            require(least <= value <= most, f"corpus.{name} is {value}; it must lie between {least} and {most}.")
+        for name in ("split", "column"):
+            require_text(f"corpus.{name}", getattr(self, name))
 
 
 @dataclass(kw_only=True)
@@ -162,9 +189,13 @@ class CorpusConfig(SourceConfig):
     """What is masked together: single tokens, whole words, or spans of words (SpanBERT)."""
     cache_dir: str | None = None
     """Where prepared data are kept; default $DS_STACKING_CACHE, else ~/.cache/ds_stacking."""
+    verify: bool = False
+    """Compare every byte of the prepared data with its hash before the first step, not the sizes of files alone."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.cache_dir is not None:
+            require_text("corpus.cache_dir", self.cache_dir)
         require(self.sequence_length >= 8, f"corpus.sequence_length is {self.sequence_length}; it must be 8 or more.")
         for name in ("masking_rate", "masking_rate_end"):
             rate = getattr(self, name)
@@ -380,6 +411,8 @@ class RunConfig:
         )
         require(0 <= self.decay_percent <= 100, f"decay_percent is {self.decay_percent}; it must lie in 0 to 100.")
         check_optimizer_state(self.optimizer_state)
+        for name in ("data", "tokenizer"):
+            require_text(name, getattr(self, name))
         length, positions = self.corpus.sequence_length, self.model.max_positions
         require(
             length <= positions,

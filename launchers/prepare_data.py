@@ -4,7 +4,10 @@ python launchers/prepare_data.py --data enwiki-latest-pages-articles.xml.bz2 --o
 python launchers/prepare_data.py --data 'books/*.jsonl.zst' --output_dir prepared/books --near_duplicates 0.8
 deepspeed launchers/pretrain.py --deepspeed_config ds_configs/zero2.json --data prepared/wikipedia
 
-Stopped or killed, the same command goes on; on a finished folder it compares every byte with its hash.
+Stopped or killed, the same command goes on; on a finished folder it compares every byte with its hash and makes
+damaged shards again. To compare alone, such as a folder that came from elsewhere:
+
+python launchers/prepare_data.py --verify --output_dir prepared/wikipedia
 """
 
 from __future__ import annotations

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from ds_stacking.common.errors import UserError
+from ds_stacking.common.errors import RunFailed, UserError
 from ds_stacking.data.blocks import BlockReader, Blocks, read_mixed
 from ds_stacking.data.masking import Masker
 from ds_stacking.data.mixture import Interleaving, Mixture
@@ -227,6 +227,12 @@ def require_masked_tokens(sequence_length: int, masking_rate: float) -> None:
 
 
 def _masked(blocks: Blocks, masker: Masker, keys: np.ndarray, rates: np.ndarray | float) -> Batch:
+    highest = int(blocks.input_ids.max(initial=0))
+    if highest >= masker.vocab_size:  # of large files, opening them has looked at some places only
+        raise RunFailed(
+            f"The prepared data hold the token {highest:,}, beyond the {masker.vocab_size:,} of their vocabulary; "
+            f"they are damaged: run prepare_data.py --verify on their folder."
+        )
     masked = masker.mask(blocks.input_ids, keys, rates)
     optional = (blocks.token_type_ids, blocks.next_sentence_labels, blocks.cu_seqlens)
     token_type_ids, next_sentence_labels, cu_seqlens = (

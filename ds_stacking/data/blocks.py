@@ -121,9 +121,11 @@ class BlockReader:
             offsets, begin = self._offsets[shard], begins[chosen]
             first = np.searchsorted(offsets, begin, side="right")
             counts = np.searchsorted(offsets, begin + self._places, side="left") - first
+            counts = np.clip(counts, 0, self._places)  # made-up offsets need not ascend
             block = np.repeat(np.arange(len(begin)), counts)
             which = np.arange(len(block)) + np.repeat(first - (np.cumsum(counts) - counts), counts)
-            bounds.append(offsets[which] - begin[block] + 1 + chosen[block] * self.sequence_length)
+            inside = np.clip(offsets[which] - begin[block], 0, self._places - 1)
+            bounds.append(inside + 1 + chosen[block] * self.sequence_length)
         return np.unique(np.concatenate(bounds)).astype(np.int32)
 
     def _read_pairs(self, indices: np.ndarray, keys: np.ndarray) -> Blocks:

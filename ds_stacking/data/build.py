@@ -14,22 +14,26 @@ from concurrent.futures import Future, ProcessPoolExecutor
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
+from ds_stacking.common.errors import UserError
 from ds_stacking.data import worker
 from ds_stacking.data.corpus import RawDocument, local_files, raw_documents
 from ds_stacking.data.duplicates import DigestSet, NearDuplicates
+from ds_stacking.data.manifests import SPLITS, ShardManifest, read_manifest, shard_name
 from ds_stacking.data.preparation_config import PreparationConfig
-from ds_stacking.data.shards import ShardWriter, find_fault, read_manifest
-from ds_stacking.data.token_file import MANIFEST, SPLITS, token_type
+from ds_stacking.data.shards import ShardWriter, find_fault, open_others
+from ds_stacking.data.token_file import token_type
 from ds_stacking.data.tokenizer import count_vocabulary
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 _BATCH_CHARACTERS = 1_000_000
+_BATCH_DOCUMENTS = 50_000
+"""Of very short documents: each takes memory beside its characters."""
 _SECONDS_BETWEEN_LINES = 10.0
 
 
@@ -41,7 +45,7 @@ class Build:
     folder: Path
     log: Callable[[str], None]
     tokenizer: PreTrainedTokenizerBase
-    shards: list[dict[str, Any]] = field(default_factory=list)
+    shards: list[ShardManifest] = field(default_factory=list)
     """Manifests of the finished shards."""
     read: int = 0
     """Documents of the source that the finished shards came from."""
@@ -61,46 +65,56 @@ class Build:
         self.tokens_before = 0
 
     def adopt_finished_shards(self) -> None:
-        """Take over what an earlier run finished, every byte compared with its hash."""
+        """Take over what an earlier run finished, every byte compared with its hash; remove what is behind a fault."""
+        last = max((path.name for path in self.folder.glob("shard-*")), default="")
+        vocab_size = count_vocabulary(self.tokenizer)
         for number in range(10**5):
-            shard = self.folder / f"shard-{number:05d}"
-            if not shard.exists():
+            name = shard_name(number)
+            if name > last:
                 break
-            if (fault := find_fault(shard)) is not None:
-                self.log(f"{shard.name}/{fault} is damaged; the shards from there on are made again.")
+            if (fault := find_fault(self.folder, number, vocab_size)) is not None:
+                self.log(f"{fault}; the shards from there on are made again.")
                 for damaged in self.folder.glob("shard-*"):
-                    if damaged.name >= shard.name:
-                        shutil.rmtree(damaged)
-                (self.folder / MANIFEST).unlink(missing_ok=True)
+                    if damaged.name >= name:
+                        remove(damaged)
                 break
-            manifest = read_manifest(shard)
+            manifest = read_manifest(self.folder / name, ShardManifest, inside=self.folder)
             self.shards.append(manifest)
             self.read = manifest["read"]
-            self.seen.add(np.load(shard / "digests.npy"))
-            if self.near is not None:
-                rows = np.load(shard / "signatures.npy")
+            others = open_others(self.folder, name, manifest)
+            self.seen.add(np.array(others["digests"]))
+            if self.near is not None and "signatures" in others:
+                rows = np.array(others["signatures"])
                 self.near.add(rows, np.ones(len(rows), bool))
         self.tokens_before = sum(shard[split]["tokens"] for shard in self.shards for split in SPLITS)
 
     def run(self, pool: ProcessPoolExecutor, window: int) -> None:
         """Make the shards that are missing, with `window` batches of documents under way."""
-        writer, read = self._next_shard(), self.read
-        for count, result in self._results(pool, window):
-            read += count
-            is_new = self.seen.add(result.digests)
-            keep = is_new if self.near is None else self.near.add(result.signatures, is_new)  # type: ignore[arg-type]
-            writer.totals.update(
-                equal=int(np.sum(~is_new)), near=int(np.sum(is_new & ~keep)), empty=count - len(is_new)
-            )
-            writer.add(result, keep)
-            self._show(writer)
-            if writer.tokens >= self.config.shard_tokens:
+        writer = self._next_shard()
+        try:
+            read = self.read
+            for count, result in self._results(pool, window):
+                read += count
+                self._add(writer, count, result)
+                self._show(writer)
+                if writer.tokens >= self.config.shard_tokens:
+                    self._finish_shard(writer, read)
+                    writer = self._next_shard()
+            if writer.tokens:
                 self._finish_shard(writer, read)
-                writer = self._next_shard()
-        if writer.tokens or not self.shards:
-            self._finish_shard(writer, read)
-        else:
-            writer.discard()
+            elif not self.shards:
+                raise UserError(
+                    f"Nothing is left of the {read:,} documents of {self.config.data}; give readable text."
+                )
+        finally:
+            writer.discard()  # what is not finished; a full disk needs its room
+
+    def _add(self, writer: ShardWriter, count: int, result: worker.Tokenised) -> None:
+        """Append those of a batch's documents that were not there before."""
+        is_new = self.seen.add(result.digests)
+        keep = is_new if self.near is None else self.near.add(result.signatures, is_new)  # type: ignore[arg-type]
+        writer.totals.update(equal=int(np.sum(~is_new)), near=int(np.sum(is_new & ~keep)), empty=count - len(is_new))
+        writer.add(result, keep)
 
     def _next_shard(self) -> ShardWriter:
         vocab_size = count_vocabulary(self.tokenizer)
@@ -156,8 +170,16 @@ def in_batches(documents: Iterable[RawDocument]) -> Iterator[list[RawDocument]]:
     for document in documents:
         batch.append(document)
         characters += len(document.text)
-        if characters >= _BATCH_CHARACTERS:
+        if characters >= _BATCH_CHARACTERS or len(batch) >= _BATCH_DOCUMENTS:
             yield batch
             batch, characters = [], 0
     if batch:
         yield batch
+
+
+def remove(path: Path) -> None:
+    """Remove a file or link, or a folder with all in it; links in it are removed, not followed."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)

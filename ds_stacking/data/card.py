@@ -16,7 +16,9 @@ CARD, FIGURE = "card.md", "lengths.png"
 
 def write_card(folder: Path, manifest: dict[str, Any], splits: dict[str, Split], examples: list[str]) -> None:
     """Write card.md and, beside it, the figure of the documents' lengths."""
-    lengths = {split: np.concatenate([np.diff(file.offsets) - 1 for file in splits[split].files]) for split in SPLITS}
+    lengths: dict[str, np.ndarray] = {
+        split: np.concatenate([np.diff(file.offsets) - 1 for file in splits[split].files]) for split in SPLITS
+    }
     draw_lengths(lengths, folder / FIGURE)
     write_text(folder / CARD, card(manifest, lengths, examples))
 

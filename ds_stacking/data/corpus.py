@@ -9,21 +9,15 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ds_stacking.common.errors import UserError
+from ds_stacking.common.errors import RunFailed, UserError
 from ds_stacking.config import SourceConfig
 from ds_stacking.data.documentation import documentation, installed_versions
 from ds_stacking.data.documents import cut
 from ds_stacking.data.mediawiki import clean_wikitext
-from ds_stacking.data.text_files import (
-    SUFFIXES,
-    Count,
-    as_text,
-    first_line,
-    is_dump,
-    is_supported,
-    read_file,
-    require_column,
-)
+from ds_stacking.data.names import first_line, named_path, printable
+from ds_stacking.data.parquet_files import require_column
+from ds_stacking.data.streams import Count
+from ds_stacking.data.text_files import SUFFIXES, as_text, is_dump, is_supported, read_file
 
 _HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
@@ -65,9 +59,7 @@ def raw_documents(
         documents = map(RawDocument, documentation())
     elif files := local_files(source):
         documents = (
-            RawDocument(text, is_dump(path))
-            for path in files
-            for text in read_file(path, config.column, skipped, count)
+            RawDocument(text, is_dump(path)) for path in files for text in read_file(path, config, skipped, count)
         )
     else:
         documents = map(RawDocument, _hub_documents(source, config))
@@ -86,11 +78,11 @@ def identify_source(source: str, config: SourceConfig) -> dict[str, Any]:
     Files are known by path, size and time of change, the documentation by the installed versions, a hub dataset by
     its name and revision alone: pin the revision.
     """
-    shared = {"source": source, "max_documents": config.max_documents}
+    shared = {"source": printable(source), "max_documents": config.max_documents}
     if source == "docs":
         return {**shared, "versions": installed_versions()}
     if files := local_files(source):
-        stats = [(str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns) for path in files]
+        stats = [(printable(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns) for path in files]
         return {**shared, "column": config.column, "files": stats}
     names = ("subset", "split", "revision", "column")
     return {**shared, **{name: getattr(config, name) for name in names}}
@@ -101,7 +93,17 @@ def local_files(source: str) -> list[Path]:
 
     Raises UserError for a path that does not exist or holds no file in a known format.
     """
-    path = Path(source).expanduser()
+    path = named_path(source)
+    try:
+        return _found_files(source, path)
+    except OSError as error:  # such as a folder that may not be searched, or a name too long
+        raise UserError(
+            f"The data source {printable(source)!r} cannot be read ({error.strerror}); give an existing folder, file "
+            f"or glob."
+        ) from None
+
+
+def _found_files(source: str, path: Path) -> list[Path]:
     if path.is_file():
         found = [path]
     elif path.is_dir():
@@ -111,10 +113,14 @@ def local_files(source: str) -> list[Path]:
     elif _HUB_NAME.fullmatch(source) and not source.startswith(".") and not is_supported(path):
         return []
     else:
-        raise UserError(f"The data source {source!r} does not exist; give an existing folder, file or glob.")
+        raise UserError(
+            f"The data source {printable(source)!r} does not exist; give an existing folder, file or glob."
+        )
     files = sorted(file for file in found if file.is_file() and is_supported(file))
     if not files:
-        raise UserError(f"The data source {source!r} holds no file to read; known formats are {', '.join(SUFFIXES)}.")
+        raise UserError(
+            f"The data source {printable(source)!r} holds no file to read; known formats are {', '.join(SUFFIXES)}."
+        )
     return files
 
 
@@ -129,9 +135,11 @@ def _require_text(documents: Iterator[RawDocument], source: str, skipped: dict[s
         yield document
     if empty and skipped:
         name, fault = next(iter(skipped.items()))
-        raise UserError(f"The data source {source!r} holds no readable text: {len(skipped)} files, {name} {fault}.")
+        raise UserError(
+            f"The data source {printable(source)!r} holds no readable text: {len(skipped)} files, {name} {fault}."
+        )
     if empty:
-        raise UserError(f"The data source {source!r} holds no text; give one that does.")
+        raise UserError(f"The data source {printable(source)!r} holds no text; give one that does.")
 
 
 def _hub_documents(source: str, config: SourceConfig) -> Iterator[str]:
@@ -143,16 +151,34 @@ def _hub_documents(source: str, config: SourceConfig) -> Iterator[str]:
         )
     except Exception as error:  # a missing name, split, network or permission: each a class of its own
         raise UserError(
-            f"{source!r} is neither a local path nor a hub dataset that can be loaded ({first_line(error)}); "
-            f"check the name, corpus.subset, corpus.split and the network."
+            f"{printable(source)!r} is neither a local path nor a hub dataset that can be loaded "
+            f"({first_line(error)}); check the name, corpus.subset, corpus.split and the network."
         ) from error
     if dataset.column_names is not None:
         require_column(source, config.column, dataset.column_names)
         dataset = dataset.select_columns([config.column])
-    return _rows(dataset, source, config.column)
+    return _rows(dataset, source, config)
 
 
-def _rows(dataset: Any, source: str, column: str) -> Iterator[str]:
-    for batch in dataset.iter(batch_size=256):
+def _rows(dataset: Any, source: str, config: SourceConfig) -> Iterator[str]:
+    column = config.column
+    batches = dataset.iter(batch_size=256)
+    while True:
+        try:
+            batch = next(batches, None)
+        except Exception as error:  # of the network or of a file there: each a class of its own
+            raise RunFailed(
+                f"The hub dataset {source!r} cannot be read to its end ({first_line(error)}); give the same command "
+                f"again when it can."
+            ) from None
+        if batch is None:
+            return
         require_column(source, column, list(batch))
-        yield from (as_text(value, source, column) for value in batch[column])
+        for value in batch[column]:
+            text = as_text(value, source, column)
+            if len(text) > config.max_document:
+                raise UserError(
+                    f"A document of {source} has {len(text):,} characters, more than corpus.max_document "
+                    f"({config.max_document:,}); raise that to read it."
+                )
+            yield text

@@ -60,7 +60,7 @@ class Masker:
     ) -> None:
         """`continues` [vocab_size] bool tells the tokens that go on with a word; words and spans need it."""
         assert unit == "token" or continues is not None, "words are known by the tokens that continue them"
-        self._mask_id, self._unit, self._continues = special.mask, unit, continues
+        self._mask_id, self._unit, self._continues, self.vocab_size = special.mask, unit, continues, vocab_size
         self._is_ordinary = np.ones(vocab_size, bool)
         self._is_ordinary[list(special.every)] = False
         self._ordinary_ids = np.flatnonzero(self._is_ordinary)

@@ -1,4 +1,4 @@
-"""MediaWiki XML dumps: the articles of a dump, and their wikitext as plain paragraphs.
+"""Wikitext, the markup of MediaWiki, as plain paragraphs.
 
 Like the data of the original BERT (Devlin et al. 2019, section 3.1) an article keeps its text passages and loses
 lists, tables and headers. Expressions do it at the pace of a tokenizer, a parser that builds a tree does not.
@@ -8,9 +8,6 @@ from __future__ import annotations
 
 import html
 import re
-from collections.abc import Iterator
-from typing import BinaryIO
-from xml.etree import ElementTree
 
 _COMMENT = re.compile(r"<!--.*?(?:-->|\Z)", re.DOTALL)
 _WITHOUT_TEXT = (
@@ -26,32 +23,6 @@ _ADDRESS = re.compile(r"\[(?:https?:|ftp:)?//[^\s\]]+[ \t]*([^\]\n]*)\]")
 _TAG = re.compile(r"</?[a-zA-Z][^<>]*>")
 _NO_PROSE = re.compile(r"^(?:=.*=[ \t]*|[*#;:|!{}].*|__[A-Z]+__[ \t]*|[ \t]*-{4,}[ \t]*)$", re.MULTILINE)
 _EMPTY_BRACKETS = re.compile(r"[ \t]*\([\s,;:]*\)")
-
-
-def read_pages(file: BinaryIO) -> Iterator[str]:
-    """Yield the wikitext of the articles of a dump (namespace 0, no redirects); no more than one page is held.
-
-    Raises ElementTree.ParseError where the XML is broken or ends too early.
-    """
-    events = ElementTree.iterparse(file, events=("start", "end"))
-    _, root = next(events)
-    for event, element in events:
-        if event == "end" and _name(element) == "page":
-            if (text := _article(element)) is not None:
-                yield text
-            root.clear()
-
-
-def _name(element: ElementTree.Element) -> str:
-    return element.tag.rpartition("}")[2]
-
-
-def _article(page: ElementTree.Element) -> str | None:
-    children = {_name(child): child for child in page}
-    if "redirect" in children or (children["ns"].text if "ns" in children else "0") != "0":
-        return None
-    texts = [child.text for child in children.get("revision", page) if _name(child) == "text"]
-    return texts[0] if texts else None
 
 
 def clean_wikitext(text: str) -> str:

@@ -7,12 +7,19 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 import numpy as np
+from pydantic import Field
 
-from ds_stacking.common.errors import UserError
+from ds_stacking.common.errors import UserError, require
+from ds_stacking.common.json_files import Finite, parse_json
+from ds_stacking.common.own_files import read_all
+from ds_stacking.data.names import first_line, named_path
 from ds_stacking.data.token_file import Split
 
+Weight = Annotated[Finite, Field(gt=0, le=1e12)]
+_LARGEST_FILE = 2**20
 _PERIOD = 10_000
 """Samples after which the pattern of sources repeats; shares are exact to one in so many."""
 
@@ -63,22 +70,29 @@ class Interleaving:
 
 def is_mixture(source: str) -> bool:
     """Whether a data source is a mixture's file."""
-    return source.endswith(".json") and Path(source).expanduser().is_file()
+    return source.endswith(".json") and named_path(source).is_file()
 
 
 def read_mixture(path: Path) -> dict[Path, float]:
     """Read `{"folder": weight, ...}`, folders relative to the file; UserError if it is anything else."""
-    form = f'The mixture {path} must be a JSON object such as {{"wikipedia": 3, "books": 1}}, folders and weights'
+    form = 'it must be a JSON object of folders and weights, such as {"wikipedia": 3, "books": 1}'
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{form}; it cannot be read ({error}).") from error
-    if not isinstance(content, dict) or not content:
-        raise UserError(f"{form}.")
-    for name, weight in content.items():
-        if isinstance(weight, bool) or not isinstance(weight, int | float) or not 0 < weight < math.inf:
-            raise UserError(f"{form} above 0; {name!r} has {json.dumps(weight)}.")
-    smallest = min(content.values()) / math.fsum(content.values())
-    if smallest * _PERIOD < 1:
-        raise UserError(f"{form}; a share of less than one in {_PERIOD:,} samples is too small.")
-    return {(path.parent / name).resolve(): float(weight) for name, weight in content.items()}
+        with path.open("rb") as file:
+            content = read_all(file.fileno(), path, _LARGEST_FILE)
+    except OSError as error:
+        raise UserError(f"The mixture {path} cannot be read ({error.strerror}); {form}.") from error
+    weights = parse_json(content, dict[str, Weight], where=f"The mixture {path}", mend=form)
+    require(weights, f"The mixture {path} is empty; {form}.")
+    smallest = min(weights.values()) / math.fsum(weights.values())
+    require(
+        smallest * _PERIOD >= 1, f"The mixture {path} has a share of less than one in {_PERIOD:,} samples; raise it."
+    )
+    folders: dict[Path, float] = {}
+    for name, weight in json.loads(content, object_pairs_hook=list):
+        try:
+            folder = (path.parent / named_path(name)).resolve()
+        except (OSError, ValueError, RuntimeError) as error:
+            raise UserError(f"The mixture {path} names {name!r}, no folder ({first_line(error)}).") from None
+        require(folder not in folders, f"The mixture {path} names {name!r} twice; keep one.")
+        folders[folder] = float(weight)
+    return folders

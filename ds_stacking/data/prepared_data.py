@@ -10,15 +10,27 @@ from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
+from typing_extensions import TypedDict
 
 from ds_stacking.common.errors import UserError
 from ds_stacking.common.files import write_json
+from ds_stacking.common.json_files import KEEP_OTHERS, Finite, read_json
+from ds_stacking.common.own_files import refuse_links
 from ds_stacking.config import CorpusConfig
+from ds_stacking.data.arrays import Damaged, hash_inside
 from ds_stacking.data.cache import cache_root, locked
 from ds_stacking.data.leaks import find_leak
+from ds_stacking.data.manifests import SPLITS, CacheManifest, FolderManifest, read_manifest, read_shards
 from ds_stacking.data.mixture import Mixture, read_mixture
-from ds_stacking.data.prepared_folder import TOKENIZER, is_prepared, open_folder, token_counts
-from ds_stacking.data.token_file import MANIFEST, SPLITS, Split, TokenFile, unigram_entropy
+from ds_stacking.data.prepared_folder import (
+    TOKENIZER,
+    is_prepared,
+    open_folder,
+    own_tokenizer,
+    token_counts,
+    verify_folder,
+)
+from ds_stacking.data.token_file import Split, TokenFile, hashes, unigram_entropy
 from ds_stacking.data.tokenizer import SpecialIds, continuing_tokens, load_tokenizer, special_ids, tokenizer_hash
 
 STRETCHES, STRETCH = 32, 1024
@@ -68,14 +80,24 @@ def sampled_fingerprint(data: PreparedData) -> str:
 
 
 def open_cached(folder: Path, config: CorpusConfig) -> PreparedData:
-    """Open an entry of the cache."""
-    manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-    splits = {split: Split(files=[TokenFile.open(folder, split, manifest)]) for split in SPLITS}
+    """Open an entry of the cache. Raises Damaged for one that is not what was written."""
+    refuse_links(folder.parent, (folder.name,))
+    manifest = read_manifest(folder, CacheManifest)
+    if config.verify:
+        for split in SPLITS:
+            for name, digest in hashes(split, manifest).items():
+                if hash_inside(folder, name) != digest:
+                    raise Damaged(f"{folder / name} is not what was written; remove {folder}.")
+    splits: dict[str, Split] = {
+        split: Split(files=[TokenFile.open(folder, split, manifest, whole=config.verify)]) for split in SPLITS
+    }
     return _prepared(folder, manifest, splits, config)
 
 
 def open_prepared(folder: Path, tokenizer: str, config: CorpusConfig, log: Callable[[str], None]) -> PreparedData:
     """Open a folder of prepare_data.py, which has decided the tokenizer and the split; say where it was otherwise."""
+    if config.verify:
+        verify_folder(folder, log)
     manifest, splits = open_folder(folder)
     if tokenizer != "train" and tokenizer_hash(load_tokenizer(tokenizer)) != manifest["tokenizer_sha256"]:
         raise UserError(
@@ -124,7 +146,8 @@ def open_mixture(path: Path, tokenizer: str, config: CorpusConfig, log: Callable
 
 def _ordinary(part: PreparedData) -> np.ndarray:
     """Frequencies of the ordinary train tokens, [vocab_size]."""
-    counts = token_counts(part.folder, part.manifest)
+    manifest = cast(FolderManifest, part.manifest)
+    counts = token_counts(part.folder, read_shards(part.folder, manifest))
     counts[list(part.special.every)] = 0
     return counts
 
@@ -138,12 +161,13 @@ def _refuse_mixed_leak(parts: list[PreparedData], root: Path, log: Callable[[str
         key = sha256("".join([part.fingerprint, *(other.fingerprint for other in others)]).encode()).hexdigest()[:24]
         found = root / f"{key}.leak.json"
         with locked(root, found.stem, log):
-            if not found.is_file():
+            if _known_leak(found) is None:
                 log(f"Looking for the held-out text of {part.folder.name} in the rest of the mixture.")
                 train = Split(files=[file for other in others for file in cast(Split, other.train).files])
                 leak = find_leak(train, cast(Split, part.eval), part.special.sep)
                 write_json(found, {"percent": leak.percent})
-        percent = json.loads(found.read_text(encoding="utf-8"))["percent"]
+            percent = _known_leak(found)
+        assert percent is not None
         if percent > part.manifest["max_leak"]:
             raise UserError(
                 f"{percent:.1f} % of the held-out text of {part.folder} stands in the training splits of the other "
@@ -151,12 +175,29 @@ def _refuse_mixed_leak(parts: list[PreparedData], root: Path, log: Callable[[str
             )
 
 
-def _prepared(folder: Path, manifest: dict[str, Any], splits: dict[str, Split], config: CorpusConfig) -> PreparedData:
+class _Leak(TypedDict):
+    """A leak between folders, as the cache keeps it."""
+
+    __pydantic_config__ = KEEP_OTHERS  # type: ignore[misc]
+    percent: Finite
+
+
+def _known_leak(path: Path) -> float | None:
+    """What was found before, in percent; None where nothing, or nothing readable, was."""
+    try:
+        return read_json(path, _Leak, mend="remove it", inside=path.parent)["percent"]
+    except (FileNotFoundError, UserError):
+        return None
+
+
+def _prepared(
+    folder: Path, manifest: FolderManifest | CacheManifest, splits: dict[str, Split], config: CorpusConfig
+) -> PreparedData:
     for split in SPLITS:
         _require_one_block(split, manifest[split]["tokens"], config)
     digests = [manifest["tokenizer_sha256"], *(manifest[split]["sha256"] for split in SPLITS)]
     tokenizer_dir = folder / TOKENIZER
-    tokenizer = load_tokenizer(str(tokenizer_dir))
+    tokenizer = own_tokenizer(folder, manifest["vocab_size"])
     return PreparedData(
         folder=folder,
         tokenizer_dir=tokenizer_dir,
@@ -167,7 +208,7 @@ def _prepared(folder: Path, manifest: dict[str, Any], splits: dict[str, Split], 
         eval=splits["eval"],
         unigram_entropy=manifest["unigram_entropy"],
         fingerprint=sha256("".join(digests).encode()).hexdigest()[:16],
-        manifest=manifest,
+        manifest=dict(manifest),
     )
 
 

@@ -16,34 +16,45 @@ import os
 import shutil
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import asdict
-from hashlib import sha256
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from filelock import FileLock, Timeout
 from transformers import PreTrainedTokenizerBase
 
-from ds_stacking.common.errors import UserError
-from ds_stacking.common.files import is_leftover, write_json
+from ds_stacking.common.errors import UserError, require
+from ds_stacking.common.files import write_json
+from ds_stacking.common.own_files import refuse_links
 from ds_stacking.data import worker
+from ds_stacking.data.arrays import Damaged
 from ds_stacking.data.build import Build, ahead, in_batches
 from ds_stacking.data.card import write_card
+from ds_stacking.data.claim import BEGUN, TOKENIZER, claimed, stopped
 from ds_stacking.data.corpus import identify_source, raw_documents
 from ds_stacking.data.leaks import Leak, find_leak
+from ds_stacking.data.manifests import (
+    MANIFEST,
+    SPLITS,
+    FolderManifest,
+    ShardManifest,
+    read_manifest,
+    read_shards,
+    shard_name,
+    sum_up,
+)
+from ds_stacking.data.names import named_path, printable
+from ds_stacking.data.pool import count_workers, worker_pool
 from ds_stacking.data.preparation_config import PreparationConfig
-from ds_stacking.data.shards import read_manifest
-from ds_stacking.data.token_file import MANIFEST, SPLITS, Split, TokenFile, token_type, unigram_entropy
+from ds_stacking.data.shards import find_fault, open_others
+from ds_stacking.data.token_file import Split, TokenFile, token_type, unigram_entropy
 from ds_stacking.data.tokenizer import (
     TRAINING_CHARACTERS,
+    TRAINING_DOCUMENTS,
     count_vocabulary,
     load_tokenizer,
+    save_tokenizer,
     special_ids,
     text_encoder,
     tokenizer_hash,
@@ -51,64 +62,125 @@ from ds_stacking.data.tokenizer import (
     train_tokenizer,
 )
 
-BEGUN = "preparation.json"
-TOKENIZER = "tokenizer"
 _FORMAT = 1
 
 
-def prepare_folder(config: PreparationConfig, log: Callable[[str], None]) -> dict[str, Any]:
+def prepare_folder(config: PreparationConfig, log: Callable[[str], None]) -> Any:
     """Prepare `config.output_dir`, or go on where an earlier run was stopped; return its manifest.
 
-    In a finished folder every byte is compared with its hash, and damaged shards are made again. Raises UserError for
-    bad input, for a folder that was begun with other settings, and where held-out text stands in the training split.
+    In a finished folder every byte is compared with its hash, and damaged shards are made again; with `config.verify`
+    they are refused. Raises UserError for bad input, for a folder that was begun with other settings, and where
+    held-out text stands in the training split; RunFailed for a full disk, a lost worker and Ctrl-C.
     """
-    folder = Path(config.output_dir).expanduser()
+    folder = named_path(config.output_dir)
+    if config.verify:
+        return verify_folder(folder, log)
+    _refuse_own_output(config.data, folder)
     loaded = None if config.tokenizer == "train" else load_tokenizer(config.tokenizer)
     identity = _identity(config, loaded)
-    with _claimed(folder, identity):
+    with stopped(folder), claimed(folder, identity):
         begin = time.monotonic()
         tokenizer = _tokenizer(folder, config, loaded, log)
         build = Build(config=config, folder=folder, log=log, tokenizer=tokenizer)
         build.adopt_finished_shards()
-        if (folder / MANIFEST).is_file():
-            log(f"{folder} is finished; {len(build.shards)} shards have the bytes that were written.")
-            return read_manifest(folder)
+        if os.path.lexists(folder / MANIFEST):
+            try:
+                manifest, _ = open_folder(folder)
+                log(f"{folder} is finished; {len(build.shards)} shards have the bytes that were written.")
+                return manifest
+            except Damaged as fault:
+                log(str(fault).partition("; ")[0] + "; what is missing is made again.")
+                (folder / MANIFEST).unlink()
         if build.shards:
             log(f"{len(build.shards)} finished shards are kept; going on behind document {build.read:,}.")
-        with _pool(config, _worker_config(config, tokenizer)) as pool:
-            build.run(pool, window=2 * _workers(config))
+        with worker_pool(config.workers, _worker_config(config, tokenizer)) as pool:
+            build.run(pool, window=2 * count_workers(config.workers))
         return _finish(build, identity, time.monotonic() - begin)
 
 
 def is_prepared(source: str) -> bool:
     """Whether a data source is a prepared folder, finished or not."""
-    return (Path(source).expanduser() / BEGUN).is_file()
+    return (named_path(source) / BEGUN).is_file()
 
 
-def open_folder(folder: Path) -> tuple[dict[str, Any], dict[str, Split]]:
-    """Return the manifest and the splits of a prepared folder; UserError if it is unfinished or damaged."""
-    if not (folder / MANIFEST).is_file():
+def open_folder(folder: Path, *, whole: bool = False) -> tuple[FolderManifest, dict[str, Split]]:
+    """Return the manifest and the splits of a prepared folder; links below it are not followed.
+
+    Raises UserError if it is unfinished, Damaged if manifests, sizes or what the arrays hold do not fit; with `whole`
+    all of the arrays is looked at.
+    """
+    if not os.path.lexists(folder / MANIFEST):
         raise UserError(f"{folder} is not finished; run the same prepare_data.py command again.")
-    manifest = read_manifest(folder)
-    return manifest, _splits(folder, {name: read_manifest(folder / name) for name in manifest["shards"]})
+    manifest = read_manifest(folder, FolderManifest)
+    return manifest, _splits(folder, read_shards(folder, manifest), whole)
 
 
-def _splits(folder: Path, shards: dict[str, dict[str, Any]]) -> dict[str, Split]:
+def verify_folder(folder: Path, log: Callable[[str], None]) -> FolderManifest:
+    """Compare every byte of a finished folder with its hash; return its manifest. Raises UserError."""
+    manifest, _ = open_folder(folder)
+    for number in range(len(manifest["shards"])):
+        if fault := find_fault(folder, number, manifest["vocab_size"]):
+            raise Damaged(
+                f"{folder}: {fault}; copy the folder again, or run the prepare_data.py command that made it, "
+                f"which makes damaged shards again."
+            )
+    tokenizer = own_tokenizer(folder, manifest["vocab_size"])
+    if tokenizer_hash(tokenizer) != manifest["tokenizer_sha256"]:
+        raise Damaged(
+            f"{folder / TOKENIZER} is another tokenizer than the data were made with, or read by another version of "
+            f"tokenizers; copy the folder again."
+        )
+    log(f"{folder}: the tokenizer and every byte of {len(manifest['shards'])} shards are what was written.")
+    return manifest
+
+
+def own_tokenizer(folder: Path, vocab_size: int) -> PreTrainedTokenizerBase:
+    """The tokenizer that a prepared folder or cache entry holds. Raises Damaged where it is not that of its data."""
+    try:
+        refuse_links(folder, (TOKENIZER,))
+        tokenizer = load_tokenizer(str(folder / TOKENIZER))
+    except UserError as error:
+        raise Damaged(str(error)) from None
+    if count_vocabulary(tokenizer) != vocab_size:
+        raise Damaged(
+            f"{folder / TOKENIZER} has {count_vocabulary(tokenizer):,} entries, the data {vocab_size:,}; copy the "
+            f"folder again, or prepare the data anew."
+        )
+    return tokenizer
+
+
+def _splits(folder: Path, shards: dict[str, ShardManifest], whole: bool = False) -> dict[str, Split]:
     """The splits of a folder's shards, given the manifest of each."""
     return {
-        split: Split(files=[TokenFile.open(folder / name, split, facts) for name, facts in shards.items()])
+        split: Split(
+            files=[
+                TokenFile.open(folder / name, split, facts, inside=folder, whole=whole)
+                for name, facts in shards.items()
+            ]
+        )
         for split in SPLITS
     }
 
 
-def token_counts(folder: Path, manifest: dict[str, Any]) -> np.ndarray:
+def token_counts(folder: Path, shards: dict[str, ShardManifest]) -> np.ndarray:
     """Return how often each token stands in the training split, [vocab_size] int64."""
-    return np.sum([np.load(folder / name / "counts.npy") for name in manifest["shards"]], axis=0)
+    return np.sum([open_others(folder, name, manifest)["counts"] for name, manifest in shards.items()], axis=0)
+
+
+def _refuse_own_output(source: str, folder: Path) -> None:
+    """Raise UserError where the prepared folder would lie in the source, and be read as text the next time."""
+    path = named_path(source)
+    if source != "docs" and path.is_dir():
+        require(
+            not folder.resolve().is_relative_to(path.resolve()),
+            f"output_dir {printable(folder)} lies in the data source {printable(source)}, which is searched for text; "
+            f"choose a folder elsewhere.",
+        )
 
 
 def _identity(config: PreparationConfig, tokenizer: PreTrainedTokenizerBase | None) -> dict[str, Any]:
     """Everything that determines the shards, as JSON values."""
-    return {
+    identity = {
         "format": _FORMAT,
         "source": identify_source(config.data, config.corpus),
         "tokenizer": tokenizer_identity(tokenizer, config.corpus),
@@ -117,35 +189,7 @@ def _identity(config: PreparationConfig, tokenizer: PreTrainedTokenizerBase | No
         "near_duplicates": config.near_duplicates,
         "shard_tokens": config.shard_tokens,
     }
-
-
-@contextmanager
-def _claimed(folder: Path, identity: dict[str, Any]) -> Iterator[None]:
-    """Hold the folder's lock, after making sure that it is empty or was begun with the same settings."""
-    identity = json.loads(json.dumps(identity))
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(folder / ".lock")
-        lock.acquire(timeout=0)
-    except Timeout:
-        raise UserError(f"Another process prepares {folder}; wait for it, or choose another --output_dir.") from None
-    except OSError as error:
-        raise UserError(f"{folder} cannot be written ({error.strerror}); choose another --output_dir.") from error
-    try:
-        if (folder / BEGUN).is_file():
-            begun = json.loads((folder / BEGUN).read_text(encoding="utf-8"))
-            if different := [name for name in identity if begun.get(name) != identity[name]]:
-                raise UserError(
-                    f"{folder} was begun with another {', '.join(different)}; "
-                    f"give the same options and unchanged files, or choose another --output_dir."
-                )
-        elif any(path.name != ".lock" and not is_leftover(path) for path in folder.iterdir()):
-            raise UserError(f"{folder} holds other files; choose another --output_dir.")
-        else:
-            write_json(folder / BEGUN, identity)
-        yield
-    finally:
-        lock.release()
+    return json.loads(json.dumps(identity))
 
 
 def _tokenizer(
@@ -159,7 +203,7 @@ def _tokenizer(
             texts = _training_texts(config)
             loaded = train_tokenizer(texts, config.corpus.vocab_size, config.corpus.lowercase)
         shutil.rmtree(unfinished, ignore_errors=True)
-        loaded.save_pretrained(str(unfinished))
+        save_tokenizer(loaded, unfinished)
         os.rename(unfinished, final)
     return load_tokenizer(str(final))
 
@@ -167,18 +211,14 @@ def _tokenizer(
 def _training_texts(config: PreparationConfig) -> list[str]:
     texts: list[str] = []
     characters = 0
-    with _pool(config, None) as pool:
+    with worker_pool(config.workers, None) as pool:
         source = in_batches(raw_documents(config.data, config.corpus))
-        for _, cleaned in ahead(pool, worker.clean, source, window=2 * _workers(config)):
+        for _, cleaned in ahead(pool, worker.clean, source, window=2 * count_workers(config.workers)):
             texts += cleaned
             characters += sum(map(len, cleaned))
-            if characters >= TRAINING_CHARACTERS:
+            if characters >= TRAINING_CHARACTERS or len(texts) >= TRAINING_DOCUMENTS:
                 break
     return texts
-
-
-def _workers(config: PreparationConfig) -> int:
-    return config.workers or len(os.sched_getaffinity(0))
 
 
 def _worker_config(config: PreparationConfig, tokenizer: PreTrainedTokenizerBase) -> worker.WorkerConfig:
@@ -192,27 +232,10 @@ def _worker_config(config: PreparationConfig, tokenizer: PreTrainedTokenizerBase
     )
 
 
-@contextmanager
-def _pool(config: PreparationConfig, setting: worker.WorkerConfig | None) -> Iterator[ProcessPoolExecutor]:
-    """Worker processes; a fresh interpreter each, since threads of a tokenizer do not survive a fork."""
-    pool = ProcessPoolExecutor(
-        _workers(config), mp_context=get_context("spawn"), initializer=worker.start, initargs=(setting,)
-    )
-    try:
-        yield pool
-    except BrokenProcessPool as error:
-        raise RuntimeError(
-            "A worker was killed, most likely for lack of memory. Finished shards are kept: run the same command "
-            "again, with fewer --workers."
-        ) from error
-    finally:
-        pool.shutdown(cancel_futures=True)
-
-
 def _finish(build: Build, identity: dict[str, Any], seconds: float) -> dict[str, Any]:
     """Sum up, check that nothing held out was trained on, write the card and at last the manifest."""
     folder, config = build.folder, build.config
-    shards = {f"shard-{number:05d}": facts for number, facts in enumerate(build.shards)}
+    shards = {shard_name(number): facts for number, facts in enumerate(build.shards)}
     splits, names = _splits(folder, shards), list(shards)
     special = special_ids(build.tokenizer)
     leak = find_leak(splits["train"], splits["eval"], special.sep)
@@ -220,35 +243,28 @@ def _finish(build: Build, identity: dict[str, Any], seconds: float) -> dict[str,
     totals: Counter[str] = Counter()
     for shard in build.shards:
         totals.update(shard["totals"])
-    manifest = {
+    manifest: Any = {
         "dtype": build.shards[0]["dtype"],
         "vocab_size": count_vocabulary(build.tokenizer),
         "tokenizer_sha256": tokenizer_hash(build.tokenizer),
-        **{split: _sum_up(split, build.shards) for split in SPLITS},
-        "unigram_entropy": unigram_entropy(token_counts(folder, {"shards": names}), special.every),
+        **{split: sum_up(split, build.shards) for split in SPLITS},
+        "unigram_entropy": unigram_entropy(token_counts(folder, shards), special.every),
         "read": build.shards[-1]["read"],
         "totals": dict(totals),
         "leak": asdict(leak),
         "max_leak": config.max_leak,
         "skipped": build.skipped,
         "shards": names,
-        "tokenizer": config.tokenizer,
+        "tokenizer": printable(config.tokenizer),
         "identity": identity,
     }
     write_card(folder, manifest, splits, [text for shard in build.shards for text in shard["examples"]])
-    write_json(folder / MANIFEST, manifest)
+    write_json(folder / MANIFEST, manifest, inside=folder)
     tokens = sum(manifest[split]["tokens"] for split in SPLITS)
     build.log(
         f"Prepared {tokens:,} tokens in {seconds:.0f} s: {len(names)} shards in {folder}, read {folder}/card.md."
     )
     return manifest
-
-
-def _sum_up(split: str, shards: list[dict[str, Any]]) -> dict[str, Any]:
-    """A split over all shards: counts, and one digest of theirs."""
-    digests = "".join(shard[split]["sha256"] for shard in shards)
-    sums = {name: sum(shard[split][name] for shard in shards) for name in ("documents", "tokens")}
-    return {**sums, "sha256": sha256(digests.encode()).hexdigest()}
 
 
 def _refuse_leak(leak: Leak, config: PreparationConfig) -> None:

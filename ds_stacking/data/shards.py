@@ -8,7 +8,6 @@ tokens.
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 from collections import Counter
@@ -18,7 +17,10 @@ from typing import Any
 import numpy as np
 
 from ds_stacking.common.files import write_json
-from ds_stacking.data.token_file import MANIFEST, SPLITS, SplitWriter, file_sha256, write_array
+from ds_stacking.data.arrays import Damaged, hash_inside, map_array
+from ds_stacking.data.duplicates import PERMUTATIONS
+from ds_stacking.data.manifests import MANIFEST, SPLITS, ShardManifest, read_manifest, shard_name
+from ds_stacking.data.token_file import SplitWriter, TokenFile, hashes, write_array
 from ds_stacking.data.worker import Tokenised
 
 _EXAMPLES = 3
@@ -28,7 +30,7 @@ class ShardWriter:
     """Writes one shard into a hidden folder, which `close` renames."""
 
     def __init__(self, root: Path, number: int, dtype: np.dtype, vocab_size: int, sentences: bool) -> None:
-        self.folder = root / f"shard-{number:05d}"
+        self.folder = root / shard_name(number)
         self._unfinished = root / f".{self.folder.name}"
         shutil.rmtree(self._unfinished, ignore_errors=True)  # of a run that was killed
         self._unfinished.mkdir(parents=True)
@@ -61,14 +63,14 @@ class ShardWriter:
         if keep.size and keep[0] and len(self._examples) < _EXAMPLES:
             self._examples.append(batch.example)
 
-    def close(self, read: int) -> dict[str, Any]:
+    def close(self, read: int) -> ShardManifest:
         """Finish the shard after the first `read` documents of the source; return its manifest."""
         splits = {split: writer.close() for split, writer in self._writers.items()}
         arrays = {"digests": np.concatenate([*self._digests, np.zeros(0, np.uint64)])}
         arrays["counts"] = self._writers["train"].counts
         if self._signatures:
             arrays["signatures"] = np.concatenate(self._signatures)
-        manifest = {
+        manifest: Any = {
             "dtype": self._dtype.name,
             "vocab_size": self._vocab_size,
             **splits,
@@ -82,28 +84,51 @@ class ShardWriter:
         return manifest
 
     def discard(self) -> None:
-        """Leave no trace of a shard that got no document."""
-        shutil.rmtree(self._unfinished)
+        """Leave no trace of a shard that got no document, or that cannot be finished."""
+        for writer in self._writers.values():
+            writer.abandon()
+        shutil.rmtree(self._unfinished, ignore_errors=True)
 
 
-def find_fault(folder: Path) -> str | None:
-    """Read a shard to its end; return the file that is not what was written, None where all are."""
+def find_fault(folder: Path, number: int, vocab_size: int) -> str | None:
+    """Read a shard of a prepared folder to its end; return what is wrong with it, None where nothing is.
+
+    Every byte is compared with its hash, and what the arrays hold is looked at: hashes tell what was written, not that
+    it was written by this code.
+    """
+    name = shard_name(number)
     try:
-        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-        expected = {f"{name}.npy": digest for name, digest in manifest["sha256"].items()}
+        manifest = read_manifest(folder / name, ShardManifest, inside=folder)
+        if manifest["vocab_size"] != vocab_size:
+            return f"{name}/{MANIFEST} tells of another vocabulary"
+        expected = {f"{kind}.npy": digest for kind, digest in manifest["sha256"].items()}
         for split in SPLITS:
-            expected[f"{split}.bin"] = manifest[split]["sha256"]
-            for kind in ("offsets", "sentences"):
-                if (digest := manifest[split].get(f"{kind}_sha256")) is not None:
-                    expected[f"{split}_{kind}.npy"] = digest
-    except (OSError, ValueError, KeyError, TypeError):
-        return MANIFEST
-    for name, digest in expected.items():
-        if not (folder / name).is_file() or file_sha256(folder / name) != digest:
-            return name
+            expected |= hashes(split, manifest)
+        for file, digest in expected.items():
+            if hash_inside(folder, f"{name}/{file}") != digest:
+                return f"{name}/{file} is damaged"
+        for split in SPLITS:
+            TokenFile.open(folder / name, split, manifest, inside=folder, whole=True)
+        open_others(folder, name, manifest)
+    except Damaged as error:
+        return str(error).partition("; ")[0]
     return None
 
 
-def read_manifest(folder: Path) -> dict[str, Any]:
-    """Return what a shard or a prepared folder says of itself."""
-    return json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+def open_others(folder: Path, name: str, manifest: ShardManifest) -> dict[str, np.ndarray]:
+    """What a shard holds beside its splits: digests, counts and, where there are any, signatures. Raises Damaged."""
+    documents = sum(manifest[split]["documents"] for split in SPLITS)
+    kinds: dict[str, tuple[Any, int, int]] = {
+        "digests": (np.uint64, 0, documents),
+        "counts": (np.int64, 0, manifest["vocab_size"]),
+    }
+    if "signatures" in manifest["sha256"]:
+        kinds["signatures"] = (np.uint32, PERMUTATIONS, documents)
+    arrays = {}
+    for kind, (dtype, columns, length) in kinds.items():
+        arrays[kind] = map_array(folder, f"{name}/{kind}.npy", dtype, columns)
+        if len(arrays[kind]) != length:
+            raise Damaged(
+                f"{folder / name}/{kind}.npy has {len(arrays[kind]):,} rows instead of {length:,}; make it again."
+            )
+    return arrays

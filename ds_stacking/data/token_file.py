@@ -11,22 +11,28 @@ from __future__ import annotations
 import os
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from hashlib import sha256
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from tokenizers import Tokenizer
 
-from ds_stacking.common.errors import UserError
+from ds_stacking.data.arrays import Damaged, hash_inside, map_array, map_values
 from ds_stacking.data.documents import is_held_out
+from ds_stacking.data.manifests import MANIFEST, SPLITS, CacheManifest, ShardManifest
 from ds_stacking.data.tokenizer import SpecialIds
 
-SPLITS = ("train", "eval")
-MANIFEST = "manifest.json"
+__all__ = ["MANIFEST", "SPLITS", "Split", "SplitWriter", "TokenFile", "write_token_files"]
+
 _BATCH_CHARACTERS = 2_000_000
+_BATCH_DOCUMENTS = 50_000
+_LOOKED_AT = 2**18
+"""Values of a larger array that are looked at when it is opened."""
+_PART = 2**14
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,20 +50,49 @@ class TokenFile:
         return len(self.tokens)
 
     @classmethod
-    def open(cls, folder: Path, split: str, manifest: dict[str, Any]) -> TokenFile:
-        """Map one split of a folder; UserError if its files have not the sizes that the manifest states."""
-        path, dtype, count = folder / f"{split}.bin", np.dtype(manifest["dtype"]), manifest[split]["tokens"]
-        try:
-            offsets = np.load(folder / f"{split}_offsets.npy", mmap_mode="r")
-            has_sentences = "sentences_sha256" in manifest[split]
-            sentences = np.load(folder / f"{split}_sentences.npy", mmap_mode="r") if has_sentences else None
-            complete = path.stat().st_size == count * dtype.itemsize and offsets[-1] == count
-        except (OSError, ValueError):  # gone, or cut short
-            complete = False
-        if not complete:
-            raise UserError(f"The prepared data in {folder} are damaged; delete that folder and start again.")
-        tokens = np.memmap(path, dtype, "r", shape=(count,)) if count else np.zeros(0, dtype)
-        return cls(tokens=tokens, offsets=offsets, sentences=sentences)
+    def open(
+        cls,
+        folder: Path,
+        split: Literal["train", "eval"],
+        manifest: ShardManifest | CacheManifest,
+        *,
+        inside: Path | None = None,
+        whole: bool = False,
+    ) -> TokenFile:
+        """Map one split of a folder, no link below `inside` followed.
+
+        Raises Damaged if its files have not the sizes that the manifest states, or hold what cannot be: offsets that
+        do not ascend, ids beyond the vocabulary. Of large arrays places spread evenly are looked at, or with `whole`
+        all.
+        """
+        facts, dtype = manifest[split], token_type(manifest["vocab_size"])
+        root = inside or folder
+        stem = str(folder.relative_to(root) / split)
+        if manifest["dtype"] != dtype.name:
+            raise Damaged(f"{folder} has ids of type {manifest['dtype']}, not {dtype}; prepare these data again.")
+        opened = cls(
+            tokens=map_values(root, f"{stem}.bin", dtype, facts["tokens"]),
+            offsets=map_array(root, f"{stem}_offsets.npy", np.int64),
+            sentences=map_array(root, f"{stem}_sentences.npy", np.uint32) if "sentences_sha256" in facts else None,
+        )
+        if fault := opened._find_fault(facts["documents"], manifest["vocab_size"], whole):
+            raise Damaged(f"The {split} split in {folder} has {fault}; prepare these data again.")
+        return opened
+
+    def _find_fault(self, documents: int, vocab_size: int, whole: bool) -> str | None:
+        """What these arrays hold that no corpus of so many documents does."""
+        offsets, sentences = self.offsets, self.sentences
+        if len(offsets) != documents + 1 or offsets[0] != 0 or offsets[-1] != len(self):
+            return f"offsets that are not those of {documents:,} documents and {len(self):,} tokens"
+        if not all(_ascends(part) for part in _parts(offsets, whole)):
+            return "documents that end before they begin"
+        if sentences is not None and not all(
+            _ascends(part) and part.max(initial=0) <= len(self) for part in _parts(sentences, whole)
+        ):
+            return "sentences that begin before the one before, or behind the end"
+        if any(part.max(initial=0) >= vocab_size for part in _parts(self.tokens, whole)):
+            return f"tokens beyond the {vocab_size:,} of its vocabulary"
+        return None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,21 +116,34 @@ def write_token_files(
 ) -> dict[str, Any]:
     """Tokenise documents into `folder`, batches in parallel on all cores; return the manifest's part on the arrays."""
     dtype = token_type(vocab_size)
-    writers = {split: SplitWriter(folder, split, dtype, vocab_size) for split in SPLITS}
-    for texts in _in_batches(documents):
-        encodings = encoder.encode_batch_fast(texts, add_special_tokens=False)
-        held_out = [is_held_out(text, eval_percent) for text in texts]
-        for split, writer in writers.items():
-            ids = [
-                [*encoding.ids, special.sep]
-                for encoding, out in zip(encodings, held_out, strict=True)
-                if out == (split == "eval") and encoding.ids
-            ]
-            tokens = np.fromiter(chain.from_iterable(ids), dtype)
-            writer.add(tokens, np.fromiter(map(len, ids), np.int64, len(ids)))
-    splits = {split: writer.close() for split, writer in writers.items()}
+    with split_writers(folder, dtype, vocab_size) as writers:
+        for texts in _in_batches(documents):
+            encodings = encoder.encode_batch_fast(texts, add_special_tokens=False)
+            held_out = [is_held_out(text, eval_percent) for text in texts]
+            for split, writer in writers.items():
+                ids = [
+                    [*encoding.ids, special.sep]
+                    for encoding, out in zip(encodings, held_out, strict=True)
+                    if out == (split == "eval") and encoding.ids
+                ]
+                tokens = np.fromiter(chain.from_iterable(ids), dtype)
+                writer.add(tokens, np.fromiter(map(len, ids), np.int64, len(ids)))
+        splits: dict[str, Any] = {split: writer.close() for split, writer in writers.items()}
     entropy = unigram_entropy(writers["train"].counts, special.every)
     return {"dtype": dtype.name, "vocab_size": vocab_size, **splits, "unigram_entropy": entropy}
+
+
+@contextmanager
+def split_writers(
+    folder: Path, dtype: np.dtype, vocab_size: int
+) -> Iterator[dict[Literal["train", "eval"], SplitWriter]]:
+    """A writer of each split, whose files are closed in any case."""
+    writers = {split: SplitWriter(folder, split, dtype, vocab_size) for split in SPLITS}
+    try:
+        yield writers
+    finally:
+        for writer in writers.values():
+            writer.abandon()
 
 
 def token_type(vocab_size: int) -> np.dtype:
@@ -119,16 +167,29 @@ def write_array(path: Path, values: np.ndarray) -> str:
     with path.open("wb") as file:
         np.save(file, values)
         flush(file)
-    return file_sha256(path)
+    return hash_inside(path.parent, path.name)
 
 
-def file_sha256(path: Path) -> str:
-    """Return the sha256 of a file."""
-    hashed = sha256()
-    with path.open("rb") as file:
-        while chunk := file.read(2**20):
-            hashed.update(chunk)
-    return hashed.hexdigest()
+def hashes(split: Literal["train", "eval"], manifest: ShardManifest | CacheManifest) -> dict[str, str]:
+    """The files of one split and their sha256."""
+    facts = manifest[split]
+    named = {f"{split}.bin": facts["sha256"], f"{split}_offsets.npy": facts["offsets_sha256"]}
+    if "sentences_sha256" in facts:
+        named[f"{split}_sentences.npy"] = facts["sentences_sha256"]
+    return named
+
+
+def _ascends(values: np.ndarray) -> bool:
+    return bool(np.all(values[1:] > values[:-1]))  # a difference of unsigned values is never negative
+
+
+def _parts(values: np.ndarray, whole: bool) -> Iterator[np.ndarray]:
+    """An array in parts that overlap by one; of a large one, unless `whole`, so many places spread over it."""
+    begins = range(0, len(values), _PART)
+    if len(values) > _LOOKED_AT and not whole:
+        begins = np.linspace(0, len(values) - _PART, _LOOKED_AT // _PART).astype(np.int64)  # type: ignore[assignment]
+    for begin in begins:
+        yield values[begin : begin + _PART + 1]
 
 
 def _in_batches(documents: Iterable[str]) -> Iterator[list[str]]:
@@ -137,7 +198,7 @@ def _in_batches(documents: Iterable[str]) -> Iterator[list[str]]:
     for text in documents:
         batch.append(text)
         characters += len(text)
-        if characters >= _BATCH_CHARACTERS:
+        if characters >= _BATCH_CHARACTERS or len(batch) >= _BATCH_DOCUMENTS:
             yield batch
             batch, characters = [], 0
     if batch:
@@ -185,6 +246,11 @@ class SplitWriter:
             starts = np.frombuffer(self._sentences, np.uint32)
             facts["sentences_sha256"] = write_array(self._folder / f"{self._split}_sentences.npy", starts)
         return facts
+
+    def abandon(self) -> None:
+        """Close the file, whatever is still to be written: the folder is about to be removed."""
+        with suppress(OSError):  # such as of a full disk, once more
+            self._file.close()
 
 
 def flush(file: Any) -> None:

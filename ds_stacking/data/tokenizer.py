@@ -8,20 +8,25 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
-from typing import Any
+from typing import Any, NotRequired
 
 import numpy as np
 import tokenizers
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
 from transformers import AutoTokenizer, BertTokenizer, PreTrainedTokenizerBase
+from typing_extensions import TypedDict
 
 from ds_stacking.common.errors import UserError
-from ds_stacking.config import SourceConfig
-from ds_stacking.data.text_files import first_line
+from ds_stacking.common.json_files import KEEP_OTHERS, parse_json
+from ds_stacking.common.own_files import read_inside, refuse_links
+from ds_stacking.config import LARGEST_VOCABULARY, SourceConfig
+from ds_stacking.data.names import first_line, named_path, printable
 
 SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 TRAINING_CHARACTERS = 200_000_000
 """Characters of the corpus, from its beginning, that a tokenizer is trained on at most."""
+TRAINING_DOCUMENTS = 5_000_000
+"""Documents, likewise."""
 
 _MAX_POSITIONS = 512
 _WORD_MARKS = ("\u0120", "\u2581")  # a blank before the token, in byte-level BPE and in SentencePiece
@@ -74,28 +79,81 @@ def _alphabet(documents: Sequence[str], normalizer: normalizers.Normalizer, limi
     return sorted(character for character, count in counts.items() if count >= least and not character.isspace())
 
 
-def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
-    """Load a tokenizer from a folder or the hub, never running code that comes with it.
+class _Config(TypedDict):
+    """What is read of tokenizer_config.json and config.json before a library reads them: that they are objects."""
 
-    Raises UserError if there is none, or it lacks a special token or a fast (Rust) implementation.
+    __pydantic_config__ = KEEP_OTHERS  # type: ignore[misc]
+    tokenizer_class: NotRequired[str | None]
+
+
+class _Backend(TypedDict):
+    """What is read of tokenizer.json before a library reads it."""
+
+    __pydantic_config__ = KEEP_OTHERS  # type: ignore[misc]
+    model: dict[str, Any]
+
+
+_JSON_FILES: dict[str, Any] = {"tokenizer.json": _Backend} | dict.fromkeys(
+    ("tokenizer_config.json", "config.json", "special_tokens_map.json", "added_tokens.json"), _Config
+)
+
+
+def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
+    """Load a tokenizer from a folder or the hub, never running code that comes with it, nor following links in it.
+
+    Raises UserError if there is none, or it is damaged, lacks a special token or a fast (Rust) implementation.
     """
-    path = Path(name).expanduser()
+    path, shown = named_path(name), printable(name)
     if not path.is_dir() and (path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1):
-        raise UserError(f"The tokenizer folder {name!r} does not exist; give a folder, a hub name or `train`.")
+        raise UserError(f"The tokenizer folder {shown!r} does not exist; give a folder, a hub name or `train`.")
+    if path.is_dir():
+        _check_folder(path)
     try:
         tokenizer = AutoTokenizer.from_pretrained(str(path) if path.is_dir() else name, trust_remote_code=False)
-    except Exception as error:  # a missing file, a bad one, no network: each a class of its own
+        backend = tokenizer.backend_tokenizer if tokenizer.is_fast else None
+        size = count_vocabulary(tokenizer)
+    except BaseException as error:  # a missing file, a bad one, no network: each a class of its own; panics are none
+        if isinstance(error, KeyboardInterrupt | SystemExit | GeneratorExit):
+            raise
         raise UserError(
-            f"The tokenizer {name!r} cannot be loaded ({first_line(error)}); give a folder with a tokenizer.json, "
+            f"The tokenizer {shown!r} cannot be loaded ({first_line(error)}); give a folder with a tokenizer.json, "
             f"a hub name or `train`."
         ) from error
-    if not tokenizer.is_fast:
-        raise UserError(f"The tokenizer {name!r} has no tokenizer.json; convert it to a fast tokenizer first.")
+    if backend is None:
+        raise UserError(f"The tokenizer {shown!r} has no tokenizer.json; convert it to a fast tokenizer first.")
+    if size > LARGEST_VOCABULARY:
+        raise UserError(
+            f"The tokenizer {shown!r} has the token id {size - 1:,}; no more than {LARGEST_VOCABULARY:,} entries are "
+            f"supported."
+        )
     special_ids(tokenizer)
-    if count_vocabulary(tokenizer) <= len(set(tokenizer.all_special_ids)):
+    if size <= len(set(tokenizer.all_special_ids)):
         # transformers makes an empty tokenizer for a folder that holds a model and no tokenizer
-        raise UserError(f"{name} holds no tokenizer; put its tokenizer.json there, or give --tokenizer.")
+        raise UserError(f"{shown} holds no tokenizer; put its tokenizer.json there, or give --tokenizer.")
     return tokenizer
+
+
+def _check_folder(folder: Path) -> None:
+    """Raise UserError for a link among the files of a tokenizer's folder, and for JSON that is damaged."""
+    refuse_links(folder, tuple(entry.name for entry in folder.iterdir()))
+    for name, shape in _JSON_FILES.items():
+        try:
+            content = read_inside(folder, name)
+        except FileNotFoundError:
+            continue
+        except OSError as error:
+            raise UserError(f"{printable(folder / name)} cannot be read ({error.strerror}).") from None
+        parse_json(content, shape, where=printable(folder / name), mend="restore it, or give another --tokenizer")
+
+
+def save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    """Write a tokenizer as a Hugging Face folder. Raises OSError where the disk does not take it."""
+    try:
+        tokenizer.save_pretrained(str(folder))
+    except OSError:
+        raise
+    except Exception as error:  # `tokenizers` has no class of its own for it
+        raise OSError(f"{folder} cannot be written ({first_line(error)})") from None
 
 
 def special_ids(tokenizer: PreTrainedTokenizerBase) -> SpecialIds:
@@ -112,7 +170,7 @@ def special_ids(tokenizer: PreTrainedTokenizerBase) -> SpecialIds:
 
 def count_vocabulary(tokenizer: PreTrainedTokenizerBase) -> int:
     """Return the rows that an embedding needs: the largest id plus one, since a vocabulary may have gaps."""
-    return max(tokenizer.get_vocab().values()) + 1
+    return max(tokenizer.get_vocab().values(), default=-1) + 1
 
 
 def continuing_tokens(tokenizer: PreTrainedTokenizerBase) -> np.ndarray:

@@ -8,17 +8,21 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
+import signal
 import threading
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import chain
 
 import numpy as np
 from tokenizers import Tokenizer
 
+from ds_stacking.common.errors import RunFailed
 from ds_stacking.data.corpus import RawDocument
 from ds_stacking.data.documents import clean_text, digest, is_held_out
 from ds_stacking.data.duplicates import signatures
+from ds_stacking.data.names import first_line
 from ds_stacking.data.sentences import split_sentences
 
 _EXAMPLE_CHARACTERS = 300
@@ -72,6 +76,7 @@ _lowercase: bool
 
 def start(config: WorkerConfig | None) -> None:
     """Make this process a worker, which ends when its parent does, however that ends; None: one that only cleans."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all processes of a terminal; the parent decides
     threading.Thread(target=_follow_parent, daemon=True).start()
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes share the cores, their threads need not
     if config is not None:
@@ -103,13 +108,33 @@ def _follow_parent() -> None:
 
 
 def clean(documents: Sequence[RawDocument]) -> list[str]:
-    """Return the cleaned texts of documents, empty ones left out."""
-    return [text for document in documents if (text := clean_text(document.plain()))]
+    """Return the cleaned texts of documents, empty ones left out. Raises RunFailed, whatever went wrong."""
+    with _said_in_words(documents):
+        return [text for document in documents if (text := clean_text(document.plain()))]
 
 
 def tokenise(documents: Sequence[RawDocument]) -> Tokenised:
-    """Clean and tokenise documents; the same answer in any worker."""
-    texts = clean(documents)
+    """Clean and tokenise documents; the same answer in any worker. Raises RunFailed, whatever went wrong."""
+    with _said_in_words(documents):
+        return _tokenise(clean(documents))
+
+
+@contextmanager
+def _said_in_words(documents: Sequence[RawDocument]) -> Iterator[None]:
+    """Turn an error into RunFailed; an error of its own class may not reach the parent."""
+    try:
+        yield
+    except RunFailed:
+        raise
+    except BaseException as error:  # a panic of `tokenizers` is no Exception
+        raise RunFailed(
+            f"A worker failed with {type(error).__name__} ({first_line(error)}) in documents, the first of which "
+            f"begins {documents[0].text[:60]!r}. Finished shards are kept; mend or remove the document, or "
+            f"give another tokenizer, and run the command again."
+        ) from None
+
+
+def _tokenise(texts: list[str]) -> Tokenised:
     pieces = [split_sentences(text) for text in texts] if _worker.sentences else [[text] for text in texts]
     ids = _encode(list(chain.from_iterable(pieces)))
     sizes = np.fromiter(map(len, ids), np.int64, len(ids))  # of pieces

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from ds_stacking.common.errors import UserError
+from ds_stacking.config import SourceConfig
 from ds_stacking.data.mediawiki import clean_wikitext
 from ds_stacking.data.text_files import read_file
 
@@ -56,7 +57,7 @@ def test_articles_of_a_dump(tmp_path: Path, suffix: str):
     path = tmp_path / f"dump.xml{suffix}"
     path.write_bytes(compress(DUMP.encode()))
     counted: list[int] = []
-    assert list(read_file(path, "text", {}, counted.append)) == ["one & ''two''", "three"]
+    assert list(read_file(path, SourceConfig(), {}, counted.append)) == ["one & ''two''", "three"]
     assert sum(counted) == path.stat().st_size
 
 
@@ -75,5 +76,5 @@ def test_a_broken_dump_is_refused_by_name(tmp_path: Path, name: str, data: bytes
     path = tmp_path / name
     path.write_bytes(data)
     with pytest.raises(UserError, match=r"is a broken MediaWiki dump \(.+\); download it again") as caught:
-        list(read_file(path, "text", {}))
+        list(read_file(path, SourceConfig(), {}))
     assert str(path) in str(caught.value) and "\n" not in str(caught.value)

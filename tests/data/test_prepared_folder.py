@@ -240,12 +240,12 @@ def test_a_kill_in_the_middle_of_any_file_leaves_a_folder_that_goes_on(
 
 @pytest.mark.parametrize("name", ["train.bin", "eval_offsets.npy", "digests.npy", "manifest.json"])
 def test_a_flipped_byte_is_found(folder: Path, tmp_path: Path, name: str):
-    shard = shutil.copytree(folder / "shard-00000", tmp_path / "shard")
-    assert find_fault(shard) is None
+    shard = shutil.copytree(folder / "shard-00000", tmp_path / "shard-00000")
+    assert find_fault(tmp_path, 0, 600) is None
     data = bytearray((shard / name).read_bytes())
     data[len(data) // 2 if name != "manifest.json" else 0] ^= 1
     (shard / name).write_bytes(data)
-    assert find_fault(shard) == name
+    assert f"shard-00000/{name} is damaged" in str(find_fault(tmp_path, 0, 600))
 
 
 def test_a_damaged_shard_is_made_again(folder: Path, source: Path, tokenizer: str, tmp_path: Path):

@@ -10,6 +10,7 @@ import pytest
 import zstandard
 
 from ds_stacking.common.errors import UserError
+from ds_stacking.config import SourceConfig
 from ds_stacking.data import text_files
 from ds_stacking.data.text_files import is_supported, read_file
 
@@ -29,7 +30,7 @@ def compress(data: bytes, suffix: str) -> bytes:
 
 def read(path: Path, column: str = "text") -> tuple[list[str], dict[str, str]]:
     skipped: dict[str, str] = {}
-    return list(read_file(path, column, skipped)), skipped
+    return list(read_file(path, SourceConfig(column=column), skipped)), skipped
 
 
 @pytest.mark.parametrize("suffix", ["", ".gz", ".zst"])
@@ -98,7 +99,7 @@ def test_half_a_surrogate_pair_is_replaced(tmp_path: Path):
 
 
 @pytest.mark.parametrize("name", ["a.jsonl", "a.parquet"])
-@pytest.mark.parametrize(("column", "message"), [("body", "'text', 'id'"), ("id", "int, not text")])
+@pytest.mark.parametrize(("column", "message"), [("body", "'text', 'id'"), ("id", "int[64]*, not text")])
 def test_a_wrong_column_is_refused(tmp_path: Path, name: str, column: str, message: str):
     path = tmp_path / name
     if name == "a.jsonl":

@@ -62,7 +62,7 @@ def test_arrays_stay_on_the_disk(tmp_path: Path):
     writer = SplitWriter(tmp_path, "train", np.dtype(np.uint16), 10, sentences=True)
     documents = 1_000_000
     writer.add(np.ones(2 * documents, np.uint16), np.full(documents, 2), np.arange(0, 2 * documents, 2))
-    manifest = {"dtype": "uint16", "train": writer.close()}
+    manifest = {"dtype": "uint16", "vocab_size": 10, "train": writer.close()}
     tracemalloc.start()
     file = TokenFile.open(tmp_path, "train", manifest)
     assert tracemalloc.get_traced_memory()[1] < 1_000_000

@@ -1,0 +1,55 @@
+"""Worker processes that clean and tokenise: started so that Ctrl-C is the parent's affair, and ended with it."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
+from multiprocessing import get_context
+
+from ds_stacking.common.errors import RunFailed
+from ds_stacking.data import worker
+
+
+@contextmanager
+def worker_pool(workers: int, setting: worker.WorkerConfig | None) -> Iterator[ProcessPoolExecutor]:
+    """Worker processes; a fresh interpreter each, since threads of a tokenizer do not survive a fork.
+
+    Raises RunFailed where one is lost.
+    """
+    pool = ProcessPoolExecutor(
+        count_workers(workers), mp_context=get_context("spawn"), initializer=worker.start, initargs=(setting,)
+    )
+    try:
+        with _without_interrupts():
+            pool.submit(worker.clean, [])  # starts them all
+        yield pool
+    except BrokenProcessPool as error:
+        raise RunFailed(
+            "A worker was killed, most likely for lack of memory. Finished shards are kept: run the same command "
+            "again, with fewer --workers."
+        ) from error
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def count_workers(workers: int) -> int:
+    """The number asked for, else one per core."""
+    return workers or len(os.sched_getaffinity(0))
+
+
+@contextmanager
+def _without_interrupts() -> Iterator[None]:
+    """Ignore Ctrl-C in processes started meanwhile, from their first moment, and in this one for that long."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
