@@ -14,6 +14,7 @@ import resource
 import runpy
 import signal
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -144,6 +145,7 @@ def _prisoner(
     for limit, value in ((resource.RLIMIT_DATA, MEMORY), (resource.RLIMIT_FSIZE, LARGEST_FILE)):
         resource.setrlimit(limit, (value, value))
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # a file that is too large is then an error, as on a full disk
+    tempfile.tempdir = None  # which was found in another environment
     idle, code = _peak(), 1
     sys.argv = [str(ROOT / "launchers" / script), *options]
     sys.path.insert(0, str(ROOT))

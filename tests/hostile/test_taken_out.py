@@ -1,44 +1,63 @@
-"""The battery finds what it is for: with a mend taken out, cases of it fail."""
+"""The battery finds what it is for: with a mend taken out, cases of it fail that pass otherwise."""
 
 from __future__ import annotations
 
 import json
+from pathlib import Path
+
+import pytest
+import zstandard
 
 from tests.hostile import taken_out
 from tests.hostile.rules import DEEP
-from tests.hostile.test_files import GROW_MODEL, RESUME, on
+from tests.hostile.test_files import on
 from tests.hostile.test_links import plant
-from tests.hostile.world import World
+from tests.hostile.world import PREPARE, World
 
 
 def test_links_that_are_followed_again_are_found(world: World) -> None:
     """A report is written through a link, over a file elsewhere."""
-    plant(world.work / "run" / "report", world.root / "outside" / "folder")
-    assert not world.faults("dashboard.py", "run")
-    world.restore()
-    plant(world.work / "run" / "report", world.root / "outside" / "folder")
-    faults = world.faults("dashboard.py", "run", without=taken_out.follow_links)
-    assert "changes outside" in "\n".join(faults)
+    for without, expected in ((None, False), (taken_out.follow_links, True)):
+        plant(world.work / "run" / "report", world.root / "outside" / "folder")
+        faults = world.faults("dashboard.py", "run", without=without)
+        assert ("changes outside" in "\n".join(faults)) == expected, faults
+        world.restore()
 
 
-def test_paths_out_of_the_folder_are_found(world: World) -> None:
-    """A shard by the name of ../other is another folder's, and is read where nobody minds."""
-    manifest = json.loads((world.work / "prepared" / "manifest.json").read_text())
-    manifest["shards"] = {f"../other/{name}": facts for name, facts in manifest["shards"].items()}
-    (world.work / "prepared" / "manifest.json").write_text(json.dumps(manifest))
+@pytest.mark.parametrize("content", ["[]", '{"growths": 3}', "[" * DEEP])
+def test_json_that_is_believed_again_is_found(world: World, content: str) -> None:
+    """Fields of other types and endless nesting end in exceptions that have no sentence of their own."""
+    for without, expected in ((None, False), (taken_out.believe_json, True)):
+        (world.work / "finished" / "summary.json").write_text(content)
+        faults = world.faults("dashboard.py", "finished", without=without)
+        assert ("no sentence of its own" in "\n".join(faults)) == expected, faults
+        world.restore()
+
+
+def test_lines_without_an_end_are_found(world: World) -> None:
+    """A hundred kilobytes become a line of three gigabytes."""
+    bomb = bomb_of(world.work / "bomb.txt.zst", gigabytes=3)
+    command = ("prepare_data.py", f"--data={bomb.name}", "--output_dir=fresh", *PREPARE)
+    for without, expected in ((None, False), (taken_out.read_lines_whole, True)):
+        outcome = world.run(*command, without=without)
+        assert bool(outcome.faults()) == expected, str(outcome)
+    assert (world.work / "fresh").exists() or outcome.code != 0
+
+
+def test_paths_out_of_the_folder_are_refused(world: World) -> None:
+    """A shard by the name of ../other is another folder's."""
+    path = world.work / "prepared" / "manifest.json"
+    manifest = json.loads(path.read_text())
+    assert manifest["shards"] == ["shard-00000"]
+    path.write_text(json.dumps(manifest | {"shards": ["../other/shard-00000"]}))
     outcome = world.run(*on("prepared"))
     assert outcome.code == 2 and not outcome.faults() and "../other" in outcome.sentences[0], str(outcome)
 
 
-def test_json_that_is_believed_again_is_found(world: World) -> None:
-    """Fields of other types and endless nesting end in exceptions that have no sentence."""
-    for content in ("[]", '{"newest": 3}', "[" * DEEP):
-        (world.work / "run" / "saved.json").write_text(content)
-        script, *options = RESUME
-        assert not world.faults(script, *options, mutated=world.work / "run" / "saved.json")
-        world.restore()
-    (world.work / "model" / "config.json").write_text('{"model_type": "bert"}')
-    script, *options = GROW_MODEL
-    assert not world.faults(script, *options)
-    faults = world.faults(script, *options, without=taken_out.believe_json)
-    assert faults
+def bomb_of(path: Path, gigabytes: int) -> Path:
+    """A file of Zstandard that is a letter, many times, without an end of a line."""
+    compressor = zstandard.ZstdCompressor(level=19)
+    with path.open("wb") as file, compressor.stream_writer(file) as stream:
+        for _ in range(gigabytes << 4):
+            stream.write(b"x" * (1 << 26))
+    return path
