@@ -22,7 +22,7 @@ from ds_stacking.checkpoint.store import CheckpointReader
 from ds_stacking.common.errors import UserError, require
 from ds_stacking.common.folders import explain_disk, whole_folder
 from ds_stacking.common.json_files import KEEP_OTHERS, parse_json, shown
-from ds_stacking.common.model_folder import MOST_BLOCKS
+from ds_stacking.common.model_folder import CONFIG, MOST_BLOCKS
 from ds_stacking.growth.blocks import BlockNames, find_block_names
 from ds_stacking.growth.checks import check_finite
 from ds_stacking.growth.exchange import OneRank
@@ -61,7 +61,8 @@ def grow_folder(
         what = "is a file" if source.exists() else "is not there"
         raise UserError(f"There is no folder {source}, it {what}; give a Hugging Face folder, a run or a checkpoint.")
     _check_target(source, target)
-    if (source / "config.json").is_file() and not (source / "checkpoints").is_dir():
+    is_run = (source / "checkpoints").is_dir() or (source / "metrics.jsonl").is_file()
+    if os.path.lexists(source / CONFIG) and not is_run:
         return _grow_huggingface(source, target, operator, layers)
     return _grow_checkpoint(find(source, fits=_read_extra).path, target, operator, layers, optimizer_state)
 
@@ -112,8 +113,11 @@ def _new_folder(target: Path) -> Iterator[Path]:
 
 def _grow_huggingface(source: Path, target: Path, operator: str, layers: int) -> tuple[Path, GrowthPlan]:
     reader = HuggingFaceReader(source)
-    blocks = find_block_names({name: tensor.shape for name, tensor in reader.tensors.items()})
-    plan = _plan(reader.parameters, blocks, operator, layers, "stack", stage=1)
+    try:
+        blocks = find_block_names({name: tensor.shape for name, tensor in reader.tensors.items()})
+    except UserError as error:
+        raise UserError(f"{source} cannot be grown: {error}") from None
+    plan = _plan(source, reader.parameters, blocks, operator, layers, "stack", stage=1)
     transform = parse_operator(operator).transform
     short = [name for name, tensor in reader.tensors.items() if tensor.dtype not in ("F32", "I64", "BOOL")]
     if short and (transform.noise or transform.scale not in (0, 1)):
@@ -138,7 +142,7 @@ def _grow_checkpoint(
     stage = position.get("stage", 0) + 1
     begins = extra.get("stage_end")  # only there a stage may begin
     blocks = find_block_names({name: (info.numel,) for name, info in reader.parameters.items()})
-    plan = _plan(reader.parameters, blocks, operator, layers, optimizer_state, stage=stage)
+    plan = _plan(source, reader.parameters, blocks, operator, layers, optimizer_state, stage=stage)
     check_finite(reader, OneRank())
     identity, generators = reader.manifest.identity, [path.read_bytes() for path in reader.generator_files()]
     with _new_folder(target) as unfinished:
@@ -182,6 +186,7 @@ def _record(plan: GrowthPlan, report: MoveReport, stage: int, seconds: float) ->
 
 
 def _plan(
+    source: Path,
     parameters: dict[str, ParameterInfo],
     blocks: BlockNames,
     operator: str,
@@ -205,5 +210,5 @@ def _plan(
         )
     except KeyError as error:  # such as blocks.00.weight
         raise UserError(
-            f"The tensors' names are no plain numbers of blocks: there is no {shown(error.args[0])}; rename them."
+            f"{source} cannot be grown: its blocks have no plain numbers, for there is no {shown(error.args[0])}."
         ) from None

@@ -138,7 +138,7 @@ class HuggingFaceWriter:
         self, folder: Path, plan: GrowthPlan, reader: HuggingFaceReader, *, shard_bytes: int = SHARD_BYTES
     ) -> None:
         self.folder, self.plan, self.reader = folder, plan, reader
-        self.config = grown_config(reader.config, plan)
+        self.config = grown_config(reader.config, plan, reader.folder)
         self._views: dict[str, Tensor] = {}
         self._file_of = self._reserve(shard_bytes)
 
@@ -205,13 +205,13 @@ def left_behind(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir() if path.name not in taken and path.suffix != ".safetensors")
 
 
-def grown_config(config: Mapping[str, Any], plan: GrowthPlan) -> dict[str, Any]:
+def grown_config(config: Mapping[str, Any], plan: GrowthPlan, folder: Path) -> dict[str, Any]:
     """The configuration with the new depth; lists with one item per block, such as layer_types, grow as the blocks."""
     keys = [key for key in DEPTH_KEYS if config.get(key) == plan.from_layers]
     if not keys:
         raise UserError(
-            f"config.json names no depth of {plan.from_layers} under {', '.join(DEPTH_KEYS)}, but that many blocks "
-            f"were found; its weights belong to another configuration."
+            f"{folder / CONFIG} names no depth of {plan.from_layers} under {', '.join(DEPTH_KEYS)}, but that many "
+            f"blocks were found; its weights belong to another configuration."
         )
     grown = dict(config) | dict.fromkeys(keys, plan.to_layers)
     for key, value in config.items():

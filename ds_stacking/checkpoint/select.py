@@ -37,6 +37,8 @@ class Found:
     """Whether it is another run's, and a new run begins with its state."""
 
 
+MOST_NOTES = 5
+"""Foreign files that are named."""
 Fits = Callable[[CheckpointReader], None]
 """Raises UserError where a checkpoint is whole, but what a run has put into it is not what a run needs."""
 Search = Generator[tuple[Path, Manifest], str | None, Found | None]
@@ -104,9 +106,10 @@ def find_together(
 
 def _search_folder(folder: Path, identity: Mapping[str, Any] | None, fits: Fits) -> Search:
     """`newest_valid`, which yields what it wants to have read and is sent the fault that was found there."""
-    notes = [
-        f"{path} is passed over: it is no checkpoint." for path in _visible(folder) if not _is_checkpoint_name(path)
-    ]
+    foreign = [path for path in _visible(folder) if not _is_checkpoint_name(path)]
+    notes = [f"{path} is passed over: it is no checkpoint." for path in foreign[:MOST_NOTES]]
+    if len(foreign) > MOST_NOTES:
+        notes.append(f"{len(foreign) - MOST_NOTES} more files in {folder} are passed over.")
     for path, _ in published(folder):
         step, reason = yield from _judge(path, identity, fits)
         if reason is None:
@@ -130,7 +133,8 @@ def _search(path: Path, identity: Mapping[str, Any] | None, fits: Fits) -> Searc
             return Found(path=path, step=step)
         raise UserError(f"Checkpoint {path} cannot be loaded: {reason}; choose another one.")
     inner = path / "checkpoints"
-    found = yield from _search_folder(inner if inner.is_dir() else path, identity, fits)
+    within = inner.is_dir() or any(map(_is_checkpoint_name, _visible(path)))
+    found = (yield from _search_folder(inner if inner.is_dir() else path, identity, fits)) if within else None
     if found is None:
         raise UserError(f"There is no checkpoint in {path} to resume from; give another folder, or start a new run.")
     return found

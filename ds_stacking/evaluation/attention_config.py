@@ -6,6 +6,9 @@ from dataclasses import dataclass
 
 from ds_stacking.common.errors import UserError
 
+MOST = 1_000_000
+"""Blocks, tokens of a block and distances beyond all use."""
+
 
 @dataclass(kw_only=True)
 class AttentionConfig:
@@ -27,9 +30,12 @@ class AttentionConfig:
     """Largest distance at which a token counts as a neighbour."""
 
     def __post_init__(self) -> None:
-        if self.sequence_length and self.sequence_length < 8:
-            raise UserError(f"sequence_length is {self.sequence_length}; it must be 8 or more.")
-        if self.blocks < 1:
-            raise UserError(f"blocks is {self.blocks}; it must be 1 or more.")
-        if self.neighbours < 1:
-            raise UserError(f"neighbours is {self.neighbours}; it must be 1 or more.")
+        for name in ("model", "tokenizer", "data", "output_dir"):
+            text = getattr(self, name)
+            if text is not None and (not text.strip() or "\0" in text):
+                raise UserError(f"{name} is {text!r}; it must name something, or be left out.")
+        least = {"sequence_length": 8, "blocks": 1, "neighbours": 1}
+        for name, smallest in least.items():
+            value = getattr(self, name)
+            if not smallest <= value <= MOST and not (name == "sequence_length" and value == 0):
+                raise UserError(f"{name} is {value:.6g}; it must be {smallest} to {MOST:,}.")

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import copy
-import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from itertools import combinations
 from pathlib import Path
 from typing import Any
@@ -16,38 +14,19 @@ from transformers import AutoModel, PreTrainedModel
 
 from ds_stacking.common.errors import UserError
 from ds_stacking.common.files import write_json
-from ds_stacking.config import CorpusConfig
+from ds_stacking.common.folders import explain_disk
+from ds_stacking.common.model_folder import check_links, one_sentence
+from ds_stacking.common.own_files import make_inside
 from ds_stacking.data.corpus import iterate_documents
 from ds_stacking.data.tokenizer import load_tokenizer, special_ids
 from ds_stacking.evaluation.attention import TARGETS, AttentionMaps, measure
 from ds_stacking.evaluation.attention_config import AttentionConfig
+from ds_stacking.evaluation.attention_subject import Growth, Subject, layers_of, resolve
 from ds_stacking.evaluation.encoders import load_model, quiet
 from ds_stacking.growth.blocks import find_blocks
 
-LENGTH = 128
-"""Tokens of a block where no run says how many."""
 DIGITS = 5
 Record = dict[str, Any]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Subject:
-    """What is analysed, with every default resolved."""
-
-    models: dict[str, Path | str]
-    """Name -> folder or hub name; of a run its stages, the shallowest first."""
-    growths: list[Mapping[str, Any]]
-    """The growths between them, as the run's summary.json records them."""
-    tokenizer: str
-    """Folder or hub name of the tokenizer."""
-    data: str
-    """Text."""
-    corpus: CorpusConfig
-    """How the text is read."""
-    length: int
-    """Tokens of a block."""
-    output_dir: Path
-    """Numbers and figures."""
 
 
 def analyse(config: AttentionConfig) -> Path:
@@ -60,14 +39,18 @@ def analyse(config: AttentionConfig) -> Path:
     names = list(subject.models)
     for index, name in enumerate(names):
         model = load_with_maps(subject.models[name], subject.length)
+        count = find_blocks(model).count
+        if len(names) > 1 and layers_of(name) not in (None, count):
+            raise UserError(f"{subject.models[name]} has {count} layers; restore the export of that stage.")
         if int(blocks.max()) >= model.config.vocab_size:
             raise UserError(
                 f"The tokenizer of {subject.tokenizer} is not that of {name}; give its own with --tokenizer."
             )
         stages[name] = measure(model, blocks, neighbours=config.neighbours)
         print(f"{name}: {describe(stages[name])}", flush=True)
-        if index < len(subject.growths) and None not in subject.growths[index]["layer_map"]:
-            grown = copy_blocks(model, subject.growths[index]["layer_map"])
+        layers = subject.growths[index]["layer_map"] if index < len(subject.growths) else [None]
+        if copied := [layer for layer in layers if layer is not None] if None not in layers else []:
+            grown = copy_blocks(model, copied)
             as_grown[names[index + 1]] = measure(grown, blocks, neighbours=config.neighbours)
     record = {
         "model": config.model,
@@ -78,59 +61,35 @@ def analyse(config: AttentionConfig) -> Path:
         "stages": [stage_record(name, maps) for name, maps in stages.items()],
         "growths": partings(subject.growths, stages, as_grown),
     }
-    subject.output_dir.mkdir(parents=True, exist_ok=True)
-    write_json(subject.output_dir / "attention.json", record)
+    try:
+        _write(subject.output_dir, record, Path(config.model))
+    except OSError as error:
+        raise explain_disk("The numbers", subject.output_dir, error) from error
     return subject.output_dir
 
 
-def resolve(config: AttentionConfig) -> Subject:
-    """Complete the configuration from the run directory, where it names one."""
-    root = Path(config.model)
-    exports = sorted((root / "export").glob("stage-*"), key=lambda path: int(path.name.split("-")[1]))
-    if not exports:
-        if (root / "metrics.jsonl").is_file():
-            raise UserError(f"{root} is a run without any exported stage; wait for the end of its first stage.")
-        return Subject(
-            models={root.name or config.model: config.model},
-            growths=[],
-            tokenizer=config.tokenizer or config.model,
-            data=config.data or "docs",
-            corpus=CorpusConfig(),
-            length=config.sequence_length or LENGTH,
-            output_dir=Path(config.output_dir or "runs/attention"),
-        )
-    for name in ("config.json", "metrics.jsonl"):
-        if not (root / name).is_file():
-            raise UserError(
-                f"{root} has exported stages but no {name}; give a whole run directory, or one of its stages."
-            )
-    run = json.loads((root / "config.json").read_text())
-    return Subject(
-        models={path.name: path for path in exports},
-        growths=_growths(root)[: len(exports) - 1],
-        tokenizer=config.tokenizer or str(exports[0]),
-        data=config.data or run["data"],
-        corpus=CorpusConfig(**run["corpus"]),
-        length=config.sequence_length or run["corpus"]["sequence_length"],
-        output_dir=Path(config.output_dir or root / "report" / "attention"),
-    )
-
-
-def _growths(root: Path) -> list[Mapping[str, Any]]:
-    """The growths of a run so far: its events, since summary.json is written at the end only."""
-    events = [json.loads(line) for line in (root / "metrics.jsonl").read_text().splitlines() if '"growth"' in line]
-    by_stage = {event["stage"]: event for event in events if event["kind"] == "growth"}  # a resumed run repeats some
-    return [by_stage[stage] for stage in sorted(by_stage)]
+def _write(folder: Path, record: Record, root: Path) -> None:
+    """Write attention.json; below the run directory `root` through no link."""
+    inside = root if folder.is_relative_to(root) and folder != root else None
+    if inside:
+        make_inside(root, *folder.relative_to(root).parts)
+    else:
+        folder.mkdir(parents=True, exist_ok=True)
+    write_json(folder / "attention.json", record, inside=inside)
 
 
 def read_blocks(subject: Subject, number: int) -> Tensor:
     """Blocks [B, T] of token ids from the beginning of the text, [CLS] first and [SEP] last."""
-    tokenizer = load_tokenizer(subject.tokenizer)
-    special = special_ids(tokenizer)
+    if Path(subject.tokenizer).is_dir():
+        check_links(Path(subject.tokenizer))
+    with one_sentence(f"The tokenizer {subject.tokenizer} cannot be loaded"):
+        tokenizer = load_tokenizer(subject.tokenizer)
+        special = special_ids(tokenizer)
     places = subject.length - 2
     tokens: list[int] = []
     for document in iterate_documents(subject.data, subject.corpus):
-        tokens += tokenizer(document, add_special_tokens=False, verbose=False)["input_ids"]
+        with one_sentence(f"The tokenizer {subject.tokenizer} cannot read this text"):
+            tokens += tokenizer(document, add_special_tokens=False, verbose=False)["input_ids"]
         if len(tokens) >= number * places:
             break
     number = min(number, len(tokens) // places)
@@ -183,7 +142,7 @@ def stage_record(name: str, maps: AttentionMaps) -> Record:
 
 
 def partings(
-    growths: Sequence[Mapping[str, Any]], stages: Mapping[str, AttentionMaps], as_grown: Mapping[str, AttentionMaps]
+    growths: Sequence[Growth], stages: Mapping[str, AttentionMaps], as_grown: Mapping[str, AttentionMaps]
 ) -> list[Record]:
     """For each growth its pairs of original and copy: how alike they are as grown, and after every stage since.
 
@@ -202,11 +161,14 @@ def partings(
         place = list(range(len(mapping)))  # where the blocks of this growth stand in later models
         for later, name in enumerate(names[index + 1 :], start=index + 1):
             if later > index + 1:
-                place = [growths[later - 1]["layer_map"].index(position) for position in place]
+                onward = growths[later - 1]["layer_map"] if later <= len(growths) else []
+                if not set(place) <= set(onward):
+                    break  # a growth that is not known, or one that leaves blocks out
+                place = [onward.index(position) for position in place]
             now = [[(place[a], place[b]) for a, b in some] for some in (twins, others)]
             points.append(_point(f"end of {name}", stages[name], *now))
-        keys = ("from_layers", "to_layers", "operator")
-        records.append({**{key: growth[key] for key in keys}, "pairs": twins, "points": points})
+        depths = {"from_layers": growth["from_layers"], "to_layers": growth["to_layers"]}
+        records.append({**depths, "operator": growth["operator"], "pairs": twins, "points": points})
     return records
 
 

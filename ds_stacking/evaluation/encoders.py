@@ -10,7 +10,8 @@ import transformers
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
 from ds_stacking.common.errors import UserError
-from ds_stacking.data.text_files import first_line
+from ds_stacking.common.model_folder import check_folder, check_numbers, one_sentence
+from ds_stacking.models.convert import check_weights
 
 
 def quiet() -> None:
@@ -22,12 +23,17 @@ def quiet() -> None:
 def load_config(source: str | Path, **options: Any) -> PreTrainedConfig:
     """The configuration of a model in a folder or on the hub. Raises UserError where there is none."""
     text = str(source)
-    if (text.startswith((".", "/", "~")) or text.count("/") > 1) and not Path(text).is_dir():
+    if not text.strip():
+        raise UserError("--model is empty; give a folder or a hub name.")
+    if not Path(text).is_dir() and (text.startswith((".", "/", "~")) or text.count("/") > 1 or Path(text).exists()):
         raise UserError(f"The folder {text} does not exist; give --model a folder or a hub name.")
-    try:
-        return AutoConfig.from_pretrained(source, trust_remote_code=False, **options)
-    except (OSError, ValueError) as error:
-        raise UserError(f"{text} holds no transformers model ({first_line(error)}); give --model another.") from None
+    if Path(text).is_dir():
+        check_folder(Path(text))
+    with one_sentence(f"{text} holds no transformers model"):
+        config = AutoConfig.from_pretrained(source, trust_remote_code=False, **options)
+        values = config.to_dict()
+    check_numbers(values, text)
+    return config
 
 
 def load_model(auto: Any, source: str | Path, **options: Any) -> PreTrainedModel:
@@ -35,8 +41,10 @@ def load_model(auto: Any, source: str | Path, **options: Any) -> PreTrainedModel
 
     Raises UserError where there is no such model, or weights of the encoder itself are missing.
     """
-    load_config(source)
-    try:
+    config = load_config(source)
+    if Path(source).is_dir():
+        check_weights(Path(source), lambda: auto.from_config(options.get("config", config)))
+    with one_sentence(f"{source} cannot be loaded"):
         model, info = auto.from_pretrained(
             source,
             trust_remote_code=False,
@@ -45,9 +53,7 @@ def load_model(auto: Any, source: str | Path, **options: Any) -> PreTrainedModel
             output_loading_info=True,
             **options,
         )
-    except (OSError, ValueError) as error:
-        raise UserError(f"{source} cannot be loaded ({first_line(error)}); give --model another.") from None
-    encoder = f"{model.base_model_prefix}." if hasattr(model, model.base_model_prefix) else ""
+        encoder = f"{model.base_model_prefix}." if hasattr(model, model.base_model_prefix) else ""
     missing = sorted(name for name in info["missing_keys"] if name.startswith(encoder) and "pooler" not in name)
     if missing:
         raise UserError(f"{source} lacks {missing[0]} ({len(missing)} weights in all); give complete weights.")

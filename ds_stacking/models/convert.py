@@ -11,15 +11,18 @@ there. Shapes: D hidden size.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 import transformers
-from torch import Tensor
+from safetensors import safe_open
+from torch import Tensor, nn
 
 from ds_stacking.common.errors import UserError
+from ds_stacking.common.model_folder import CONFIG, check_folder, check_numbers, one_sentence, weight_files
 from ds_stacking.config import ModelConfig
 from ds_stacking.models.bert import TOKEN_TYPES, Bert
 from ds_stacking.models.shards import SHARD_BYTES, ShardWriter
@@ -48,6 +51,9 @@ ACTIVATIONS: dict[str, Activation] = {
     "gelu_pytorch_tanh": "gelu_tanh",
 }
 """ModelConfig.activation for each name in transformers; the variants of one function differ by rounding only."""
+
+FRESH = 50_000_000
+"""Weights that a model may have beyond those of its folder: a classifier, a pooler."""
 
 _OUTER_MODULES = {
     "embeddings.word": "bert.embeddings.word_embeddings",
@@ -236,19 +242,40 @@ def _architecture(name: str) -> tuple[Norm, bool]:
     )
 
 
+def check_weights(folder: Path, build: Callable[[], nn.Module]) -> None:
+    """Raise UserError where the model that `build` makes is far larger than the weights in `folder`.
+
+    What config.json says then decides about no memory: heads without weights, which are made fresh, are small.
+    """
+    with one_sentence(f"The safetensors files of {folder} are damaged"):
+        stored = 0
+        for path in weight_files(folder).values():
+            with safe_open(path, framework="pt") as opened:
+                stored += sum(math.prod(opened.get_slice(name).get_shape()) for name in opened.keys())  # noqa: SIM118
+    with one_sentence(f"{folder / CONFIG} describes no model"), torch.device("meta"):
+        needed = sum(parameter.numel() for parameter in build().parameters())
+    if needed > 2 * stored + FRESH:
+        raise UserError(
+            f"{folder / CONFIG} describes a model of {needed:,} weights, but its safetensors files hold {stored:,}; "
+            f"give complete weights, and the configuration that they belong to."
+        )
+
+
 def _load(source: str | Path) -> PreTrainedModel:
-    try:
-        hf_config = transformers.AutoConfig.from_pretrained(source)
-    except (OSError, ValueError) as error:
-        raise UserError(f"{source} holds no transformers model: {error}") from error
-    architecture = (hf_config.architectures or [type(hf_config).__name__])[0]
+    folder = Path(source)
+    if folder.is_dir():
+        check_folder(folder)
+    with one_sentence(f"{source} holds no transformers model"):
+        hf_config = transformers.AutoConfig.from_pretrained(source, trust_remote_code=False)
+        check_numbers(hf_config.to_dict(), str(source))
+        architecture = (hf_config.architectures or [type(hf_config).__name__])[0]
     # Any: transformers' annotation leaves out that loading info makes the result a pair.
     model_class: Any = getattr(transformers, ARCHITECTURES[_architecture(architecture)])
+    if folder.is_dir():
+        check_weights(folder, lambda: model_class(hf_config))
     options = {"dtype": torch.float32, "use_safetensors": True, "output_loading_info": True}
-    try:
-        model, info = model_class.from_pretrained(source, **options)
-    except OSError as error:
-        raise UserError(f"{source} holds no weights in the safetensors format: {error}") from error
+    with one_sentence(f"{source} holds no weights in the safetensors format"):
+        model, info = model_class.from_pretrained(source, trust_remote_code=False, **options)
     if info["missing_keys"]:
         missing = min(info["missing_keys"])
         raise UserError(f"{source} says it is a {architecture} but lacks {missing}; give complete weights.")

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import errno
+import os
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -10,11 +13,12 @@ import pytest
 import torch
 from torch import Tensor
 
+from ds_stacking.common.errors import RunFailed, UserError
 from ds_stacking.config import ModelConfig
 from ds_stacking.models.bert import Bert
 from ds_stacking.models.convert import from_huggingface
 from ds_stacking.training import export
-from ds_stacking.training.export import export_stage
+from ds_stacking.training.export import export_stage, finish_export
 
 MODEL = ModelConfig(hidden_size=24, num_heads=3, vocab_size=101, max_positions=16)
 
@@ -64,11 +68,59 @@ def test_after_a_full_disk_the_rest_is_gathered_and_nothing_is_left(tmp_path, mo
 
     def full(folder, tensors, *args, **options) -> None:
         next(tensors)
-        raise OSError("No space left on device")
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(export, "save_huggingface", full)
     gathered = Gathered()
-    with pytest.raises(OSError, match="No space"):
+    with pytest.raises(RunFailed, match="stage-1-2L: No space left on device; free space on its disk"):
         write(tmp_path, gathered)
     assert gathered.read == len(gathered.weights)
     assert list((tmp_path / "export").iterdir()) == []
+
+
+@pytest.mark.parametrize("name", ["export", "export/stage-1-2L"])
+def test_nothing_is_written_through_a_link(tmp_path: Path, name: str) -> None:
+    run_dir, elsewhere = tmp_path / "run", tmp_path / "elsewhere"
+    elsewhere.mkdir(), (run_dir / name).parent.mkdir(parents=True)
+    (elsewhere / "config.json").write_text('{"num_hidden_layers": 2}')
+    (run_dir / name).symlink_to(elsewhere)
+    gathered = Gathered()
+    if name == "export":
+        with pytest.raises(UserError, match="is a link"):
+            write(run_dir, gathered)
+        assert gathered.read == len(gathered.weights)
+    with pytest.raises(UserError, match="is a link"):
+        finish_export(run_dir, "stage-1-2L", summary={}, config={"name": "x"})
+    if name != "export":
+        write(run_dir, gathered)  # a link in the place of the new folder goes
+        assert not (run_dir / name).is_symlink()
+    assert [path.name for path in elsewhere.iterdir()] == ["config.json"]
+
+
+def test_a_tokenizer_is_not_copied_through_a_link(tmp_path: Path) -> None:
+    (tmp_path / "secret").write_text("secret")
+    (tmp_path / "tokenizer").mkdir()
+    (tmp_path / "tokenizer" / "vocab.txt").symlink_to(tmp_path / "secret")
+    with pytest.raises(UserError, match="vocab.txt is a link"):
+        write(tmp_path, Gathered())
+    assert list((tmp_path / "export").iterdir()) == []
+
+
+def test_final_is_a_link_that_is_replaced_and_no_other_thing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(export, "write_model_card", lambda folder, **_: (folder / "README.md").write_text("card"))
+    write(tmp_path, Gathered())
+    final = tmp_path / "export" / "final"
+    for _ in range(2):
+        finish_export(tmp_path, "stage-1-2L", summary={}, config={})
+        assert os.readlink(final) == "stage-1-2L" and (final / "README.md").read_text() == "card"
+    final.unlink()
+    (tmp_path / "precious").write_text("x")
+    final.symlink_to(tmp_path / "precious")
+    finish_export(tmp_path, "stage-1-2L", summary={}, config={})
+    assert os.readlink(final) == "stage-1-2L" and (tmp_path / "precious").read_text() == "x"
+    final.unlink(), final.mkdir()
+    with pytest.raises(RunFailed, match="final is a folder, and is to be a link"):
+        finish_export(tmp_path, "stage-1-2L", summary={}, config={})
+    shutil.rmtree(final)
+    finish_export(tmp_path, "stage-1-2L", summary={}, config={})
+    assert sorted(path.name for path in final.parent.iterdir()) == ["final", "stage-1-2L"]
