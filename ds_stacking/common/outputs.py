@@ -38,8 +38,8 @@ def writing(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise RunFailed(
-            f"{path} cannot be written ({error.strerror or error}); what stood there stays. Make room or mend "
-            f"that, and give the same command again."
+            f"{path} cannot be written ({error.strerror or error}); what stood there stays. Make room or mend that, "
+            f"and give the same command again."
         ) from error
 
 

@@ -7,20 +7,24 @@ that dies leaves its job to the others. Jobs are held by file locks, which end w
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NotRequired
 
 from filelock import FileLock, Timeout
+from typing_extensions import TypedDict
 
 from ds_stacking.common.environment import rank
 from ds_stacking.common.errors import UserError
 from ds_stacking.common.files import write_json, write_text
+from ds_stacking.common.json_files import KEEP_OTHERS, Finite, read_json
+from ds_stacking.common.outputs import writing
+from ds_stacking.common.own_files import make_inside, refuse_links
+from ds_stacking.common.words import plain, shown
 from ds_stacking.engine.ds_config import load_ds_config
 from ds_stacking.engine.factory import init_distributed, native_bf16
 from ds_stacking.engine.host import keep_freed_memory, limit_threads
@@ -33,6 +37,20 @@ from ds_stacking.evaluation.glue_tasks import TASKS, select_tasks
 COMPARABLE = ("model", "tokenizer", "data", "max_length", "precision", "dropout")
 """Fields of the configuration that all results of one folder share."""
 POLL_SECONDS = 1.0
+
+
+class Result(TypedDict):
+    """results/<job>.json: what is read of it to go on."""
+
+    __pydantic_config__ = KEEP_OTHERS  # type: ignore[misc]
+    arm: str
+    task: str
+    epochs: int
+    batch_size: int
+    lr: float
+    seed: int
+    failed: NotRequired[str]
+    scores: NotRequired[dict[str, dict[str, Finite]]]
 
 
 class GlueRun:
@@ -55,21 +73,43 @@ class GlueRun:
             for note in self.data(task.name).notes:
                 self.say(note)
 
+    def check_results(self) -> None:
+        """Read what is there. Raises UserError for what is damaged, or what these results could not stand beside."""
+        path = self.folder / "config.json"
+        try:
+            other = read_json(path, dict[str, Any], mend="choose another --output_dir", inside=self.folder)
+        except FileNotFoundError:
+            if (self.folder / "results").is_dir() and any((self.folder / "results").glob("*.json")):
+                raise UserError(f"{self.folder} has results and no config.json; restore it.") from None
+            for name in ("metrics.jsonl", "comparison.json", "attention.json", "manifest.json"):
+                if (self.folder / name).is_file():
+                    raise UserError(
+                        f"{self.folder} holds {name} of another command; choose another --output_dir."
+                    ) from None
+            return
+        if not other.keys() >= {"model", "max_length"} or "stages" in other or "hidden_size" in other:
+            raise UserError(f"{path} is that of another command; choose another --output_dir.")
+        for name, value in self.comparable().items():
+            if other.get(name) != value:
+                raise UserError(
+                    f"{self.folder} holds results with {name} {shown(other.get(name))}, not {shown(value)}; "
+                    f"choose another --output_dir."
+                )
+        for job in self.config.jobs():
+            self.result(job)
+
+    def comparable(self) -> dict[str, Any]:
+        """What all results of the folder share."""
+        return {name: value for name, value in asdict(self.config).items() if name in COMPARABLE}
+
     def claim(self) -> None:
         """Make the output folder. Raises UserError where it holds results that these could not stand beside."""
-        own = {name: value for name, value in asdict(self.config).items() if name in COMPARABLE}
-        path = self.folder / "config.json"
-        (self.folder / "results").mkdir(parents=True, exist_ok=True)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        make_inside(self.folder, "results")
+        refuse_links(self.folder / "results", (".config.lock", *(f".{job.name}.lock" for job in self.config.jobs())))
         with FileLock(self.folder / "results" / ".config.lock"):
-            if path.is_file():
-                other = json.loads(path.read_text())
-                for name, value in own.items():
-                    if other.get(name) != value:
-                        raise UserError(
-                            f"{self.folder} holds results with {name} {other.get(name)!r}, not {value!r}; "
-                            f"choose another --output_dir."
-                        )
-            write_json(path, own)
+            self.check_results()
+            write_json(self.folder / "config.json", self.comparable(), inside=self.folder)
 
     def work(self) -> None:
         """Take jobs until none is free; rank 0 stays until all are settled, and takes those of ranks that died."""
@@ -85,8 +125,22 @@ class GlueRun:
 
     def settled(self, job: Job) -> bool:
         """Whether the job is done, or failed since this process began."""
-        path = self.path(job)
-        return path.is_file() and ("failed" not in _read(path) or path.stat().st_mtime >= self.started)
+        result = self.result(job)
+        return result is not None and ("failed" not in result or self.path(job).stat().st_mtime >= self.started)
+
+    def result(self, job: Job) -> Result | None:
+        """What the job left; None where it has not been done. Raises UserError for what is no result of this job."""
+        path, mend = self.path(job), "delete it, and the same command does that training again"
+        try:
+            result = read_json(path, Result, mend=mend, inside=self.folder)
+        except FileNotFoundError:
+            return None
+        task, found = TASKS[job.task], result.get("scores", {})
+        expected = {name: set(task.metrics) for name in task.dev}
+        whole = "failed" in result or {name: set(scores) for name, scores in found.items()} == expected
+        if not whole or any(result.get(name) != value for name, value in asdict(job).items()):
+            raise UserError(f"{path} is not the result of that training; {mend}.")
+        return result
 
     @contextmanager
     def take(self, job: Job) -> Iterator[bool]:
@@ -110,14 +164,14 @@ class GlueRun:
         except UserError:  # a model without all its weights, say: the other jobs would meet it too
             raise
         except Exception as error:
-            failed = f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"
-            write_json(self.path(job), asdict(job) | {"failed": failed})
+            failed = plain(f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}")
+            write_json(self.path(job), asdict(job) | {"failed": failed}, inside=self.folder)
             self.say(f"{job.name} failed: {failed}")
             return
         seconds = time.monotonic() - start
         self.write_predictions(job, outcome)
         result = {"scores": outcome.scores, "train_loss": outcome.train_loss, "seconds": round(seconds, 1)}
-        write_json(self.path(job), asdict(job) | result)
+        write_json(self.path(job), asdict(job) | result, inside=self.folder)
         shown = "; ".join(
             f"{name} " + ", ".join(f"{metric} {value:.1f}" for metric, value in values.items())
             for name, values in outcome.scores.items()
@@ -136,11 +190,11 @@ class GlueRun:
         labels = TASKS[job.task].labels
         for name, predictions in outcome.predictions.items():
             path = self.folder / "predictions" / job.name / f"{name}.tsv"
-            path.parent.mkdir(parents=True, exist_ok=True)
+            make_inside(self.folder, "predictions", job.name)
             ids = self.data(job.task).test[name].ids
             words = [labels[int(value)] if labels else f"{min(5.0, max(0.0, value)):.3f}" for value in predictions]
             rows = [f"{index}\t{word}\n" for index, word in zip(ids, words, strict=True)]
-            write_text(path, "".join(["index\tprediction\n", *rows]))
+            write_text(path, "".join(["index\tprediction\n", *rows]), inside=self.folder)
 
     def path(self, job: Job) -> Path:
         """The file of a job's result."""
@@ -156,12 +210,10 @@ def run_glue(config: GlueConfig) -> bool:
     limit_threads()
     keep_freed_memory()
     run = GlueRun(config)
+    run.check_results()
     run.check_data()
-    run.claim()
-    init_distributed(alone=True)
-    run.work()
+    with writing(run.folder):
+        run.claim()
+        init_distributed(alone=True)
+        run.work()
     return run.rank == 0
-
-
-def _read(path: Path) -> dict[str, Any]:
-    return json.loads(path.read_text())

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal, TypeVar
 
 from ds_stacking.common.errors import UserError
-from ds_stacking.evaluation.glue_tasks import HUB_DATA, Task, select_tasks
+from ds_stacking.common.outputs import check_output_folder
+from ds_stacking.common.words import nearest, shown
+from ds_stacking.evaluation.glue_tasks import HUB_DATA, TASKS, Task, select_tasks
 
+MOST_SEEDS, MOST_JOBS, MOST_EPOCHS, LARGEST_BATCH, LONGEST, HIGHEST_RATE = 1000, 10_000, 1000, 65_536, 131_072, 1e30
+"""What options may ask for, at most; a learning rate may be any that fails by itself."""
 BESIDE = ("untrained", "bag_of_words")
 Number = TypeVar("Number", int, float)
 
@@ -73,16 +78,27 @@ class GlueConfig:
     """DeepSpeed configuration of every engine; batch sizes and precision in it stay "auto"."""
 
     def __post_init__(self) -> None:
-        if self.seeds < 1:
-            raise UserError(f"seeds is {self.seeds}; it must be 1 or more.")
-        if self.max_length < 8:
-            raise UserError(f"max_length is {self.max_length}; it must be 8 or more.")
+        if not 1 <= self.seeds <= MOST_SEEDS:
+            raise UserError(f"seeds is {self.seeds}; it must be 1 to {MOST_SEEDS:,}.")
+        if not 8 <= self.max_length <= LONGEST:
+            raise UserError(f"max_length is {self.max_length}; it must be 8 to {LONGEST:,}.")
+        for name in ("model", "data", "deepspeed_config", *(["tokenizer"] if self.tokenizer is not None else [])):
+            if not getattr(self, name).strip():
+                raise UserError(f"{name} is {getattr(self, name)!r}; give a folder, file or hub name.")
+        check_output_folder(self.output_dir, "output_dir")
         if self.dropout is not None and not 0 <= self.dropout < 1:
             raise UserError(f"dropout is {self.dropout}; it must lie in [0, 1).")
         for arm in self.arms[1:]:
             if arm not in BESIDE:
-                raise UserError(f"beside names {arm!r}; choose from {', '.join(BESIDE)}.")
-        self.jobs()
+                raise UserError(f"beside names {shown(arm)}; {nearest(arm, BESIDE)}")
+        jobs = (
+            len(select_tasks(self.tasks))
+            * len(self.arms)
+            * self.seeds
+            * math.prod(len(values) for values in self._grid())
+        )
+        if jobs > MOST_JOBS:
+            raise UserError(f"The options ask for {jobs:,} trainings; ask for at most {MOST_JOBS:,} at a time.")
 
     @property
     def arms(self) -> list[str]:
@@ -93,14 +109,17 @@ class GlueConfig:
         """All jobs, task by task."""
         return [job for task in select_tasks(self.tasks) for job in self._task_jobs(task)]
 
-    def _task_jobs(self, task: Task) -> list[Job]:
-        grid = list(
-            itertools.product(
-                _numbers("epochs", self.epochs, int) or [task.epochs],
-                _numbers("batch_size", self.batch_size, int) or [task.batch_size],
-                _numbers("lr", self.lr, float) or [task.lr],
-            )
+    def _grid(self, task: Task | None = None) -> tuple[list[int], list[int], list[float]]:
+        """Epochs, batch sizes and learning rates that are tried; where an option is empty, the task's own."""
+        own = task or next(iter(TASKS.values()))
+        return (
+            _numbers("epochs", self.epochs, int, MOST_EPOCHS) or [own.epochs],
+            _numbers("batch_size", self.batch_size, int, LARGEST_BATCH) or [own.batch_size],
+            _numbers("lr", self.lr, float, HIGHEST_RATE) or [own.lr],
         )
+
+    def _task_jobs(self, task: Task) -> list[Job]:
+        grid = list(itertools.product(*self._grid(task)))
         jobs = []
         for arm in self.arms:
             fixed = arm == "bag_of_words"  # it has neither settings nor seeds
@@ -110,12 +129,16 @@ class GlueConfig:
         return jobs
 
 
-def _numbers(name: str, text: str, kind: Callable[[str], Number]) -> list[Number]:
+def _numbers(name: str, text: str, kind: Callable[[str], Number], most: float) -> list[Number]:
     """Read `2e-5,5e-5`."""
     try:
-        numbers = [kind(part) for part in text.split(",")] if text else []
+        if len(text) > 10_000 or not text.isascii() or "_" in text:
+            raise ValueError
+        numbers = [kind(part) for part in text.split(",")] if text.strip() else []
     except ValueError:
         numbers = [kind("-1")]
-    if not all(0 < number < float("inf") for number in numbers):
-        raise UserError(f"{name} is {text!r}; give a positive number, or several with commas between them.")
+    if not all(0 < number <= most for number in numbers):
+        raise UserError(
+            f"{name} is {shown(text)}; give a positive number, {most:,g} at most, or several with commas between them."
+        )
     return list(dict.fromkeys(numbers))

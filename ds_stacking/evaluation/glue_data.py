@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import itertools
+import os
+import re
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from ds_stacking.common.errors import UserError
+from ds_stacking.common.words import shown
 from ds_stacking.data.text_files import first_line
 from ds_stacking.evaluation.glue_tasks import HUB_DATA, Task
 
 HIGHEST_SCORE = 5.0
 """Largest label of a task that predicts a score."""
+LONGEST_LINE = 1 << 20
+LARGEST_FILE = 1 << 30
+"""Bytes of a line and of a file, at most; GLUE's largest file has 80 MB."""
 TOLERATED_TORN = (10, 0.01)
 """Torn lines that are left out of a file: so many, or this share of its lines. GLUE's own QQP has 24 in 363,870."""
 
@@ -50,10 +57,14 @@ def load_task(task: Task, source: str) -> TaskData:
 
     Raises UserError for what is missing or wrong; torn lines of train and dev are left out and noted.
     """
-    if Path(source).is_dir():
+    if os.path.isdir(source):
         return _from_folder(task, Path(source))
-    if source.startswith((".", "/", "~")):
-        raise UserError(f"The folder {source} does not exist; give --data a folder with GLUE's tasks, or a hub name.")
+    if os.path.lexists(source):
+        raise UserError(f"--data {shown(source)} is no folder; give a folder with GLUE's tasks, or a hub name.")
+    if source.startswith((".", "/", "~")) or not re.fullmatch(r"[\w.-]{1,96}(/[\w.-]{1,96})?", source):
+        raise UserError(
+            f"The folder {shown(source)} does not exist; give --data a folder with GLUE's tasks, or a hub name."
+        )
     return _from_hub(task, source)
 
 
@@ -86,17 +97,20 @@ def read_tsv(path: Path, task: Task, notes: list[str], *, test: bool = False) ->
     """
     lines = _lines(path)
     header = list(task.header or ()) if not test else []
-    first = 1 if header else 2
-    if not header and lines:
-        header, lines = lines[0].split("\t"), lines[1:]
+    if not header:
+        header = next(lines, (1, ""))[1].split("\t")
     wanted = [*task.columns, *(() if test else (task.label_column,))]
     for column in wanted:
-        if column not in header:
-            raise UserError(f"{path} has no column {column!r}; its first line must name the columns of GLUE's file.")
+        if header.count(column) != 1:
+            problem = "names twice the column" if column in header else "has no column"
+            raise UserError(
+                f"{path} {problem} {column!r}; its first line must name the columns of GLUE's file, each once."
+            )
     rows: list[list[str]] = []
     labels: list[float] = []
-    torn = []
-    for number, line in enumerate(lines, start=first):
+    torn, count = [], 0
+    for number, line in lines:
+        count += 1
         fields = line.split("\t")
         if len(fields) != len(header):
             torn.append(number)
@@ -106,20 +120,44 @@ def read_tsv(path: Path, task: Task, notes: list[str], *, test: bool = False) ->
         if not test:
             labels.append(_label(row[task.label_column], task, f"{path} line {number}"))
     if torn:
-        notes.append(_check_torn(path, torn, len(lines), test=test))
+        notes.append(_check_torn(path, torn, count, test=test))
     if not rows:
         raise UserError(f"{path} holds no examples; restore the file.")
     *texts, ids = (list(column) for column in zip(*rows, strict=True))
     return Examples(texts=tuple(texts), labels=labels, ids=ids if test else [])
 
 
-def _lines(path: Path) -> list[str]:
-    try:
-        text = path.read_bytes().decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path} is no UTF-8 text ({error.reason} at byte {error.start}); restore the file.") from None
+def _lines(path: Path) -> Iterator[tuple[int, str]]:
+    """Number and text of every line that is not blank, one in memory at a time. Raises UserError."""
     # Only these end a line: str.splitlines would also cut at characters that occur inside sentences.
-    return [line.removesuffix("\r") for line in text.split("\n") if line.strip()]
+    try:
+        with path.open("rb") as file:
+            for number in itertools.count(1):
+                raw = file.readline(LONGEST_LINE + 1)
+                if not raw:
+                    return
+                if len(raw) > LONGEST_LINE or file.tell() > LARGEST_FILE:
+                    what = f"line {number} of {path} has" if len(raw) > LONGEST_LINE else f"{path} has"
+                    most = LONGEST_LINE if len(raw) > LONGEST_LINE else LARGEST_FILE
+                    raise UserError(f"{what} more than {most:,} bytes, which is none of GLUE's; restore the file.")
+                if line := _text(path, number, raw):
+                    yield number, line
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror}); mend that, or restore the file.") from None
+
+
+def _text(path: Path, number: int, raw: bytes) -> str:
+    """A line as text without its end; empty for a blank one."""
+    try:
+        line = raw.decode("utf-8-sig" if number == 1 else "utf-8")
+    except UnicodeDecodeError as error:
+        raise UserError(
+            f"{path} line {number} is no UTF-8 text ({error.reason} at byte {error.start}); restore the file."
+        ) from None
+    if "\0" in line:
+        raise UserError(f"{path} line {number} holds a NUL, which no text does; restore the file.")
+    line = line.removesuffix("\n").removesuffix("\r")
+    return line if line.strip() else ""
 
 
 def _id(row: dict[str, str], position: int) -> str:
@@ -133,10 +171,12 @@ def _label(text: str, task: Task, where: str) -> float:
         except ValueError:
             score = -1.0
         if not 0 <= score <= HIGHEST_SCORE:
-            raise UserError(f"{where}: the score {text!r} is no number from 0 to {HIGHEST_SCORE:g}; mend the line.")
+            raise UserError(
+                f"{where}: the score {shown(text)} is no number from 0 to {HIGHEST_SCORE:g}; mend the line."
+            )
         return score
     if text not in task.labels:
-        raise UserError(f"{where}: the label {text!r} is none of {', '.join(task.labels)}; mend the line.")
+        raise UserError(f"{where}: the label {shown(text)} is none of {', '.join(task.labels)}; mend the line.")
     return task.labels.index(text)
 
 

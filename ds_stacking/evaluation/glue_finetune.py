@@ -8,6 +8,8 @@ C classes, N examples of a split.
 from __future__ import annotations
 
 import math
+import os
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +22,8 @@ from torch.nn import functional as F
 from transformers import AutoModelForSequenceClassification, PreTrainedConfig, PreTrainedTokenizerBase
 
 from ds_stacking.common.errors import UserError
+from ds_stacking.common.own_files import refuse_links
+from ds_stacking.common.words import plain, shown
 from ds_stacking.config import OptimizerConfig
 from ds_stacking.data.tokenizer import count_vocabulary, load_tokenizer
 from ds_stacking.engine.factory import Engine, EngineFactory, EngineSpec, device
@@ -40,6 +44,8 @@ DROPOUTS = (
 )
 """Names that configurations of encoders have for rates of dropout."""
 EVAL_BATCH = 64
+SHORTEST = 8
+"""Tokens of an input, at least."""
 CHECK_EVERY = 100
 """Steps between looks at the loss: reading it waits for the device."""
 
@@ -71,19 +77,56 @@ class Outcome:
 
 
 def load_encoder(source: str, tokenizer: str | None, max_length: int, dropout: float | None = None) -> Encoder:
-    """Check model and tokenizer before anything is trained; of a run directory, its last stage.
+    """Check model, weights and tokenizer before anything is trained or written; of a run directory, its last stage.
 
-    Raises UserError where one of them is missing or they disagree.
+    Raises UserError where one of them is missing or damaged, or they disagree.
     """
     quiet()
-    final = Path(source) / "export" / "final"
-    source = str(final) if final.is_dir() else source
-    config = with_dropout(load_config(source), dropout)
-    loaded = load_tokenizer(tokenizer or source)
-    check_vocabulary(tokenizer or source, count_vocabulary(loaded), config)
-    positions = getattr(config, "max_position_embeddings", None) or max_length
-    shortest = min(max_length, positions, int(loaded.model_max_length))
-    return Encoder(source=source, tokenizer=loaded, max_length=shortest, dropout=dropout)
+    source = exported(source)
+    try:
+        config = with_dropout(load_config(source), dropout)
+        loaded = load_tokenizer(tokenizer or source)
+        check_vocabulary(tokenizer or source, count_vocabulary(loaded), config)
+        positions = getattr(config, "max_position_embeddings", None) or max_length
+        shortest = min(max_length, int(positions), int(loaded.model_max_length))
+        encoder = Encoder(source=source, tokenizer=loaded, max_length=shortest, dropout=dropout)
+        if shortest < SHORTEST:
+            raise UserError(f"{source} takes inputs of {shortest} tokens only; give --model another.")
+        build_classifier(encoder, 2, untrained=False)
+    except UserError:
+        raise
+    except Exception as error:  # damaged files, each with a class of its own
+        raise UserError(
+            f"{shown(source)} holds no model that can be used ({_words(error)}); give --model another."
+        ) from None
+    return encoder
+
+
+def exported(source: str) -> str:
+    """The folder of a run directory's last stage; any other source as it is.
+
+    Raises UserError for a file, for a run that has exported nothing, and for links out of a run directory, which may
+    come from somebody else.
+    """
+    folder, final = Path(source), Path(source) / "export" / "final"
+    if os.path.lexists(source) and not os.path.isdir(source):
+        raise UserError(f"--model {shown(source)} is a file; give the folder that holds config.json and the weights.")
+    if not os.path.lexists(source) and not re.fullmatch(r"[\w./~-]{1,1000}", source):
+        raise UserError(f"--model {shown(source)} is no folder that is there and no name on the hub; give one.")
+    if not os.path.lexists(folder / "export") and not os.path.lexists(folder / "metrics.jsonl"):
+        return source
+    if not final.is_dir():
+        raise UserError(f"--model {shown(source)} is a run that has exported no model yet; wait for its end.")
+    if not final.resolve().is_relative_to(folder.resolve()):
+        raise UserError(
+            f"{final} leads out of the run directory, to {final.resolve()}; give --model that folder itself."
+        )
+    refuse_links(final, tuple(os.listdir(final)))
+    return str(final)
+
+
+def _words(error: Exception) -> str:
+    return plain(f"{type(error).__name__}: {error}", 200)
 
 
 def with_dropout(config: PreTrainedConfig, dropout: float | None) -> PreTrainedConfig:

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from ds_stacking.common.errors import UserError
+from ds_stacking.common.words import LONGEST, shown
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -143,9 +144,9 @@ def select_tasks(names: str) -> list[Task]:
     chosen = []
     for name in names.split(","):
         if _key(name) not in by_key:
-            near = difflib.get_close_matches(_key(name), by_key, n=1)
+            near = difflib.get_close_matches(_key(name)[:LONGEST], by_key, n=1)
             hint = f"did you mean {by_key[near[0]].name}?" if near else f"choose from all, {', '.join(TASKS)}."
-            raise UserError(f"--tasks names {name.strip()!r}, which is no task of GLUE; {hint}")
+            raise UserError(f"--tasks names {shown(name.strip())}, which is no task of GLUE; {hint}")
         chosen.append(by_key[_key(name)].name)
     return [TASKS[name] for name in dict.fromkeys(chosen)]
 

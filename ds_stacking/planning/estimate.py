@@ -29,6 +29,10 @@ REBUILD = 3.0
 HOST = 30e-6
 """Seconds of the host per parameter tensor, in a backward pass (which the GPU hides if it works longer) and in a
 step: DeepSpeed's hooks and loops, measured on a CPU with tensors of 16 elements."""
+MOST_STEPS = 10**12
+MOST_SEQUENCES = 1 << 22
+LARGEST_MICRO_BATCH = 1 << 16
+"""Optimizer steps of a stage, sequences of a step, and sequences that a GPU may hold: far beyond what there is."""
 OPTIMIZER_TRAFFIC = 56
 """Bytes per weight of a step in DeepSpeed's optimizer: AdamW's 30 and what copies around it take."""
 
@@ -87,6 +91,19 @@ class StagePlan:
     def seconds(self) -> float:
         """The whole stage."""
         return self.growth_seconds + self.steps * self.step_seconds
+
+
+def check_sizes(config: RunConfig) -> None:
+    """Raise UserError for a run so large that planning it would not end."""
+    assert isinstance(config.stages, list)
+    for stage in config.stages:
+        sequences = (stage.tokens_per_step or config.tokens_per_step) // config.length_of(stage)
+        if sequences > MOST_SEQUENCES:
+            raise UserError(f"A step of {sequences:.3g} sequences cannot be planned; lower --tokens_per_step.")
+        if stage.steps > MOST_STEPS:
+            raise UserError(
+                f"A stage of {float(str(stage.steps)[:300]):.3g} or more steps cannot be planned; give fewer."
+            )
 
 
 def plan_stage(config: RunConfig, stage: StageConfig, cluster: Cluster, *, zero_stage: int, first: bool) -> StagePlan:
@@ -194,4 +211,4 @@ def _communication(parameters: int, zero_stage: int, accumulation: int, cluster:
 
 
 def _divisors(number: int) -> list[int]:
-    return [size for size in range(1, number + 1) if number % size == 0]
+    return [size for size in range(1, min(number, LARGEST_MICRO_BATCH) + 1) if number % size == 0]

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
+from ds_stacking.common.errors import UserError
 from ds_stacking.config import ModelConfig
 from ds_stacking.models.bert import Bert
 
@@ -38,9 +39,17 @@ class Memory:
 
 
 def parameter_count(config: ModelConfig, layers: int) -> int:
-    """Weights of a model, the tied embedding counted once."""
-    with torch.device("meta"):
-        return Bert(config, layers, initialize=False).num_parameters
+    """Weights of a model, the tied embedding counted once. Raises UserError for sizes that no tensor can have."""
+    try:
+        with torch.device("meta"):
+            one, two = (Bert(config, depth, initialize=False).num_parameters for depth in (1, 2))
+    except (RuntimeError, OverflowError, TypeError, ValueError) as error:
+        raise UserError(
+            f"No model can have model.hidden_size {config.hidden_size}, model.intermediate_size "
+            f"{config.intermediate_size}, model.max_positions {config.max_positions} and model.vocab_size "
+            f"{config.vocab_size} ({str(error).splitlines()[0][:100]}); give less."
+        ) from None
+    return one + (layers - 1) * (two - one)
 
 
 def state_bytes(parameters: int, *, zero_stage: int, world_size: int, item: int) -> float:

@@ -6,10 +6,10 @@ Peaks are those of matrix products without sparsity, from the data sheets; MFU (
 
 from __future__ import annotations
 
-import difflib
 from dataclasses import dataclass
 
 from ds_stacking.common.errors import UserError
+from ds_stacking.common.words import nearest, shown
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,6 +67,4 @@ def part_named(name: str) -> Part:
     """A part by its name here. Raises UserError for one that is not listed."""
     if name in PARTS:
         return PARTS[name]
-    near = difflib.get_close_matches(name, list(PARTS), n=1)
-    hint = f"did you mean {near[0]}?" if near else f"choose one of {', '.join(PARTS)}."
-    raise UserError(f"GPU {name!r} is unknown; {hint}")
+    raise UserError(f"GPU {shown(name)} is unknown; {nearest(name, PARTS)}")

@@ -12,13 +12,22 @@ from ds_stacking.planning.parts import Part
 
 BUCKET = 50_000_000
 """reduce_bucket_size of ds_configs/."""
+MOST_GPUS = 1_000_000
 VOCABULARY = 30_528
 """Rows of the embedding where the tokenizer is not known before the run: BERT's, rounded up."""
 
 
 def complete(config: RunConfig) -> RunConfig:
-    """The configuration with a vocabulary, which a run takes from its tokenizer."""
+    """The configuration with a vocabulary, which a run takes from its tokenizer.
+
+    Raises UserError for one that is smaller than that of the tokenizer which the run will train.
+    """
     if config.model.vocab_size:
+        if config.tokenizer == "train" and config.model.vocab_size < config.corpus.vocab_size:
+            raise UserError(
+                f"model.vocab_size {config.model.vocab_size} is smaller than corpus.vocab_size "
+                f"{config.corpus.vocab_size}, which the tokenizer will have; raise it, or leave it at 0."
+            )
         return config
     size = config.corpus.vocab_size if config.tokenizer == "train" else VOCABULARY
     return replace(config, model=replace(config.model, vocab_size=-(-size // 8) * 8))
@@ -28,6 +37,10 @@ def make_cluster(part: Part, *, nodes: int, gpus_per_node: int, mfu: float) -> C
     """Raises UserError for sizes that cannot be."""
     if nodes < 1 or gpus_per_node < 1:
         raise UserError(f"{nodes} nodes of {gpus_per_node} GPUs cannot be planned; both must be positive.")
+    if nodes * gpus_per_node > MOST_GPUS:
+        raise UserError(
+            f"{nodes:,} nodes of {gpus_per_node:,} GPUs cannot be planned; give {MOST_GPUS:,} in all or less."
+        )
     if not 0 < mfu <= 1:
         raise UserError(f"--mfu is {mfu}; it is a share of the peak, in (0, 1].")
     return Cluster(part=part, nodes=nodes, gpus_per_node=gpus_per_node, mfu=mfu, bucket=BUCKET)
@@ -44,11 +57,23 @@ def plan_table(config: RunConfig, plans: list[StagePlan], cluster: Cluster) -> s
     seconds = sum(plan.seconds for plan in plans)
     lines += [
         "",
-        f"in all {_hours(seconds)}, {seconds / 3600 * cluster.gpus:,.1f} GPU hours; stacking saves "
-        f"{saved_share(plans):.1%} of the time of as many steps at {plans[-1].layers} layers",
+        f"in all {_hours(seconds)}, {seconds / 3600 * cluster.gpus:,.1f} GPU hours{_saved(plans)}",
         f"assumed, not measured on this part: MFU {cluster.mfu:.0%} of the arithmetic; links and network as sold",
     ]
     return "\n".join(lines)
+
+
+def _saved(plans: list[StagePlan]) -> str:
+    """What growing saves, in words; nothing where nothing grows."""
+    saved, deep = saved_share(plans), f"at {plans[-1].layers} layers"
+    if len(plans) == 1:
+        return ""
+    if saved >= 0:
+        return f"; stacking saves {saved:.1%} of the time of as many steps {deep}"
+    return (
+        f"; stacking saves nothing here: it takes {1 - saved:,.4g} times as long as training {deep} "
+        f"from the start, since the growths take {sum(plan.growth_seconds for plan in plans):,.1f} s"
+    )
 
 
 def _stage_lines(plan: StagePlan, number: int, cluster: Cluster, length: int) -> list[str]:

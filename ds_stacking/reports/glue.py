@@ -6,20 +6,27 @@ Reads the results folder that launchers/finetune_glue.py writes, one JSON file f
 from __future__ import annotations
 
 import io
-import json
 import statistics
 import zipfile
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, NotRequired, cast
 
+from pydantic import Field
 from rich import box
 from rich.console import Console
 from rich.table import Table
+from typing_extensions import TypedDict
 
+from ds_stacking.common.errors import UserError
 from ds_stacking.common.files import whole_file, write_json, write_text
+from ds_stacking.common.json_files import KEEP_OTHERS, read_json
+from ds_stacking.common.outputs import writing
+from ds_stacking.common.own_files import make_inside, read_inside
+from ds_stacking.common.words import plain
 
 PUBLISHED: dict[str, dict[str, tuple[float, ...]]] = {
     "BERT-Base": {
@@ -62,6 +69,21 @@ ARMS = {"model": "this model", "untrained": "same, untrained", "bag_of_words": "
 SUBMITTED = ("CoLA", "SST-2", "MRPC", "STS-B", "QQP", "MNLI-m", "MNLI-mm", "QNLI", "RTE", "WNLI", "AX")
 """Files of a complete submission to gluebenchmark.com."""
 Result = Mapping[str, Any]
+Percent = Annotated[float, Field(allow_inf_nan=False, ge=-100.1, le=100.1)]
+Setting = Annotated[float, Field(allow_inf_nan=False, gt=0, le=1e39)]
+
+
+class Saved(TypedDict):
+    """results/<training>.json."""
+
+    __pydantic_config__ = KEEP_OTHERS  # type: ignore[misc]
+    task: str
+    arm: str
+    epochs: Setting
+    batch_size: Setting
+    lr: Setting
+    scores: NotRequired[dict[str, dict[str, Percent]]]
+    failed: NotRequired[str]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,17 +119,34 @@ class GlueReport:
 
 
 def write_glue_report(folder: str | Path, jobs: Sequence[str]) -> GlueReport:
-    """Write report/glue.md and report/glue.json of the trainings named `jobs`."""
-    results = {name: json.loads((Path(folder) / "results" / f"{name}.json").read_text()) for name in jobs}
-    failed = {name: result["failed"] for name, result in results.items() if "failed" in result}
+    """Write report/glue.md and report/glue.json of the trainings named `jobs`.
+
+    Raises UserError where a result is missing or damaged, RunFailed where the report cannot be written.
+    """
+    folder = Path(folder)
+    results = {name: _read(folder, name) for name in jobs}
+    failed = {name: plain(result["failed"]) for name, result in results.items() if "failed" in result}
     rows = summarise({name: result for name, result in results.items() if name not in failed})
     text = "\n\n".join(part for part in (_table(rows), *_notes(rows, failed)) if part)
-    target = Path(folder) / "report"
-    target.mkdir(exist_ok=True)
-    write_text(target / "glue.md", f"# GLUE\n\n{text}\n")
+    target = folder / "report"
     content = {"rows": [asdict(row) for row in rows], "failed": failed, "published": PUBLISHED}
-    write_json(target / "glue.json", content)
+    with writing(target):
+        make_inside(folder, "report")
+        write_text(target / "glue.md", f"# GLUE\n\n{text}\n", inside=folder)
+        write_json(target / "glue.json", content, inside=folder)
     return GlueReport(rows=rows, failed=failed, text=text)
+
+
+def _read(folder: Path, name: str) -> Result:
+    path, mend = folder / "results" / f"{name}.json", "delete it, and the same command does that training again"
+    try:
+        result = cast(Result, read_json(path, Saved, mend=mend, inside=folder))
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror}); give the same command again.") from None
+    figures = len(PUBLISHED["BERT-Base"].get(result["task"], ()))
+    if "failed" not in result and (not figures or len(_figures(result)) != figures):
+        raise UserError(f"{path} does not hold the figures of a task of GLUE; {mend}.")
+    return result
 
 
 def summarise(results: Mapping[str, Result]) -> list[Row]:
@@ -142,7 +181,7 @@ def _row(task: str, arm: str, setting: tuple, names: Sequence[str], results: Map
 
 def _figures(result: Result) -> list[float]:
     """All metrics of all development sets, in order."""
-    return [value for metrics in result["scores"].values() for value in metrics.values()]
+    return [value for metrics in result.get("scores", {}).values() for value in metrics.values()]
 
 
 def _cell(values: Iterable[float]) -> str:
@@ -224,16 +263,22 @@ def _comparisons(rows: Sequence[Row]) -> list[str]:
 
 def write_submission(folder: str | Path, report: GlueReport) -> str:
     """Write submission.zip for the official server from each task's best seed; returns a sentence about it."""
-    found: dict[str, Path] = {}
+    folder = Path(folder)
+    found: dict[str, bytes] = {}
     for row in report.rows:
-        if row.arm == "model":
-            found |= {path.stem: path for path in sorted((Path(folder) / "predictions" / row.best).glob("*.tsv"))}
+        for name in SUBMITTED if row.arm == "model" else ():
+            with suppress(FileNotFoundError):
+                found[name] = read_inside(folder, f"predictions/{row.best}/{name}.tsv")
     if not found:
         return "No test sets, so no submission."
-    path = Path(folder) / "submission.zip"
-    with whole_file(path) as file, zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as archive:
+    path = folder / "submission.zip"
+    with (
+        writing(path),
+        whole_file(path, inside=folder) as file,
+        zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as archive,
+    ):
         for name, answers in found.items():
-            archive.write(answers, f"{name}.tsv")
+            archive.writestr(f"{name}.tsv", answers)
     missing = [name for name in SUBMITTED if name not in found]
     lacks = f"; the server also wants {', '.join(missing)}" if missing else ""
     return f"{path} holds the predictions of each task's best seed{lacks}."

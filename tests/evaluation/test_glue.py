@@ -48,7 +48,7 @@ def test_jobs_are_the_paper_s_settings_or_a_grid() -> None:
         ({"lr": "0"}, "lr is '0'"),
         ({"batch_size": "16,x"}, "batch_size is '16,x'"),
         ({"lr": "inf"}, "lr is 'inf'"),
-        ({"beside": "untrianed"}, "choose from untrained, bag_of_words"),
+        ({"beside": "untrianed"}, "did you mean untrained"),
         ({"seeds": 0}, "seeds is 0"),
         ({"max_length": 4}, "max_length is 4"),
         ({"tasks": "SQuAD"}, "'SQuAD', which is no task"),

@@ -86,7 +86,7 @@ def test_a_torn_line_is_left_out_and_named(tmp_path: Path) -> None:
         ("STS-B", "train.tsv", 2, "0\tnews\ta\tb\t5.1", r"line 2: the score '5.1' is no number from 0 to 5"),
         ("STS-B", "train.tsv", 2, "0\tnews\ta\tb\tnan", "line 2: the score 'nan'"),
         ("RTE", "test.tsv", 2, "10\ttorn", "a submission needs every row"),
-        ("RTE", "dev.tsv", 1, "index\tpremise\thypothesis\tlabel", "no column 'sentence1'"),
+        ("RTE", "dev.tsv", 1, "index\tpremise\thypothesis\tlabel", "has no column 'sentence1'"),
     ],
 )
 def test_wrong_lines_are_one_sentence(

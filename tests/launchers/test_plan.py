@@ -29,17 +29,17 @@ def test_a_recipe_on_1024_gpus(monkeypatch: pytest.MonkeyPatch, capsys: pytest.C
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ((), "GPU '' is unknown; choose one of b200, h200"),
+        ((), "GPU '' is unknown; choose from b200, h200"),
         (("--gpu", "h1000"), "did you mean h100"),
         (("--gpu", "h100", "--nodes", "many"), "--nodes"),
-        (("--gpu", "h100", "--nodes", "-1"), "must be positive"),
-        (("--gpu", "h100", "--mfu", "0"), "--mfu is 0.0"),
+        (("--gpu", "h100", "--nodes", "-1"), "--nodes is '-1'; it must be a whole number from 1"),
+        (("--gpu", "h100", "--mfu", "0"), "--mfu is '0'; it must be a number above 0"),
         (("--gpu", "h100", "--zero_stage", "4"), "--zero_stage"),
         (("--gpu", "h100", "--stages", "3x4"), "3x4"),
         (("--gpu", "h100", "--nodez", "2"), "nodez"),
         (("--gpu", "h100", "--recipe", "bert_bas"), "bert_bas"),
-        (("--gpu", "h100", "--nodes", "7"), "do not divide by 56 GPUs"),
-        (("--gpu", "h100", "--gpus_per_node", "1", "--run", "/absent"), "no metrics.jsonl"),
+        (("--gpu", "h100", "--nodes", "7"), "which 56 ranks cannot share equally"),
+        (("--gpu", "h100", "--gpus_per_node", "1", "--run", "/absent"), "--run '/absent' is no folder"),
     ],
 )
 def test_bad_input_is_one_sentence(

@@ -116,6 +116,7 @@ def test_a_run_says_how_well_its_stages_predict_one_another(tmp_path: Path) -> N
     records.append({"kind": "eval", "step": step})
     path = tmp_path / "metrics.jsonl"
     path.write_text("\n".join(map(json.dumps, records)))
+    (tmp_path / "summary.json").write_text('{"finished": true}')
     by_wall, by_cpu = calibrate(tmp_path)
     assert by_wall.errors == pytest.approx([0, 0, 0], abs=1e-9)
     assert by_cpu.errors[1] == pytest.approx(-0.5)
@@ -123,5 +124,5 @@ def test_a_run_says_how_well_its_stages_predict_one_another(tmp_path: Path) -> N
     path.write_text("\n".join(map(json.dumps, records[:6])))
     with pytest.raises(UserError, match="has 2 stages"):
         calibrate(tmp_path)
-    with pytest.raises(UserError, match="no metrics.jsonl"):
+    with pytest.raises(UserError, match="is no folder"):
         calibrate(tmp_path / "absent")

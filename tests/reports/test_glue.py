@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from ds_stacking.common.errors import UserError
 from ds_stacking.reports.glue import METRICS, PUBLISHED, average, write_glue_report, write_submission
 
 
@@ -66,5 +67,5 @@ def test_ranges_that_touch_are_said_to_overlap(tmp_path: Path) -> None:
     names = [write(tmp_path, "RTE", "model", s, 3e-5, **scores(accuracy=a)) for s, a in enumerate((60, 66))]
     names += [write(tmp_path, "RTE", "bag_of_words", 1, 3e-5, **scores(accuracy=62))]
     assert "the ranges over seeds overlap" in write_glue_report(tmp_path, names).text
-    with pytest.raises(FileNotFoundError):
+    with pytest.raises(UserError, match="RTE-never-run.json cannot be read"):
         write_glue_report(tmp_path, ["RTE-never-run"])
