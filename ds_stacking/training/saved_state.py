@@ -7,25 +7,29 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict
-from typing import NotRequired
+from typing import Annotated, NotRequired
 
+from pydantic import Field
 from typing_extensions import TypedDict
 
 from ds_stacking.checkpoint.store import CheckpointReader
 from ds_stacking.common.errors import UserError
-from ds_stacking.common.json_files import KEEP_OTHERS, Count, parse_json
+from ds_stacking.common.json_files import KEEP_OTHERS, parse_json
 from ds_stacking.engine.record import GrowthRecord
 from ds_stacking.evaluation.masked_lm import HeldOutLoss
 from ds_stacking.training.ledger import PHASES, StageTotals
+
+Bounded = Annotated[int, Field(ge=0, le=10**15)]
+"""A whole number that counts something."""
 
 
 class SavedPosition(TypedDict):
     """The fields of `Position`."""
 
-    step: Count
-    stage: Count
-    stage_step: Count
-    samples: Count
+    step: Bounded
+    stage: Bounded
+    stage_step: Bounded
+    samples: Bounded
 
 
 class SavedLedger(TypedDict):
@@ -41,8 +45,8 @@ class SavedHealth(TypedDict):
     """What `Health.to_dict` gives."""
 
     __pydantic_config__ = KEEP_OTHERS  # type: ignore[misc]
-    skipped: Count
-    in_a_row: Count
+    skipped: Bounded
+    in_a_row: Bounded
     window: list[float]
 
 
@@ -50,7 +54,7 @@ class SavedChange(TypedDict):
     """A setting that a resumption changed, with "from" and "to" beside these."""
 
     __pydantic_config__ = KEEP_OTHERS  # type: ignore[misc]
-    step: Count
+    step: Bounded
     field: str
 
 
@@ -63,13 +67,13 @@ class Saved(TypedDict):
     ledger: SavedLedger
     growths: list[GrowthRecord]
     evaluated: tuple[int, int, HeldOutLoss] | None
-    stage_steps: list[Count]
+    stage_steps: list[Bounded]
     logged_losses: list[tuple[float, float]]
     loss_sum: list[float]
-    steps_in_loss: Count
+    steps_in_loss: Bounded
     health: SavedHealth
     changes: NotRequired[list[SavedChange]]
-    metrics_bytes: Count
+    metrics_bytes: Bounded
 
 
 def saved_state(reader: CheckpointReader) -> Saved:

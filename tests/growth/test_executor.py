@@ -258,3 +258,13 @@ def test_the_checksum_sees_changed_and_exchanged_elements(count, data) -> None:
     assert torch.equal(digest(values), digest(torch.cat([values[:1], values])[1:]))  # wherever it lies in memory
     assert torch.equal(digest(values), digest(exchanged)) == torch.equal(values, exchanged)
     assert not torch.equal(digest(values), digest(changed))
+
+
+def test_a_state_that_has_diverged_is_moved_as_it_is() -> None:
+    """A NaN differs from itself; that is no fault of the move."""
+    state, infos = random_state(2, [5], seed=1)
+    state["master"]["embedding"][1] = torch.nan
+    plan = plan_for(infos, (0, 1, 0, 1))
+    target = FullState({name: info.numel for name, info in plan.parameters.items()})
+    execute(plan, full_state(state), target, OneRank())
+    assert target.read(TensorSlice("embedding", 0, 8), "master").isnan().tolist() == [False, True] + [False] * 6

@@ -135,8 +135,46 @@ def test_bad_input_is_one_sentence_and_leaves_nothing(tmp_path: Path) -> None:
 
 @pytest.mark.distributed
 def test_a_failing_rank_ends_all(tmp_path: Path) -> None:
+    """With one sentence, and its traceback in a file; a start afresh removes that."""
     write_corpus(tmp_path / "corpus")
     result = deepspeed("tests/launchers/failing_rank.py", *small_options(tmp_path), "--tracking=none")
     assert result.returncode == 1
-    assert result.stderr.count("RuntimeError: injected\n") == 1
+    traceback = tmp_path / "run" / "traceback-rank1.txt"
+    assert result.stderr.count(f"error: RuntimeError: injected; the full traceback is in {traceback}\n") == 1
+    assert "RuntimeError: injected" in traceback.read_text() and traceback.stat().st_mode & 0o077 == 0
+    assert 'failing_rank.py", line' not in result.stdout + result.stderr, "DeepSpeed's launcher may have a traceback"
     assert not (tmp_path / "run" / "summary.json").exists()
+    again = deepspeed("launchers/pretrain.py", *small_options(tmp_path), "--tracking=none", "--overwrite")
+    assert again.returncode == 0, again.stdout + again.stderr
+    assert not traceback.exists() and (tmp_path / "run" / "summary.json").exists()
+
+
+def alone(*options: str, shell: str = '"$@"', **environment: str) -> subprocess.CompletedProcess[str]:
+    """One process, started by a shell that may close streams or send signals."""
+    command = ["bash", "-c", shell, "bash", sys.executable, "launchers/pretrain.py", *options, "--tracking=none"]
+    return subprocess.run(command, cwd=ROOT, env=os.environ | environment, capture_output=True, text=True, timeout=300)
+
+
+def test_odd_environments_and_mended_ones(tmp_path: Path) -> None:
+    """Each refused start leaves nothing; the last one, mended, has lost its output and runs to its end."""
+    write_corpus(tmp_path / "corpus")
+    options = [*small_options(tmp_path), "--stages=1:2"]
+    for name, value in (("RANK", "abc"), ("DS_ACCELERATOR", "foo"), ("DS_ACCELERATOR", "cuda")):
+        if value == "cuda" and torch.cuda.is_available():
+            continue
+        refused = alone(*options, **{name: value})
+        assert refused.returncode == 2 and refused.stderr.count("error: ") == 1, refused.stderr
+        assert "Traceback" not in refused.stderr and name in refused.stderr
+        assert not (tmp_path / "run").exists()
+    done = alone(*options, shell='"$@" >&- 2>&-')
+    assert done.returncode == 0 and (done.stdout, done.stderr) == ("", "")
+    assert json.loads((tmp_path / "run" / "summary.json").read_text())["finished"]
+
+
+def test_an_interruption_before_training_leaves_nothing(tmp_path: Path) -> None:
+    write_corpus(tmp_path / "corpus")
+    shell = f'"$@" & until [ -d {tmp_path}/cache ]; do sleep 0.05; done; kill -INT $!; wait $!'
+    stopped = alone(*small_options(tmp_path), shell=f"set -m; {shell}")
+    assert stopped.returncode == 130, stopped.stderr
+    assert stopped.stderr.startswith("error: interrupted; the same command starts again.\n")
+    assert "Traceback" not in stopped.stderr and not (tmp_path / "run").exists()

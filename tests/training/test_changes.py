@@ -17,6 +17,8 @@ from ds_stacking.training.changes import (
     FREE,
     describe,
     find_changes,
+    read_config,
+    refuse_another_finished_run,
     refuse_another_run,
     saved_settings,
     settings,
@@ -98,7 +100,15 @@ def test_a_checkpoint_of_an_older_version_is_read_by_its_configuration(tmp_path:
     """It holds a digest of what decides, and config.json has what the digest was made of."""
     config = BASE.to_dict()
     left_out = {"name", "description", "deepspeed_config", "output_dir", "overwrite", "resume", "branch_from", "data"}
-    left_out |= {"precision", "micro_batch_size", "tracking", "log_every", "checkpoint_every", "checkpoint_keep"}
+    left_out |= {
+        "shared",
+        "precision",
+        "micro_batch_size",
+        "tracking",
+        "log_every",
+        "checkpoint_every",
+        "checkpoint_keep",
+    }
     left_out |= {"checkpoint_async", "kernels", "compile", "growth_memory", "max_skipped_steps", "hang_timeout"}
     decisive = json.loads(json.dumps({name: value for name, value in config.items() if name not in left_out}))
     del decisive["corpus"]["cache_dir"]
@@ -112,6 +122,41 @@ def test_a_checkpoint_of_an_older_version_is_read_by_its_configuration(tmp_path:
     (tmp_path / "config.json").write_text(json.dumps(config | {"seed": 2}))
     assert saved_settings(old, tmp_path, OTHER) is None, "another one's"
     assert saved_settings(old, tmp_path, BASE) == settings(BASE), "the present one made it"
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ('{"lr": ', "it is no JSON"),
+        ("[" * 100_000, "it is no JSON"),
+        ("[]", "its content"),
+        ('{"model": 3}', "model: "),
+        ('{"model": {}, "corpus": {}, "optimizer": {}, "stages": "1:2"}', "stages: "),
+        ('{"model": {}, "corpus": {}, "optimizer": {}, "stages": [{"layers": "x", "steps": 1}]}', "stages.0.layers: "),
+    ],
+)
+def test_a_damaged_configuration_is_a_sentence(tmp_path: Path, content: str, said: str) -> None:
+    (tmp_path / "config.json").write_text(content)
+    for read in (
+        lambda: read_config(tmp_path),
+        lambda: refuse_another_finished_run(replace(BASE, output_dir=str(tmp_path))),
+        lambda: saved_settings({"recipe": "x"}, tmp_path, BASE),
+    ):
+        with pytest.raises(UserError, match=f"config.json is damaged .*{said}.*; restore it, or start again"):
+            read()
+
+
+def test_a_configuration_is_not_read_through_a_link(tmp_path: Path) -> None:
+    (tmp_path / "secret").write_text("{}")
+    (tmp_path / "config.json").symlink_to(tmp_path / "secret")
+    with pytest.raises(UserError, match="config.json is a link to"):
+        read_config(tmp_path)
+
+
+@pytest.mark.parametrize("made_up", [[], 3, "x", {"stages[x].lr": 1}, {"stages[": 1}, {"a\nb": 1}, {"x" * 500: 1}])
+def test_made_up_settings_of_a_checkpoint(tmp_path: Path, made_up: Any) -> None:
+    with pytest.raises(UserError, match="give another checkpoint"):
+        saved_settings({"settings": made_up}, tmp_path, BASE)
 
 
 @pytest.fixture(scope="module")

@@ -17,7 +17,15 @@ import pytest
 from ds_stacking.common.errors import UserError
 from ds_stacking.config import RunConfig
 from ds_stacking.training import tracking
-from ds_stacking.training.tracking import FanOut, MetricsFile, NullTracker, WandbTracker, known_fields, make_tracker
+from ds_stacking.training.metrics import MetricsFile
+from ds_stacking.training.tracking import (
+    FanOut,
+    NullTracker,
+    WandbTracker,
+    check_run_id,
+    known_fields,
+    make_tracker,
+)
 
 TRAIN = {
     "kind": "train",
@@ -332,3 +340,35 @@ def test_fan_out_reaches_every_tracker(tmp_path):
     tracker.log(TRAIN)
     tracker.close()
     assert [read_lines(path) for path in paths] == [[TRAIN], [TRAIN]]
+
+
+@pytest.mark.parametrize("content", ["", "password = hunter2", "A" * 16, "a" * 65, "../x", "a b", "a" * 5000])
+def test_what_is_no_id_is_not_sent(tmp_path, content):
+    (tmp_path / "wandb_id.txt").write_text(content)
+    with pytest.raises(UserError, match="wandb_id.txt (holds no id|has more than 1,000 bytes)"):
+        check_run_id(tmp_path)
+
+
+def test_an_id_is_not_read_through_a_link(tmp_path):
+    (tmp_path / "secret").write_text("0123456789abcdef")
+    (tmp_path / "run").mkdir()
+    assert check_run_id(tmp_path / "run") is None
+    (tmp_path / "run" / "wandb_id.txt").symlink_to(tmp_path / "secret")
+    with pytest.raises(UserError, match="is a link to"):
+        check_run_id(tmp_path / "run")
+
+
+def test_an_id_is_kept(tmp_path):
+    first = tracking._run_id(tmp_path)
+    assert tracking._run_id(tmp_path) == check_run_id(tmp_path) == first
+
+
+def test_wandb_does_not_write_through_a_link(tmp_path, monkeypatch, caplog):
+    fake = Fake()
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    (tmp_path / "outside").mkdir()
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "wandb").symlink_to(tmp_path / "outside")
+    tracker = WandbTracker(tmp_path / "run", name="run", config={})
+    tracker.close()
+    assert tracker.where == "off" and "is a link to" in caplog.text
