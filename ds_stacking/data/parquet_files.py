@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import BinaryIO
 
 import pyarrow
 import pyarrow.compute
@@ -12,10 +13,14 @@ import pyarrow.parquet
 from ds_stacking.common.errors import UserError
 from ds_stacking.config import SourceConfig
 from ds_stacking.data.names import first_line, printable
+from ds_stacking.data.parquet_pages import Page, read_pages
 from ds_stacking.data.streams import PLAUSIBLE
 
 _ROWS = 256
 _BATCH_BYTES = 2**25
+_DICTIONARY_BYTES = 2**28
+_PAGE_DOCUMENTS = 16
+"""Documents of the largest size that a page may hold: writers put a thousand of the usual size into one."""
 
 
 def read_parquet(
@@ -26,27 +31,61 @@ def read_parquet(
     Raises UserError for a wrong column and for what lies beyond the bounds of `config`.
     """
     name, column = printable(path), config.column
-    not_text = 0
+    not_text = row = size = 0
     try:
-        with pyarrow.parquet.ParquetFile(path) as file:
+        with path.open("rb") as raw, pyarrow.parquet.ParquetFile(path) as file:
             require_column(name, column, file.schema_arrow.names)
             _require_text(name, column, file.schema_arrow.field(file.schema_arrow.names.index(column)).type)
-            rows_at_once = _plausible_rows(name, column, file.metadata, config.max_expansion)
-            bytes_per_row = path.stat().st_size / max(1, file.metadata.num_rows)
-            row = 0
-            for batch in file.iter_batches(batch_size=rows_at_once, columns=[column]):
+            packed = path.stat().st_size
+            bytes_per_row = packed / max(1, file.metadata.num_rows)
+            for batch in _batches(file, raw, name, config):
                 count(round(bytes_per_row * len(batch)))
                 for value in _values(batch.column(0), f"{name}, rows {row:,} to {row + len(batch):,}", config):
+                    if not value:
+                        continue
+                    size += len(value)  # one value may stand in any number of rows
+                    _require_plausible(size, packed, f"{name}: column {column!r}", config)
                     try:
-                        if value:
-                            yield value.decode()
+                        text = value.decode()
                     except UnicodeDecodeError:
                         not_text += 1
+                        continue
+                    yield text
                 row += len(batch)
-    except (pyarrow.ArrowException, OSError, MemoryError) as error:
+    except (pyarrow.ArrowException, OSError, MemoryError, ValueError) as error:
+        if isinstance(error, UserError):
+            raise
         skipped[name] = f"not readable as parquet ({first_line(error)})"
+        return
     if not_text:
         skipped[name] = f"{not_text} of its rows are not UTF-8 text"
+
+
+def _batches(
+    file: pyarrow.parquet.ParquetFile, raw: BinaryIO, where: str, config: SourceConfig
+) -> Iterator[pyarrow.RecordBatch]:
+    """The column's batches, each of some MB on average."""
+    for number in range(file.metadata.num_row_groups):
+        group = file.metadata.row_group(number)
+        chunks = map(group.column, range(group.num_columns))
+        pages = [page for chunk in chunks if chunk.path_in_schema == config.column for page in read_pages(raw, chunk)]
+        rows = _rows_at_once(pages, f"{where}, row group {number}", config)
+        yield from file.iter_batches(batch_size=rows, row_groups=[number], columns=[config.column])
+
+
+def _rows_at_once(pages: list[Page], where: str, config: SourceConfig) -> int:
+    """Rows to read together, so that they take some MB on average. Raises UserError for pages beyond the bounds."""
+    packed, unpacked = sum(page.packed for page in pages), sum(page.unpacked for page in pages)
+    _require_plausible(unpacked, packed, f"{where}: column {config.column!r}", config)
+    largest = max((page.unpacked for page in pages), default=0)
+    if largest > _PAGE_DOCUMENTS * config.max_document:
+        raise UserError(
+            f"{where}: a page of column {config.column!r} has {largest:,} bytes, more than {_PAGE_DOCUMENTS} times "
+            f"corpus.max_document ({config.max_document:,}); write it with smaller pages, or raise that."
+        )
+    values = max((page.unpacked / page.values for page in pages), default=0)
+    dictionary = max((page.unpacked for page in pages if page.is_dictionary), default=0)
+    return max(1, min(_ROWS, int(_BATCH_BYTES / max(1, values)), int(_DICTIONARY_BYTES / max(1, dictionary))))
 
 
 def require_column(where: str, column: str, present: list[str]) -> None:
@@ -63,23 +102,12 @@ def _require_text(where: str, column: str, kind: pyarrow.DataType) -> None:
         raise UserError(f"Column {column!r} of {where} holds {kind}, not text; set corpus.column to a text column.")
 
 
-def _plausible_rows(where: str, column: str, metadata: pyarrow.parquet.FileMetaData, most: int) -> int:
-    """Rows to read at once, so that they hold some MB on average. Raises UserError for an implausible size."""
-    packed = unpacked = 0
-    largest_row = 1.0
-    for number in range(metadata.num_row_groups):
-        group = metadata.row_group(number)
-        for chunk in map(group.column, range(group.num_columns)):
-            if chunk.path_in_schema == column:
-                packed += max(0, chunk.total_compressed_size)
-                unpacked += max(0, chunk.total_uncompressed_size)
-                largest_row = max(largest_row, chunk.total_uncompressed_size / max(1, group.num_rows))
-    if unpacked > max(PLAUSIBLE, most * packed):
+def _require_plausible(unpacked: int, packed: int, where: str, config: SourceConfig) -> None:
+    if unpacked > max(PLAUSIBLE, config.max_expansion * packed):
         raise UserError(
-            f"Column {column!r} of {where} becomes more than {most:,} times its size when it is decompressed, as no "
-            f"text does; remove the file, or raise corpus.max_expansion if it is right."
+            f"{where} becomes more than {config.max_expansion:,} times its size when it is decompressed, as no text "
+            f"does; remove the file, or raise corpus.max_expansion if it is right."
         )
-    return max(1, min(_ROWS, int(_BATCH_BYTES / largest_row)))
 
 
 def _values(array: pyarrow.Array, where: str, config: SourceConfig) -> Iterator[bytes | None]:
