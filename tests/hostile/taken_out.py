@@ -32,6 +32,20 @@ def believe_json() -> None:
     replace("read_json", lambda path, shape, *, mend, inside=None, limit=0: json.loads(path.read_bytes()))
 
 
+def read_lines_whole() -> None:
+    """Nothing bounds what is read from a file of text."""
+    from dataclasses import fields
+
+    from ds_stacking.config import SourceConfig
+
+    def unbounded(self: Any) -> None:
+        for field in fields(self):
+            if field.name.startswith("max_") and field.name != "max_documents":
+                setattr(self, field.name, 1 << 60)
+
+    SourceConfig.__post_init__ = unbounded  # type: ignore[method-assign]
+
+
 def replace(name: str, substitute: Any) -> None:
     """Put a function in the place of one in all modules of the library that have it."""
     import sys
