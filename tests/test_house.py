@@ -35,7 +35,12 @@ ARROWS = {
     "training": {"planning", "config", "growth", "models", "engine", "checkpoint", "data", "evaluation", "reports"},
 }
 """Rooms of the library and the rooms that each may import, beside `common`, which all but the kernels may."""
-PACKAGES = {"common": {"pydantic"}, "config": set(), "kernels": {"torch", "triton"}, "growth": {"torch"}}
+PACKAGES = {
+    "common": {"pydantic", "typing_extensions"},
+    "config": set(),
+    "kernels": {"torch", "triton"},
+    "growth": {"torch"},
+}
 """Rooms that must do with these packages beside the standard library."""
 FORBIDDEN_MODULES = {"pickle", "cPickle", "dill", "cloudpickle", "marshal", "shelve", "joblib"}
 FORBIDDEN_CALLS = {
@@ -52,8 +57,9 @@ WRITERS = {
     "ds_stacking/common/files.py": "it is what the others use",
     "ds_stacking/checkpoint/durable.py": "into a directory that is renamed when it is whole",
     "ds_stacking/checkpoint/huggingface.py": "into a directory that is renamed when it is whole",
-    "ds_stacking/checkpoint/store.py": "into a directory that is renamed when it is whole",
+    "ds_stacking/checkpoint/offline.py": "into a directory that is renamed when it is whole",
     "ds_stacking/common/failures.py": "failures, a line from each rank, for the batch script",
+    "ds_stacking/training/export.py": "into a directory that is renamed when it is whole",
     "ds_stacking/models/shards.py": "into a directory that is renamed when it is whole",
     "ds_stacking/data/token_file.py": "into a directory that is renamed when it is whole",
     "ds_stacking/training/comparison.py": "a log, which grows",

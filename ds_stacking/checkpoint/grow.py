@@ -33,6 +33,9 @@ from ds_stacking.growth.plan import GrowthPlan, ParameterInfo, make_plan
 LONGEST_OPERATOR = 10_000
 """Characters, enough to list every block of the deepest model twice."""
 
+LONGEST_NAME = 200
+"""Bytes of a new folder's name; while it is filled it has a longer one."""
+
 
 class _Position(TypedDict):
     __pydantic_config__ = KEEP_OTHERS  # type: ignore[misc]
@@ -81,6 +84,8 @@ def _check_target(source: Path, target: Path) -> None:
     """Raise UserError where no new folder can be made at `target`, or only inside `source`."""
     if os.path.lexists(target) and (target.is_symlink() or not target.is_dir() or any(target.iterdir())):
         raise UserError(f"{target} exists; name a folder that does not, nothing is overwritten.")
+    if len(os.fsencode(target.name)) > LONGEST_NAME:
+        raise UserError(f"{target} cannot be made: its name is longer than {LONGEST_NAME} bytes; name another.")
     if target.resolve().is_relative_to(source.resolve()):
         raise UserError(f"{target} lies inside {source}, which stays as it is; name a folder elsewhere.")
     existing = next(folder for folder in target.absolute().parents if os.path.lexists(folder))

@@ -16,7 +16,12 @@ from typing import Any
 from pydantic import BaseModel, ValidationError
 
 from ds_stacking.common.errors import UserError
+from ds_stacking.common.json_files import parse_json, shown
+from ds_stacking.common.own_files import read_all
 from ds_stacking.engine.ds_keys import KEYS, SECTIONS
+
+LONGEST = 1 << 20
+"""Bytes of a configuration file."""
 
 
 def load_ds_config(path: str) -> dict[str, Any]:
@@ -26,15 +31,15 @@ def load_ds_config(path: str) -> dict[str, Any]:
     that DeepSpeed would refuse later, and keys that contradict each other.
     """
     try:
-        raw = json.loads(Path(path).read_text(), object_pairs_hook=lambda pairs: _once(path, pairs))
+        with open(path, "rb") as file:
+            content = read_all(file.fileno(), Path(path), LONGEST)
     except OSError as error:
         raise UserError(
             f"DeepSpeed configuration {path} cannot be read ({error.strerror}); give --deepspeed_config."
         ) from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"DeepSpeed configuration {path} is no JSON: {error}.") from None
-    if not isinstance(raw, dict):
-        raise UserError(f"DeepSpeed configuration {path} must be a JSON object.")
+    # first by a parser that neither depth nor digits exhaust, then by one that sees a key that stands there twice
+    parse_json(content, dict[str, Any], where=f"DeepSpeed configuration {path}", mend="mend it")
+    raw = json.loads(content, object_pairs_hook=lambda pairs: _once(path, pairs))
     for name, value in raw.items():
         _check_key(path, name, value)
     raw.setdefault("zero_optimization", {}).setdefault("stage", 0)
@@ -48,7 +53,7 @@ def _once(path: str, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     names = [name for name, _ in pairs]
     twice = [name for name in names if names.count(name) > 1]
     if twice:
-        raise UserError(f"{path}: the key {twice[0]!r} stands there twice; keep one.")
+        raise UserError(f"{path}: the key {shown(twice[0])} stands there twice; keep one.")
     return dict(pairs)
 
 
@@ -64,11 +69,11 @@ def _check_key(path: str, name: str, value: Any) -> None:
     elif name not in KEYS:
         section = name.rpartition(".")[0]
         known = {key.removeprefix(section).strip(".").split(".")[0] for key in KEYS if key.startswith(section)}
-        raise UserError(f"{path}: unknown key {name!r}{_nearest(name.rpartition('.')[2], known)}")
+        raise UserError(f"{path}: unknown key {shown(name)}{_nearest(name.rpartition('.')[2], known)}")
     elif KEYS[name].refused:
         raise UserError(f"{path}: remove {name!r}, {KEYS[name].refused}.")
     elif not KEYS[name].check(value):
-        raise UserError(f"{path}: {name} is {value!r}; it must be {KEYS[name].values}.")
+        raise UserError(f"{path}: {name} is {shown(value)}; it must be {KEYS[name].values}.")
 
 
 def _nearest(key: str, known: Iterable[str]) -> str:
@@ -94,7 +99,7 @@ def _check_section(path: str, name: str, content: dict[str, Any], model: type[Ba
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(str(part) for part in (name, *first["loc"]))
-        raise UserError(f"{path}: {where} is {first['input']!r}: {first['msg']}.") from None
+        raise UserError(f"{path}: {where} is {shown(first['input'])}: {first['msg']}.") from None
 
 
 def _check_offload(zero: dict[str, Any], path: str) -> None:
@@ -136,7 +141,7 @@ def resolve_ds_config(
     for key, value in decided.items():
         if config.get(key, "auto") not in ("auto", value):
             raise UserError(
-                f"The DeepSpeed configuration sets {key} to {config[key]}, but the recipe makes it {value}; "
+                f"The DeepSpeed configuration sets {key} to {shown(config[key])}, but the recipe makes it {value}; "
                 f'write "auto" there and change the recipe.'
             )
         config[key] = value
@@ -152,7 +157,21 @@ def resolve_ds_config(
         _check_offload(config["zero_optimization"], f"zero_stage {zero_stage} of a stage")
     _set_gradient_sums(config, bf16=bf16, accumulation=accumulation)
     config.setdefault("steps_per_print", 2**31)
+    _check_whole(config)
     return config
+
+
+def _check_whole(config: dict[str, Any]) -> None:
+    """Raise UserError where DeepSpeed's own reader refuses the configuration, which it would only with an engine."""
+    from deepspeed.runtime.config import DeepSpeedConfig
+
+    # it multiplies by the ranks of the process group, of which there may be none yet
+    alone = {name: value for name, value in config.items() if name != "train_batch_size"}
+    try:
+        DeepSpeedConfig(copy.deepcopy(alone))
+    except Exception as error:  # an assertion, or any of pydantic's
+        words = (str(error).strip() or type(error).__name__).splitlines()[0][:300]
+        raise UserError(f"DeepSpeed refuses the configuration ({words}); mend --deepspeed_config.") from None
 
 
 def _set_gradient_sums(config: dict[str, Any], *, bf16: bool, accumulation: int) -> None:

@@ -68,19 +68,28 @@ def _flag(value: Any) -> bool:
     return isinstance(value, bool)
 
 
-def _count(value: Any) -> bool:
-    return type(value) is int and value > 0
+def _whole(value: Any, least: int = 1, most: int = 2**63 - 1) -> bool:
+    """Whether it is a whole number in a range; people write 5e8."""
+    return type(value) in (int, float) and least <= value <= most and value == int(value)
 
 
 def _even(value: Any) -> bool:
-    return isinstance(value, int | float) and value >= 2 and value % 2 == 0
+    return _whole(value, 2, MOST_IN_BUCKET) and value % 2 == 0
+
+
+def _or_auto(check: Callable[[Any], bool]) -> Callable[[Any], bool]:
+    """ "auto" is what the section's default is, or for the recipe's keys what the recipe says."""
+    return lambda value: value == "auto" or check(value)
 
 
 def _in_memory(value: Any) -> bool:
     return value in ("none", "cpu")
 
 
+MOST_IN_BUCKET = 10**11
+"""Elements of a buffer that DeepSpeed allocates: more than any device holds."""
 MEMORY = '"none" or "cpu"'
+FLAG = "true or false"
 NOT_SAVED = "checkpoints are written by this program, never by DeepSpeed"
 AVERAGED = "the loss is already normalised over the global batch"
 TRACKED = "--tracking and metrics.jsonl record a run"
@@ -89,20 +98,39 @@ NVME = "optimizer state and weights live on the device or, offloaded, in host me
 SERVED = "it serves other uses than training"
 
 TOP = [
-    *_works("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping"),
+    *_works(
+        *("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps"),
+        values='"auto" or a whole number above 0',
+        check=_or_auto(_whole),
+    ),
+    *_works(
+        "gradient_clipping",
+        values='"auto" or a number from 0 up',
+        check=_or_auto(lambda value: type(value) in (int, float) and 0 <= value < float("inf")),
+    ),
     *_works("bf16.enabled", values='"auto", true or false', check=lambda value: _flag(value) or value == "auto"),
-    *_works("bf16.check_grad_overflow", values="true or false", check=_flag),
+    *_works("bf16.check_grad_overflow", values=FLAG, check=_flag),
     *_works(
         "data_types.grad_accum_dtype",
         values='"auto", "fp32" or "bf16"',
         check=lambda value: value in ("auto", "fp32", "bf16"),
     ),
     *_works("communication_data_type", values='"fp32" or "bf16"', check=lambda value: value in ("fp32", "bf16")),
-    *_works(*_within("comms_logger", "enabled", "prof_all", "prof_ops", "verbose", "debug")),
-    *_works("timers.throughput.enabled", "timers.throughput.synchronized"),
-    *_works("disable_python_gc", "dump_state", "wall_clock_breakdown", values="true or false", check=_flag),
-    *_works("zero_force_ds_cpu_optimizer", stages=(1, 2, 3), values="true or false", check=_flag),
-    *_works("steps_per_print", values="a whole number above 0", check=_count),
+    *_works(*_within("comms_logger", "enabled", "prof_all"), values=FLAG, check=_or_auto(_flag)),
+    *_works(
+        "comms_logger.prof_ops",
+        values="a list of names",
+        check=_or_auto(lambda value: isinstance(value, list) and all(isinstance(name, str) for name in value)),
+    ),
+    *_works(*_within("comms_logger", "verbose", "debug"), values=FLAG, check=_or_auto(_flag)),
+    *_works("timers.throughput.enabled", "timers.throughput.synchronized", values=FLAG, check=_or_auto(_flag)),
+    *_works("disable_python_gc", "dump_state", "wall_clock_breakdown", values=FLAG, check=_flag),
+    *_works("zero_force_ds_cpu_optimizer", stages=(1, 2, 3), values=FLAG, check=_flag),
+    *_works(
+        "steps_per_print",
+        values="a whole number above 0",
+        check=lambda value: type(value) is int and _whole(value),
+    ),
     *_works(
         "log_level",
         values="debug, info, warning, error or critical",
@@ -162,25 +190,51 @@ TOP = [
 
 ZERO = [
     *_works("stage", values="0, 1, 2 or 3", check=lambda value: type(value) is int and value in ALL),
-    *_works("overlap_comm", "contiguous_gradients", "reduce_scatter", "reduce_bucket_size", stages=(1, 2, 3)),
-    *_works("use_multi_rank_bucket_allreduce", "round_robin_gradients", "parameter_alignment", stages=FLAT),
+    *_works(
+        "overlap_comm",
+        stages=(1, 2, 3),
+        values="true, false or null",
+        check=_or_auto(lambda value: value is None or _flag(value)),
+    ),
+    *_works("contiguous_gradients", "reduce_scatter", stages=(1, 2, 3), values=FLAG, check=_or_auto(_flag)),
+    *_works(
+        "reduce_bucket_size",
+        stages=(1, 2, 3),
+        values=f"a whole number from 1 to {MOST_IN_BUCKET:,}",
+        check=_or_auto(lambda value: _whole(value, 1, MOST_IN_BUCKET)),
+    ),
+    *_works(
+        *("use_multi_rank_bucket_allreduce", "round_robin_gradients", "parameter_alignment"),
+        stages=FLAT,
+        values=FLAG,
+        check=_or_auto(_flag),
+    ),
     *_works("allgather_bucket_size", stages=FLAT, values="an even number above 0", check=_even),
-    *_works("ignore_unused_parameters", stages=(2,)),
+    *_works("ignore_unused_parameters", stages=(2,), values=FLAG, check=_or_auto(_flag)),
     *_works("offload_optimizer.device", stages=(1, 2, 3), values=MEMORY, check=_in_memory, others=True),
     *_works("offload_param.device", stages=(3,), values=MEMORY, check=_in_memory, others=True),
-    *_works("offload_optimizer.pin_memory", stages=(1, 2, 3)),
-    *_works("offload_param.pin_memory", stages=(3,)),
+    *_works("offload_optimizer.pin_memory", stages=(1, 2, 3), values=FLAG, check=_or_auto(_flag)),
+    *_works("offload_param.pin_memory", stages=(3,), values=FLAG, check=_or_auto(_flag)),
+    *_works("sub_group_size", stages=(3,), values="a whole number above 0", check=_or_auto(_whole)),
     *_works(
-        *(
-            "sub_group_size",
-            "stage3_prefetch_bucket_size",
-            "stage3_param_persistence_threshold",
-            "stage3_model_persistence_threshold",
-        ),
-        *("stage3_max_live_parameters", "stage3_max_reuse_distance", "stage3_use_all_reduce_for_fetch_params"),
-        *("stage3_allgather_sequential", "memory_efficient_linear"),
+        "stage3_prefetch_bucket_size",
+        stages=(3,),
+        values=f"a whole number from 0 to {MOST_IN_BUCKET:,}",
+        check=_or_auto(lambda value: _whole(value, 0, MOST_IN_BUCKET)),
+    ),
+    *_works(
+        *("stage3_param_persistence_threshold", "stage3_model_persistence_threshold"),
+        *("stage3_max_live_parameters", "stage3_max_reuse_distance"),
+        stages=(3,),
+        values="a whole number from 0 up",
+        check=_or_auto(lambda value: _whole(value, 0)),
+    ),
+    *_works(
+        *("stage3_use_all_reduce_for_fetch_params", "stage3_allgather_sequential", "memory_efficient_linear"),
         *("log_trace_cache_warnings", "enable_sanity_checks"),
         stages=(3,),
+        values=FLAG,
+        check=_or_auto(_flag),
     ),
     *_refused(
         "the part of the optimizer that stays on the device would keep the learning rate 0",

@@ -14,7 +14,7 @@ from typing_extensions import TypedDict
 
 from ds_stacking.common.errors import UserError
 from ds_stacking.common.json_files import KEEP_OTHERS, Count, parse_json, read_json
-from ds_stacking.common.own_files import open_folder, open_inside
+from ds_stacking.common.own_files import open_folder, open_inside, refuse_links
 from ds_stacking.config import CorpusConfig
 from ds_stacking.evaluation.attention_config import AttentionConfig
 
@@ -75,6 +75,7 @@ def resolve(config: AttentionConfig) -> Subject:
         if (root / "metrics.jsonl").is_file():
             raise UserError(f"{root} is a run without any exported stage; wait for the end of its first stage.")
         return _of_a_model(config)
+    refuse_links(root, ("report", "report/attention"))
     run = _read_run(root)
     growths = _between(root, stages, _growths(root))
     return Subject(

@@ -60,7 +60,37 @@ def test_shipped_files_take_everything_from_the_recipe(path: Path) -> None:
     [
         ("", "is no JSON"),
         ("{", "is no JSON"),
-        ("[1]", "must be a JSON object"),
+        ("[1]", "its content: input should be an object, and is [1]"),
+        ("[" * 100_000, "is no JSON (recursion"),
+        ('{"a":' * 100_000, "is no JSON (recursion"),
+        ('{"steps_per_print":' + "9" * 5000 + "}", "is no JSON"),
+        (" " * (1 << 20) + "{}", "has more than 1,048,576 bytes"),
+        ('{"zero_optimization": {"reduce_bucket_size": 1e999}}', "reduce_bucket_size is inf; it must be a whole"),
+        ('{"zero_optimization": {"sub_group_size": NaN}}', "sub_group_size is nan; it must be a whole number above 0"),
+        ({"x" * 10_000: 1}, "unknown key 'xxx"),
+        ({"log_level": "x" * 10_000}, "...; it must be debug"),
+        ({"train_batch_size": "many"}, """train_batch_size is 'many'; it must be "auto" or a whole number above 0."""),
+        ({"train_batch_size": True}, "train_batch_size is True; it must be"),
+        ({"train_micro_batch_size_per_gpu": "4"}, "train_micro_batch_size_per_gpu is '4'; it must be"),
+        ({"gradient_accumulation_steps": [3]}, "gradient_accumulation_steps is [3]; it must be"),
+        ({"gradient_clipping": True}, """gradient_clipping is True; it must be "auto" or a number from 0 up."""),
+        ({"gradient_clipping": "x"}, "gradient_clipping is 'x'; it must be"),
+        ({"gradient_clipping": float("nan")}, "gradient_clipping is nan; it must be"),
+        ({"steps_per_print": 10**30}, "steps_per_print is 1000000000000000000000000000000; it must be"),
+        ({"comms_logger": {"enabled": 1}}, "comms_logger.enabled is 1; it must be true or false."),
+        ({"comms_logger": {"prof_ops": [1]}}, "comms_logger.prof_ops is [1]; it must be a list of names."),
+        (
+            zero(reduce_bucket_size=-5),
+            "reduce_bucket_size is -5; it must be a whole number from 1 to 100,000,000,000.",
+        ),
+        (zero(reduce_bucket_size=10**30), "it must be a whole number from 1 to 100,000,000,000."),
+        (zero(reduce_bucket_size=True), "reduce_bucket_size is True; it must be"),
+        (zero(reduce_bucket_size="5"), "reduce_bucket_size is '5'; it must be"),
+        (zero(allgather_bucket_size=10**30), "; it must be an even number above 0."),
+        (zero(sub_group_size=0), "sub_group_size is 0; it must be a whole number above 0."),
+        (zero(stage3_max_live_parameters=10**30), "; it must be a whole number from 0 up."),
+        (zero(overlap_comm="yes"), "overlap_comm is 'yes'; it must be true, false or null."),
+        (zero(offload_optimizer={"device": "cpu", "pin_memory": 1}), "pin_memory is 1; it must be true or false."),
         ({"zero_optimizaton": {"stage": 2}}, "unknown key 'zero_optimizaton'; did you mean 'zero_optimization'?"),
         ({"optimizer": {"type": "Adam"}}, "remove 'optimizer', the recipe's `optimizer` sets it."),
         ({"fp16": {"enabled": True}}, "remove 'fp16', training runs in bf16 or fp32"),
@@ -111,7 +141,22 @@ def test_bad_files_are_refused_in_one_sentence(tmp_path: Path, content: Any, par
         load(tmp_path, content)
     message = str(error.value)
     assert part in message and str(tmp_path / "ds.json") in message
-    assert message[-1] in ".?" and "\n" not in message
+    assert message[-1] in ".?" and "\n" not in message and len(message) < 500
+
+
+@pytest.mark.parametrize("value", [5e8, "auto", 1])
+def test_what_people_write_is_taken(tmp_path: Path, value: Any) -> None:
+    raw = load(tmp_path, zero(reduce_bucket_size=value, overlap_comm=None, contiguous_gradients="auto"))
+    assert resolve(raw)["zero_optimization"]["reduce_bucket_size"] == value
+
+
+def test_what_deepspeed_itself_refuses_is_refused_before_there_is_an_engine() -> None:
+    """The table may miss what a new version refuses."""
+    raw = {"zero_optimization": {"stage": 1, "new": 1}}
+    with pytest.raises(UserError, match=r"^DeepSpeed refuses the configuration \(.+\); mend --deepspeed_config"):
+        resolve(raw)
+    with pytest.raises(UserError, match="DeepSpeed refuses the configuration .*sum"):
+        resolve({"zero_optimization": {"stage": 3}, "gradient_allreduce_op": "sum"})
 
 
 def test_a_file_that_cannot_be_read(tmp_path: Path) -> None:
