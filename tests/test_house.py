@@ -23,6 +23,7 @@ ARROWS = {
     "common": set(),
     "config": set(),
     "command_line": {"config"},
+    "launcher_options": set(),
     "kernels": set(),
     "growth": {"config"},
     "models": {"config", "kernels", "growth"},
@@ -62,7 +63,6 @@ WRITERS = {
     "ds_stacking/training/export.py": "into a directory that is renamed when it is whole",
     "ds_stacking/models/shards.py": "into a directory that is renamed when it is whole",
     "ds_stacking/data/token_file.py": "into a directory that is renamed when it is whole",
-    "ds_stacking/training/comparison.py": "a log, which grows",
     "kernels/offline.py": "a table of the repository, which git keeps",
     "ds_stacking/training/tracking.py": "metrics.jsonl, which grows line by line",
 }

@@ -5,21 +5,74 @@ Every figure is written as PNG and SVG.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from pydantic import Field
+from typing_extensions import TypedDict
 
 from ds_stacking.common.errors import UserError
 from ds_stacking.common.files import whole_file
+from ds_stacking.common.json_files import KEEP_OTHERS, read_json
+from ds_stacking.common.outputs import writing
+from ds_stacking.common.words import plain
 
 Record = Mapping[str, Any]
 DARK, BLUE, ORANGE, GREY = "#333333", "#0072B2", "#D55E00", "#999999"
+Number = Annotated[float, Field(allow_inf_nan=False, ge=-1e9, le=1e9)]
+Few = Annotated[int, Field(ge=1, le=10_000)]
+Name = Annotated[str, Field(max_length=200)]
+Matrix = list[list[Number]]
+
+
+class Stage(TypedDict):
+    """What was measured at the end of a stage."""
+
+    __pydantic_config__ = KEEP_OTHERS  # type: ignore[misc]
+    name: Name
+    layers: Few
+    heads: Few
+    mass: dict[str, Matrix]
+    distances: Annotated[list[Number], Field(min_length=1)]
+    profile: list[Matrix]
+    js_divergence: Matrix
+
+
+class Point(TypedDict):
+    """How alike blocks and their copies were at one time."""
+
+    __pydantic_config__ = KEEP_OTHERS  # type: ignore[misc]
+    name: Name
+    js_divergence: list[Number]
+    weight_cosine: list[Number]
+    js_divergence_others: Number | None
+    weight_cosine_others: Number | None
+
+
+class Growth(TypedDict):
+    """A growth, and how its copies parted."""
+
+    __pydantic_config__ = KEEP_OTHERS  # type: ignore[misc]
+    from_layers: Few
+    to_layers: Few
+    pairs: list[list[int]]
+    points: list[Point]
+
+
+class Attention(TypedDict):
+    """attention.json."""
+
+    __pydantic_config__ = KEEP_OTHERS  # type: ignore[misc]
+    neighbours: int
+    stages: Annotated[list[Stage], Field(min_length=1, max_length=100)]
+    growths: Annotated[list[Growth], Field(max_length=100)]
+
+
 MASS_TITLES = {"cls": "on [CLS]", "sep": "on [SEP]", "self": "on itself", "neighbours": "on neighbours"}
 SMALLEST_SCALE = 0.1
 """Bits at the dark end of the colours at least, so that rounding between equal layers does not look like a pattern."""
@@ -27,26 +80,61 @@ LAYER_COLOURS = matplotlib.colormaps["viridis"]
 
 
 def draw_attention(folder: str | Path) -> list[Path]:
-    """Draw all figures of `folder`/attention.json beside it. Raises UserError where that is missing."""
-    path = Path(folder) / "attention.json"
-    if not path.is_file():
-        raise UserError(f"{folder} has no attention.json; run launchers/analyze_attention.py first.")
-    record = json.loads(path.read_text())
-    figures = {
-        "heads": draw_heads(record),
-        "distances": draw_distances(record["stages"]),
-        "layers": draw_layers(record["stages"]),
-    }
-    if record["growths"]:
-        figures["copies"] = draw_copies(record["growths"])
+    """Draw all figures of `folder`/attention.json beside it.
+
+    Raises UserError where that is missing or damaged, RunFailed where a figure cannot be written.
+    """
+    folder = Path(folder)
+    record = read_attention(folder)
     written = []
-    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "attention"}):
+    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "attention"}), writing(folder):
+        figures = {
+            "heads": draw_heads(record),
+            "distances": draw_distances(record["stages"]),
+            "layers": draw_layers(record["stages"]),
+        }
+        if record["growths"]:
+            figures["copies"] = draw_copies(record["growths"])
         for name, figure in figures.items():
             for suffix in ("png", "svg"):
-                written.append(Path(folder) / f"{name}.{suffix}")
-                with whole_file(written[-1]) as file:
+                written.append(folder / f"{name}.{suffix}")
+                with whole_file(written[-1], inside=folder) as file:
                     figure.savefig(file, format=suffix, metadata={"Date": None} if suffix == "svg" else None)
     return written
+
+
+def read_attention(folder: Path) -> Record:
+    """What analyze_attention.py measured. Raises UserError where it is missing or damaged."""
+    path, mend = folder / "attention.json", "run launchers/analyze_attention.py again"
+    try:
+        record = read_json(path, Attention, mend=mend, inside=folder)
+    except OSError:
+        raise UserError(f"{folder} has no attention.json; run launchers/analyze_attention.py first.") from None
+    whole = all(_is_whole(stage) for stage in record["stages"]) and all(
+        len(point[key]) == len(growth["pairs"])  # type: ignore[literal-required]
+        for growth in record["growths"]
+        for point in growth["points"]
+        for key in ("js_divergence", "weight_cosine")
+    )
+    if not whole:
+        raise UserError(f"{path} is damaged: its matrices are not as large as its layers and heads say; {mend}.")
+    return record
+
+
+def _is_whole(stage: Stage) -> bool:
+    """Whether the matrices of a stage have the shapes that it names."""
+    layers, heads, length = stage["layers"], stage["heads"], len(stage["distances"])
+    profile = stage["profile"]
+    return (
+        all(_is(stage["mass"].get(target, []), layers, heads) for target in MASS_TITLES)
+        and len(profile) == layers
+        and all(_is(rows, heads, length) for rows in profile)
+        and _is(stage["js_divergence"], layers, layers)
+    )
+
+
+def _is(matrix: Matrix, rows: int, columns: int) -> bool:
+    return len(matrix) == rows and all(len(row) == columns for row in matrix)
 
 
 def draw_heads(record: Record) -> Figure:
@@ -64,7 +152,7 @@ def draw_heads(record: Record) -> Figure:
                 axes.set_title(title, fontsize=10)
             if place == len(stages) - 1:
                 axes.set_xlabel("head")
-        row[0].set_ylabel(f"{stage['name']}\nlayer", fontsize=9)
+        row[0].set_ylabel(f"{_label(stage['name'])}\nlayer", fontsize=9)
     figure.colorbar(image, ax=grid, label="share of a head's attention", shrink=0.8, pad=0.01)
     return figure
 
@@ -78,7 +166,7 @@ def draw_distances(stages: Sequence[Record]) -> Figure:
         for layer, values in enumerate(profile):
             axes.plot(stage["distances"], values, color=_layer_colour(layer, stage["layers"]), lw=1.4)
         axes.set_yscale("log")
-        axes.set_title(stage["name"], fontsize=10)
+        axes.set_title(_label(stage["name"]), fontsize=10)
         axes.set_xlabel("distance of the token looked at")
         axes.grid(color="#dddddd", lw=0.6)
         axes.spines[["top", "right"]].set_visible(False)
@@ -98,7 +186,7 @@ def draw_layers(stages: Sequence[Record]) -> Figure:
         matrix = np.array(stage["js_divergence"])
         image = axes.imshow(matrix, vmin=0, vmax=largest, cmap="magma_r", origin="lower")
         _whole_ticks(axes, stage["layers"], stage["layers"])
-        axes.set_title(stage["name"], fontsize=10)
+        axes.set_title(_label(stage["name"]), fontsize=10)
         axes.set_xlabel("layer")
         if stage["layers"] <= 12:
             for (a, b), value in np.ndenumerate(matrix):
@@ -134,7 +222,7 @@ def _draw_pairs(axes: Axes, growth: Record, key: str) -> None:
     others = [point[f"{key}_others"] for point in points]
     if None not in others:
         axes.plot(places, others, color=ORANGE, ls="--", marker="s", ms=3.5, lw=1.6, label="mean of all other pairs")
-    axes.set_xticks(places, [point["name"].replace("end of ", "end of\n") for point in points], fontsize=8)
+    axes.set_xticks(places, [_label(point["name"]).replace("end of ", "end of\n") for point in points], fontsize=8)
     axes.margins(x=0.12)
     axes.set_ylim(bottom=min(0.0, *axes.get_ylim()))
     axes.grid(axis="y", color="#dddddd", lw=0.6)
@@ -146,6 +234,11 @@ def _whole_ticks(axes: Axes, across: int, up: int) -> None:
     axes.set_xticks(range(0, across, 1 + across // 11))
     axes.set_yticks(range(0, up, 1 + up // 13))
     axes.tick_params(labelsize=7, length=2)
+
+
+def _label(name: str) -> str:
+    """A name that a figure shows as it is: between dollars, matplotlib reads mathematics."""
+    return plain(name).replace("$", r"\$")
 
 
 def _layer_colour(layer: int, layers: int) -> tuple[float, ...]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from ds_stacking.common.errors import UserError
 from ds_stacking.common.files import write_text
+from ds_stacking.common.json_files import read_json
 from ds_stacking.reports.table import count, duration, flops, loss, stage_markdown
 
 PAPER = "Gong et al., *Efficient Training of BERT by Progressively Stacking*, ICML 2019"
@@ -32,7 +32,7 @@ def write_model_card(
     path = Path(folder) / "config.json"
     if not path.is_file():
         raise UserError(f"{folder} has no config.json; give the folder of an exported model.")
-    model = json.loads(path.read_text())
+    model = read_json(path, dict[str, Any], mend="export the model again", inside=path.parent)
     name = f"{config['name']}-{model['num_hidden_layers']}L"
     sections = (
         f"# {name}",
@@ -50,7 +50,7 @@ def write_model_card(
     )
     metadata = _metadata(name, model, summary, config, licence)
     card = ModelCard(f"---\n{metadata.to_yaml()}\n---\n\n" + "\n\n".join(sections) + "\n")
-    write_text(path.with_name("README.md"), str(card))
+    write_text(path.with_name("README.md"), str(card), inside=path.parent)
     return path.with_name("README.md")
 
 

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
+import os
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -19,6 +23,7 @@ from ds_stacking.evaluation.glue_baseline import bag_of_words
 from ds_stacking.evaluation.glue_config import GlueConfig
 from ds_stacking.evaluation.glue_data import load_task
 from ds_stacking.evaluation.glue_finetune import (
+    Outcome,
     build_classifier,
     collate,
     epoch_batches,
@@ -51,12 +56,28 @@ def test_jobs_are_the_paper_s_settings_or_a_grid() -> None:
         ({"beside": "untrianed"}, "did you mean untrained"),
         ({"seeds": 0}, "seeds is 0"),
         ({"max_length": 4}, "max_length is 4"),
+        ({"seeds": 10**9}, "seeds is 1000000000; it must be 1 to 1,000"),
+        ({"epochs": "nan"}, "epochs is 'nan'"),
+        ({"epochs": "inf"}, "epochs is 'inf'"),
+        ({"epochs": "1000000000"}, "1,000 at most"),
+        ({"epochs": "٣"}, "epochs is '٣'"),
+        ({"lr": "9" * 5000}, "lr is '999"),
+        ({"epochs": ",".join(map(str, range(1, 101))), "seeds": 1000}, "ask for 900,000 trainings"),
+        ({"max_length": 10**12}, "max_length is 1000000000000"),
+        ({"model": ""}, "model is ''"),
+        ({"data": " "}, "data is ' '"),
+        ({"tokenizer": ""}, "tokenizer is ''"),
+        ({"output_dir": ""}, "output_dir is ''"),
+        ({"output_dir": "pyproject.toml"}, "is no folder"),
+        ({"output_dir": "x" * 10_000}, "File name too long"),
+        ({"tasks": ""}, "--tasks names ''"),
+        ({"tasks": "RTF"}, "did you mean RTE"),
         ({"tasks": "SQuAD"}, "'SQuAD', which is no task"),
     ],
 )
 def test_bad_options_are_one_sentence(options: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message):
-        GlueConfig(model="m", **options)
+        GlueConfig(**{"model": "m"} | options)
 
 
 def test_the_learning_rate_rises_for_a_tenth_and_falls_to_zero() -> None:
@@ -201,3 +222,132 @@ def test_trainings_learn_fail_alone_and_are_not_repeated(tmp_path: Path) -> None
     assert answers["MNLI-m"][0] == "index\tprediction" and answers["MNLI-m"][1].startswith("10\t")
     assert {line.split("\t")[1] for line in answers["AX"][1:]} <= set(TASKS["MNLI"].labels)
     assert [line.split("\t")[1] for line in answers["SST-2"][1:]] == ["1", "0", "1", "0", "1"]
+
+
+def write_run(folder: Path) -> Path:
+    """A run directory with an exported model."""
+    write_encoder(folder / "export" / "stage-1-1L")
+    (folder / "export" / "final").symlink_to("stage-1-1L")
+    (folder / "metrics.jsonl").write_text("")
+    return folder
+
+
+def relink(folder: Path, target: Path | str) -> None:
+    (folder / "export" / "final").unlink()
+    (folder / "export" / "final").symlink_to(target)
+
+
+DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
+    "no export": (lambda run: (run / "export").rename(run / "gone"), "has exported no model yet"),
+    "a dangling link": (lambda run: relink(run, "nowhere"), "has exported no model yet"),
+    "a link that leads out": (lambda run: relink(run, write_encoder(run.parent / "other")), "leads out of the run"),
+    "a link in the model": (
+        lambda run: ((run / "export/final/config.json").unlink(), (run / "export/final/config.json").symlink_to("/x")),
+        "is a link to /x",
+    ),
+    "no weights": (lambda run: (run / "export/final/model.safetensors").unlink(), "model.safetensors"),
+    "torn weights": (lambda run: os.truncate(run / "export/final/model.safetensors", 1000), "SafetensorError"),
+    "a torn config": (lambda run: (run / "export/final/config.json").write_text("{"), "no transformers model"),
+    "a null config": (lambda run: (run / "export/final/config.json").write_text("null"), "holds no model"),
+    "a deep config": (lambda run: (run / "export/final/config.json").write_text("[" * 100_000), "holds no model"),
+    "a wrong width": (
+        lambda run: (run / "export/final/config.json").write_text(
+            (run / "export/final/config.json").read_text().replace('"hidden_size": 16', '"hidden_size": "x"')
+        ),
+        "holds no model",
+    ),
+    "a torn tokenizer": (lambda run: (run / "export/final/tokenizer.json").write_text("{"), "tokenizer"),
+}
+
+
+@pytest.mark.parametrize("what", DAMAGE)
+def test_a_damaged_run_is_one_sentence_and_the_mended_one_works(tmp_path: Path, what: str) -> None:
+    run = write_run(tmp_path / "run")
+    assert load_encoder(str(run), None, 32).source == str(run / "export" / "final")
+    damage, message = DAMAGE[what]
+    damage(run)
+    with pytest.raises(UserError, match=message) as error:
+        load_encoder(str(run), None, 32)
+    assert len(str(error.value)) < 600 and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["file", "a\nb", "x" * 10_000])
+def test_a_model_that_is_no_folder_is_one_sentence(tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("file").write_text("")
+    with pytest.raises(UserError, match="--model .* is (a file|no folder)"):
+        load_encoder(name, None, 32)
+
+
+@pytest.fixture(scope="module")
+def glue_run(tmp_path_factory: pytest.TempPathFactory) -> GlueRun:
+    """The one job of a bag of words, and a result of it."""
+    folder = tmp_path_factory.mktemp("glue")
+    write_task(folder / "glue", "RTE")
+    options = {"model": str(write_encoder(folder / "m")), "data": str(folder / "glue"), "tasks": "RTE", "seeds": 1}
+    run = GlueRun(GlueConfig(**options, beside="bag_of_words", output_dir=str(folder / "out")))
+    run.claim()
+    for job in run.config.jobs():
+        if job.arm == "bag_of_words":
+            run.do(job)
+    return run
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("config.json", "null", "config.json is damaged"),
+        ("config.json", "[" * 100_000, "config.json is damaged"),
+        ("config.json", "{}", "that of another command"),
+        ("config.json", '{"model": {"hidden_size": 8}, "stages": []}', "that of another command"),
+        ("config.json", None, "has results and no config.json"),
+        ("results/RTE-bag_of_words.json", "null", "delete it, and the same command does that training again"),
+        ("results/RTE-bag_of_words.json", b"\xff", "delete it, and the same command does that training again"),
+        ("results/RTE-bag_of_words.json", {"scores": {}}, "is not the result of that training"),
+        ("results/RTE-bag_of_words.json", {"task": "CoLA"}, "is not the result of that training"),
+        ("results/RTE-bag_of_words.json", {"scores": {"dev": {"accuracy": float("nan")}}}, "scores.dev.accuracy"),
+        ("results/RTE-bag_of_words.json", {"failed": 7}, "failed: input should be a valid string"),
+    ],
+)
+def test_damaged_results_are_named_before_anything_is_trained(
+    glue_run: GlueRun, tmp_path: Path, name: str, content: Any, message: str
+) -> None:
+    shutil.copytree(glue_run.folder, tmp_path / "out")
+    run, path = copy.copy(glue_run), tmp_path / "out" / name
+    run.folder = tmp_path / "out"
+    run.check_results()
+    whole = path.read_bytes()
+    if isinstance(content, dict):
+        content = json.dumps(json.loads(whole) | content)
+    path.unlink() if content is None else path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(UserError, match=message):
+        run.check_results()
+    path.write_bytes(whole)
+    run.check_results()
+
+
+@pytest.mark.parametrize(
+    "name", ["config.json", "results", "results/RTE-bag_of_words.json", "results/.config.lock", "predictions"]
+)
+def test_links_in_the_output_folder_are_not_followed(glue_run: GlueRun, tmp_path: Path, name: str) -> None:
+    shutil.copytree(glue_run.folder, tmp_path / "out")
+    run, path = copy.copy(glue_run), tmp_path / "out" / name
+    run.folder = tmp_path / "out"
+    if path.exists():
+        path.rename(tmp_path / "elsewhere")
+    else:
+        (tmp_path / "elsewhere").mkdir()
+    path.symlink_to(tmp_path / "elsewhere")
+    outcome = Outcome(scores={}, predictions={"RTE": [0, 1, 0, 1, 0]}, train_loss=0.0)
+    with pytest.raises(UserError, match="is a link"):
+        run.claim()
+        run.write_predictions(run.config.jobs()[0], outcome)
+
+
+def test_a_folder_of_another_command_is_refused(glue_run: GlueRun, tmp_path: Path) -> None:
+    run = copy.copy(glue_run)
+    run.folder = tmp_path
+    (tmp_path / "comparison.json").write_text("{}")
+    with pytest.raises(UserError, match="holds comparison.json of another command"):
+        run.check_results()
+    assert [path.name for path in tmp_path.iterdir()] == ["comparison.json"]

@@ -8,6 +8,7 @@ import datasets
 import pytest
 
 from ds_stacking.common.errors import UserError
+from ds_stacking.evaluation import glue_data
 from ds_stacking.evaluation.glue_data import load_task
 from ds_stacking.evaluation.glue_tasks import TASKS, select_tasks
 from tests.evaluation.glue_files import BAD, GOOD, LABELS, write_task
@@ -86,6 +87,9 @@ def test_a_torn_line_is_left_out_and_named(tmp_path: Path) -> None:
         ("STS-B", "train.tsv", 2, "0\tnews\ta\tb\t5.1", r"line 2: the score '5.1' is no number from 0 to 5"),
         ("STS-B", "train.tsv", 2, "0\tnews\ta\tb\tnan", "line 2: the score 'nan'"),
         ("RTE", "test.tsv", 2, "10\ttorn", "a submission needs every row"),
+        ("RTE", "dev.tsv", 3, "1\ta\tb\t" + "x" * 10_000, r"the label 'xxx.*[.]{3} is none of"),
+        ("RTE", "dev.tsv", 3, "1\ta\0\tb\tentailment", "line 3 holds a NUL"),
+        ("RTE", "dev.tsv", 1, "index\tsentence1\tsentence1\tsentence2\tlabel", "names twice the column 'sentence1'"),
         ("RTE", "dev.tsv", 1, "index\tpremise\thypothesis\tlabel", "has no column 'sentence1'"),
     ],
 )
@@ -129,3 +133,44 @@ def test_labels_are_numbered_as_on_the_hub() -> None:
     assert TASKS["MNLI"].labels == ("entailment", "neutral", "contradiction")
     assert {TASKS[name].labels for name in ("QNLI", "RTE")} == {("entailment", "not_entailment")}
     assert {TASKS[name].labels for name in ("CoLA", "SST-2", "MRPC", "QQP", "WNLI")} == {("0", "1")}
+
+
+def test_tables_of_other_encodings_and_without_end_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = write_task(tmp_path, "RTE") / "train.tsv"
+    text = path.read_text()
+    for content, message in (
+        (text.encode("utf-16"), "train.tsv line 1 is no UTF-8 text"),
+        (text.replace("film", "f\xeflm").encode("latin-1"), "is no UTF-8 text"),
+        (b"", "has no column 'sentence1'"),
+        (b"\n\n", "has no column 'sentence1'"),
+        (text.encode().split(b"\n")[0], "holds no examples"),
+    ):
+        path.write_bytes(content)
+        with pytest.raises(UserError, match=message):
+            load_task(TASKS["RTE"], str(tmp_path))
+    path.write_text(text)
+    with path.open("ab") as file:
+        file.truncate(10**9)  # a hole: no disk is filled
+    with pytest.raises(UserError, match="line 66 of .*train.tsv has more than 1,048,576 bytes"):
+        load_task(TASKS["RTE"], str(tmp_path))
+    path.write_text(text)
+    monkeypatch.setattr(glue_data, "LARGEST_FILE", 1000)
+    with pytest.raises(UserError, match="train.tsv has more than 1,000 bytes"):
+        load_task(TASKS["RTE"], str(tmp_path))
+
+
+def test_blank_lines_and_the_ends_of_windows_are_no_fault(tmp_path: Path) -> None:
+    path = write_task(tmp_path, "RTE") / "train.tsv"
+    plain = load_task(TASKS["RTE"], str(tmp_path)).train
+    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes().replace(b"\n", b"\r\n\r\n"))
+    assert load_task(TASKS["RTE"], str(tmp_path)).train == plain
+
+
+@pytest.mark.parametrize("name", ["file", "a b", "x" * 200, "none/of/these", "/absent"])
+def test_sources_that_are_no_folder_are_refused(tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("file").write_text("")
+    with pytest.raises(UserError, match="is no folder|does not exist"):
+        load_task(TASKS["RTE"], name)

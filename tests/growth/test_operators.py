@@ -74,7 +74,7 @@ BAD = [
     ("0,1,0[1:]", 2, 3, "limits an explicit list"),
     ("stack+zero", 2, 4, "modifier 'zero' is unknown"),
     ("stack+noise", 2, 4, "modifier 'noise' is unknown"),
-    ("stack[1:2", 2, 4, "is unknown"),
+    ("stack[1:2", 2, 4, "has wrong bounds"),
     ("", 2, 4, "is unknown"),
 ]
 
@@ -96,3 +96,35 @@ def test_modifiers_of_copies_need_copies() -> None:
     for operator in ("fresh+noise:0.01", "0,1,*+scale:0.5"):
         with pytest.raises(UserError, match="copies no block, so scale and noise do nothing"):
             layer_map(operator, 2, 4 if operator.startswith("fresh") else 3)
+
+
+LONG = "9" * 5000
+
+
+@pytest.mark.parametrize(
+    ("operator", "message"),
+    [
+        ("stack[9999999999:]", "has wrong bounds"),
+        (f"stack[{LONG}:]", "has wrong bounds"),
+        ("stack[-:]", "'-' is no bound"),
+        ("stack[١:]", "has wrong bounds"),
+        ("0,١", "is unknown"),
+        (LONG, "is unknown"),
+        (",".join("0" * 100_000), "lists 100,000 blocks"),
+        ("x" * 100_000, "is unknown"),
+        ("stack+noise:" + LONG, "is unknown"),
+        ("stack+scale:1e400", "scale and noise must be at most"),
+        ("stack+scale:nan", "is unknown"),
+        ("stack+scale:-1", "is unknown"),
+        ("stack+noise:" + "9" * 100_000 + "x", "is unknown"),
+    ],
+)
+def test_notation_without_bounds_is_refused_in_one_short_sentence(operator, message):
+    with pytest.raises(UserError, match=message) as error:
+        layer_map(operator, 2, 4)
+    assert len(str(error.value)) < 300
+
+
+def test_a_depth_that_would_fill_the_memory_is_refused():
+    with pytest.raises(UserError, match="at most 100,000 of them"):
+        layer_map("stack", 1, 10**9)

@@ -131,3 +131,12 @@ def test_zero_output_keeps_the_function_of_a_pre_ln_model(operator) -> None:
     assert torch.allclose(before, after, atol=1e-5)
     before, after = grown_hidden(operator, "pre")
     assert not torch.allclose(before, after, atol=1e-3), "without the modifier it changes"
+
+
+@pytest.mark.parametrize(
+    "factor", ["nan", "inf", "-1", "1e400", "9" * 5000, "9" * 200, "٣", "", ".", "9" * 100_000 + "x"]
+)
+def test_factors_that_are_no_number_are_refused_in_one_short_sentence(factor):
+    with pytest.raises(UserError, match="is unknown; choose one of") as error:
+        policy(f"scale:{factor}")
+    assert len(str(error.value)) < 300

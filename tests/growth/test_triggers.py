@@ -76,3 +76,34 @@ def test_a_plateau_is_a_small_slope_of_the_later_lines() -> None:
     steep_then_flat = falling[:20] + [(math.exp(i / 10), 7.2 - 0.001 * i) for i in range(20, 40)]
     assert has_plateaued(steep_then_flat, 0.01)
     assert not has_plateaued(steep_then_flat[20:32], 0.01), "six lines tell nothing"
+
+
+LONG = "9" * 5000
+
+
+@pytest.mark.parametrize(
+    ("trigger", "message"),
+    [
+        ("plateau:nan", "needs numbers"),
+        ("plateau:" + LONG, "needs numbers"),
+        ("plateau:" + "1" * 100_000 + "x", "needs numbers"),
+        ("tokens:1_000,2_000", "needs numbers"),
+        ("tokens:١", "needs numbers"),
+        ("tokens:" + ",".join("1" * 100_000), "must rise"),
+        ("prop:1e300", "exponent must be at most 20"),
+        ("trial:stack,interleave:" + LONG, "write two to four operators"),
+        ("trial:stack,interleave:٣", "write two to four operators"),
+        ("trial:stack,interleave:1000000", "write two to four operators"),
+        ("gstak", "did you mean gstack"),
+        ("x" * 100_000, "is unknown"),
+    ],
+)
+def test_notation_without_bounds_is_refused_in_one_short_sentence(trigger, message):
+    with pytest.raises(UserError, match=message) as error:
+        parse_trigger(trigger)
+    assert len(str(error.value)) < 300
+
+
+def test_steps_that_no_run_makes_are_refused():
+    with pytest.raises(UserError, match="means 1e[+]308 steps of a stage"):
+        steps_by_amount([1e308], [1, 1], 3)

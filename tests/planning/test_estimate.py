@@ -126,3 +126,37 @@ def test_a_run_says_how_well_its_stages_predict_one_another(tmp_path: Path) -> N
         calibrate(tmp_path)
     with pytest.raises(UserError, match="is no folder"):
         calibrate(tmp_path / "absent")
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("summary.json", None, "has no summary.json of a finished run"),
+        ("summary.json", '{"finished": false}', "has not finished"),
+        ("summary.json", "[", "summary.json is damaged"),
+        ("metrics.jsonl", None, "has no metrics.jsonl of a finished run"),
+        ("metrics.jsonl", "null\n", "metrics.jsonl line 1 is damaged"),
+        ("metrics.jsonl", '{"kind": "train", "step": "x"}\n', "line 1 is damaged or no such file: step"),
+        ("metrics.jsonl", '{"kind": "train", "step": 1, "stage": 0}\n', "has 0 stages"),
+        (
+            "metrics.jsonl",
+            "".join(f'{{"kind": "train", "step": 1, "stage": {i}}}\n' for i in range(1001)),
+            "1,000 stages",
+        ),
+        (
+            "metrics.jsonl",
+            "".join(f'{{"kind": "train", "step": {i}, "stage": {i // 2}}}\n' for i in range(6)),
+            "tells no 'training_seconds'",
+        ),
+    ],
+)
+def test_a_run_that_is_damaged_or_unfinished_is_one_sentence(
+    tmp_path: Path, name: str, content: str | None, message: str
+) -> None:
+    (tmp_path / "summary.json").write_text('{"finished": true}')
+    (tmp_path / "metrics.jsonl").write_text("")
+    (tmp_path / name).unlink()
+    if content is not None:
+        (tmp_path / name).write_text(content)
+    with pytest.raises(UserError, match=message):
+        calibrate(tmp_path)

@@ -67,3 +67,49 @@ def test_the_figures_are_written_as_png_and_svg(tmp_path: Path) -> None:
     ]
     assert imread(written[0]).std() > 0.05
     assert "on [CLS]" in written[1].read_text(), "text in an SVG stays text"
+
+
+@pytest.mark.parametrize(
+    ("place", "value", "message"),
+    [
+        (("neighbours",), "x", "neighbours"),
+        (("stages",), [], "stages: list should have at least 1 item"),
+        (("stages", 0, "layers"), 10**9, "stages.0.layers"),
+        (("stages", 0, "layers"), 3, "its matrices are not as large"),
+        (("stages", 0, "mass"), {}, "its matrices are not as large"),
+        (("stages", 0, "profile", 0), [[0.1]], "its matrices are not as large"),
+        (("stages", 0, "js_divergence", 0, 0), float("nan"), "finite number"),
+        (("stages", 0, "distances"), [], "distances"),
+        (("growths", 0, "points", 0, "weight_cosine"), [1.0], "its matrices are not as large"),
+        (("growths", 0, "pairs"), "x", "growths.0.pairs"),
+    ],
+)
+def test_a_damaged_record_is_one_sentence(tmp_path: Path, place: tuple, value: object, message: str) -> None:
+    content = record()
+    *inner, last = place
+    target = content
+    for key in inner:
+        target = target[key]
+    target[last] = value
+    (tmp_path / "attention.json").write_text(json.dumps(content))
+    with pytest.raises(UserError, match=message):
+        draw_attention(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["attention.json"]
+
+
+def test_any_name_is_drawn_as_it_is_and_no_link_is_written_through(tmp_path: Path) -> None:
+    content = record()
+    content["stages"][0]["name"] = "<script>$\\frac$\x1b\n"
+    content["growths"][0]["points"][0]["name"] = "$x$ {"
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "attention.json").write_text(json.dumps(content))
+    (tmp_path / "precious").write_text("precious")
+    (tmp_path / "run" / "heads.svg").symlink_to(tmp_path / "precious")
+    draw_attention(tmp_path / "run")
+    assert (tmp_path / "precious").read_text() == "precious"
+    drawn = (tmp_path / "run" / "heads.svg").read_text()
+    assert "&lt;script&gt;$\\frac$" in drawn and "<script" not in drawn
+    (tmp_path / "run" / "attention.json").rename(tmp_path / "attention.json")
+    (tmp_path / "run" / "attention.json").symlink_to(tmp_path / "attention.json")
+    with pytest.raises(UserError, match="is a link"):
+        draw_attention(tmp_path / "run")

@@ -129,3 +129,79 @@ def test_failed_and_missing_runs_are_named_and_the_rest_is_reported(tmp_path: Pa
 def test_a_folder_that_is_no_comparison_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="holds no comparison"):
         write_comparison(tmp_path)
+
+
+SCRIPT = "<script>alert(1)</script>"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"recipe": {}}, "recipe.stages: field required"),
+        ({"clock": "sun"}, "clock: input should be 'wall' or 'cpu'"),
+        ({"arms": {SCRIPT: "x"}}, "should match pattern"),
+        ({"runs": {"../../etc": []}}, "runs names '../../etc'"),
+        ({"runs": {"stack/x1/seed-1": []}}, "which is none of compare.py's"),
+        ({"runs": {"scratch/x1e999/seed-1": []}}, "which is none of compare.py's"),
+        ({"runs": {"scratch/x1/seed-" + "9" * 5000: []}}, "which is none of compare.py's"),
+    ],
+)
+def test_a_damaged_plan_is_one_sentence(tmp_path: Path, change: dict[str, object], message: str) -> None:
+    folder = write(tmp_path / "c")
+    path = folder / "comparison.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    with pytest.raises(UserError, match=message):
+        write_comparison(folder)
+    assert not (folder / "report").exists()
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("finished", "x"), ("flops", 0), ("flops", None), ("training_seconds", -1), ("steps", "x"), ("tokens", 1e308)],
+)
+def test_a_run_whose_summary_is_damaged_has_failed(tmp_path: Path, field: str, value: object) -> None:
+    folder = write(tmp_path / "c")
+    path = folder / "stack/flops/seed-2/summary.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {field: value}))
+    assert f"stack/flops/seed-2 failed: {path} is damaged or no such file: {field}" in write_comparison(folder)
+
+
+@pytest.mark.parametrize("content", ["", "null\n", '{"kind": "eval", "step": 1}\n'])
+def test_a_run_without_metrics_has_no_curve(tmp_path: Path, content: str) -> None:
+    folder = write(tmp_path / "c")
+    (folder / "stack/flops/seed-2/metrics.jsonl").write_text(content)
+    assert ("stack/flops/seed-2 has no curve" in write_comparison(folder)) == (content == "null\n")
+    (folder / "stack/flops/seed-2/metrics.jsonl").unlink()
+    assert "stack/flops/seed-2 has no curve" in write_comparison(folder)
+
+
+def test_texts_of_a_comparison_are_neither_html_nor_terminal_codes(tmp_path: Path) -> None:
+    folder = write(tmp_path / "c")
+    path = folder / "comparison.json"
+    plan = json.loads(path.read_text())
+    plan["arms"] = {arm: SCRIPT + "$\\frac" for arm in plan["arms"]}
+    plan["recipe"]["data"] = SCRIPT
+    path.write_text(json.dumps(plan))
+    (folder / "stack/flops/seed-2/summary.json").unlink()
+    (folder / "stack/flops/seed-2.failed").write_bytes(b"\x1b[2J\x07" + SCRIPT.encode() + b"\n\xff" + b"x" * 1000)
+    text = write_comparison(folder)
+    assert "\x1b" not in text and "\x07" not in text and "x" * 501 not in text
+    assert "<script" not in (folder / "report/report.html").read_text()
+
+
+@pytest.mark.parametrize("name", ["report", "comparison.json", "stack/flops/seed-2", "stack/flops/seed-2.failed"])
+def test_links_in_a_comparison_are_not_followed(tmp_path: Path, name: str) -> None:
+    folder = write(tmp_path / "c")
+    (tmp_path / "secret").mkdir()
+    (tmp_path / "secret" / "summary.json").write_text('{"finished": "SECRET"}')
+    path = folder / name
+    if path.is_dir():
+        path.rename(tmp_path / "moved")
+    path.unlink(missing_ok=True)
+    path.symlink_to(tmp_path / "secret")
+    try:
+        text = write_comparison(folder)
+    except UserError as error:
+        text = str(error)
+    assert "is a link" in text or name.endswith(".failed")
+    assert "SECRET" not in text and [path.name for path in (tmp_path / "secret").iterdir()] == ["summary.json"]

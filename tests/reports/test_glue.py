@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import zipfile
 from pathlib import Path
 
@@ -69,3 +70,61 @@ def test_ranges_that_touch_are_said_to_overlap(tmp_path: Path) -> None:
     assert "the ranges over seeds overlap" in write_glue_report(tmp_path, names).text
     with pytest.raises(UserError, match="RTE-never-run.json cannot be read"):
         write_glue_report(tmp_path, ["RTE-never-run"])
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("null", "is damaged"),
+        ('{"task": "RTE"}', "arm: field required"),
+        ({"scores": {"dev": {"accuracy": 1e300}}}, "scores.dev.accuracy"),
+        ({"scores": {}}, "does not hold the figures of a task"),
+        ({"task": "SQuAD"}, "does not hold the figures of a task"),
+        ({"lr": 0}, "lr: input should be greater than 0"),
+    ],
+)
+def test_a_damaged_result_is_one_sentence(tmp_path: Path, content: object, message: str) -> None:
+    good = {
+        "task": "RTE",
+        "arm": "model",
+        "epochs": 1,
+        "batch_size": 1,
+        "lr": 1e-3,
+        "scores": {"dev": {"accuracy": 50}},
+    }
+    (tmp_path / "results").mkdir()
+    path = tmp_path / "results" / "a.json"
+    path.write_text(json.dumps(good))
+    assert write_glue_report(tmp_path, ["a"]).rows
+    path.write_text(content if isinstance(content, str) else json.dumps(good | content))  # type: ignore[operator]
+    with pytest.raises(UserError, match=message):
+        write_glue_report(tmp_path, ["a"])
+
+
+def test_reports_and_submissions_are_written_through_no_link(tmp_path: Path) -> None:
+    good = {
+        "task": "RTE",
+        "arm": "model",
+        "epochs": 1,
+        "batch_size": 1,
+        "lr": 1e-3,
+        "scores": {"dev": {"accuracy": 50}},
+    }
+    for name in ("results", "predictions/a", "elsewhere"):
+        (tmp_path / name).mkdir(parents=True)
+    (tmp_path / "results" / "a.json").write_text(json.dumps(good))
+    (tmp_path / "precious").write_text("precious")
+    report = write_glue_report(tmp_path, ["a"])
+    (tmp_path / "submission.zip").symlink_to(tmp_path / "precious")
+    (tmp_path / "predictions/a/RTE.tsv").write_text("index\tprediction\n")
+    assert "holds the predictions" in write_submission(tmp_path, report)
+    assert (tmp_path / "precious").read_text() == "precious"
+    (tmp_path / "predictions/a/RTE.tsv").unlink()
+    (tmp_path / "predictions/a/RTE.tsv").symlink_to(tmp_path / "precious")
+    with pytest.raises(UserError, match="is a link"):
+        write_submission(tmp_path, report)
+    shutil.rmtree(tmp_path / "report")
+    (tmp_path / "report").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(UserError, match="is a link"):
+        write_glue_report(tmp_path, ["a"])
+    assert not any((tmp_path / "elsewhere").iterdir())

@@ -113,3 +113,25 @@ def test_what_the_server_refuses_is_said_in_one_sentence(server: Server, tmp_pat
     last = sent.stderr.strip().splitlines()[-1]
     assert sent.returncode == 2, sent.stderr
     assert last.startswith("error: wandb did not take the workspace") and "--out FILE" in last
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"WANDB_MODE": "bogus"}, "wandb did not take the workspace"),
+        ({"WANDB_MODE": "online", "WANDB_API_KEY": "short"}, "wandb did not take the workspace"),
+        ({"WANDB_MODE": "online", "WANDB_BASE_URL": "nonsense"}, "wandb did not take the workspace"),
+        ({"WANDB_MODE": "online", "WANDB_API_KEY": ""}, "wandb knows no key"),
+    ],
+)
+def test_wandb_without_key_or_with_bad_settings_is_one_sentence(
+    tmp_path: Path, settings: dict[str, str], words: str
+) -> None:
+    environment = os.environ | {"WANDB_BASE_URL": "http://127.0.0.1:9", "HOME": str(tmp_path), "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, str(ROOT / "launchers" / "dashboard.py"), "--project", "stacking"]
+    sent = subprocess.run(
+        command, env=environment | settings, cwd=tmp_path, capture_output=True, text=True, timeout=120
+    )
+    last = sent.stderr.strip().splitlines()[-1]
+    assert sent.returncode == 2 and "Traceback" not in sent.stderr, sent.stderr
+    assert last.startswith(f"error: {words}") and "--out FILE" in last and len(last) < 400

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import sys
 import threading
@@ -14,7 +15,7 @@ from typing import Any
 import pytest
 
 from ds_stacking.command_line import parse_run
-from ds_stacking.common.errors import RunAgain, UserError
+from ds_stacking.common.errors import RunAgain, RunFailed, UserError
 from ds_stacking.training.comparison import Comparison, read_costs
 
 FAKE = Path(__file__).with_name("fake_pretrain.py")
@@ -35,9 +36,10 @@ def project_on_path(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def comparison(folder: Path, *more: str, **fields: Any) -> Comparison:
     options = ["--stages=1:20,2:30,4:50", *more]
-    fields = {"arms": ["scratch", "stack"], "seeds": 2, "say": lambda line: None} | fields
+    start = [sys.executable, str(FAKE)]
+    fields = {"arms": ["scratch", "stack"], "seeds": 2, "say": lambda line: None, "launch": start} | fields
     config = parse_run([*options, f"--output_dir={folder / 'compare'}"])
-    return Comparison(config=config, options=options, launch=[sys.executable, str(FAKE)], **fields)
+    return Comparison(config=config, options=options, **fields)
 
 
 def test_runs_have_equal_flops_and_equal_time(tmp_path: Path) -> None:
@@ -108,6 +110,7 @@ def test_bad_input_of_all_runs_is_said_once(tmp_path: Path, monkeypatch: pytest.
     monkeypatch.setenv("FAKE_FAIL", "pilot")
     with pytest.raises(UserError, match="^the disk is full.$"):
         comparison(tmp_path).run()
+    assert not (tmp_path / "compare").exists(), "nothing is left of what was refused"
     monkeypatch.delenv("FAKE_FAIL")
     with pytest.raises(UserError, match="seeds is 0"):
         comparison(tmp_path, seeds=0)
@@ -121,3 +124,106 @@ def test_costs_are_those_of_the_later_steps(tmp_path: Path) -> None:
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
     (cost,) = read_costs(tmp_path, "cpu_seconds").values()
     assert (cost.flops, cost.seconds) == (7.0, 2.0)
+
+
+@pytest.mark.parametrize("was_there", [False, True])
+def test_a_refused_recipe_is_not_remembered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, was_there: bool) -> None:
+    if was_there:
+        (tmp_path / "compare").mkdir()
+    monkeypatch.setenv("FAKE_FAIL", "pilot")
+    with pytest.raises(UserError, match="the disk is full"):
+        comparison(tmp_path, "--lr=9").run()
+    monkeypatch.delenv("FAKE_FAIL")
+    assert not (tmp_path / "compare/comparison.json").exists()
+    assert len(comparison(tmp_path, "--lr=1e-3", seeds=1).plan()) == 5, "the mended command works in the same folder"
+    with pytest.raises(UserError, match=r"of another recipe \(lr 0.001, not 9.0\)"):
+        comparison(tmp_path, "--lr=9").plan()
+
+
+def test_a_pilot_that_fails_is_one_sentence(tmp_path: Path) -> None:
+    with pytest.raises(RunFailed, match="the pilot ended with code 1: it said nothing"):
+        comparison(tmp_path, launch=["false"]).run()
+    assert comparison(tmp_path, seeds=1).plan()
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"seeds": 1001}, "seeds is 1001; it must be 1 to 1,000"),
+        ({"launch": []}, "launch names empty"),
+        ({"launch": ["no such program"]}, "launch names 'no such program'"),
+    ],
+)
+def test_what_cannot_be_started_is_refused_before_anything_is(
+    tmp_path: Path, fields: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(UserError, match=message):
+        comparison(tmp_path, **fields)
+    with pytest.raises(UserError, match="leaves no room for 2 seeds"):
+        comparison(tmp_path, "--seed=4294967295")
+    assert not any(tmp_path.iterdir())
+
+
+def test_a_folder_of_something_else_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "compare").write_text("")
+    with pytest.raises(UserError, match="is no folder"):
+        comparison(tmp_path)
+    (tmp_path / "compare").unlink()
+    (tmp_path / "compare").mkdir()
+    (tmp_path / "compare/config.json").write_text("{}")
+    with pytest.raises(UserError, match="holds a run, and no comparison"):
+        comparison(tmp_path)
+
+
+@pytest.fixture(scope="module")
+def planned(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A comparison whose pilot has run."""
+    folder = tmp_path_factory.mktemp("planned")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", str(FAKE.parents[2]))
+        comparison(folder, seeds=1).plan()
+    return folder / "compare"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (None, "comparison.json is damaged or no such file: it is no JSON"),
+        ({"costs": {}}, "has no cost of 1 layers"),
+        ({"costs": {"a": {}}}, "costs.a"),
+        ({"costs": {"1": {"flops": 0, "seconds": 1}}}, "costs.1.flops"),
+        ({"recipe": "x"}, "recipe: input should be an object"),
+        ({"recipe": {"a\n": 1}}, "comparison of another recipe"),
+        ({"clock": "cpu"}, "of another recipe .clock 'cpu', not 'wall'"),
+        ({"runs": {"a": "x"}}, "runs.a"),
+    ],
+)
+def test_a_damaged_plan_is_named(planned: Path, tmp_path: Path, change: dict[str, Any] | None, message: str) -> None:
+    shutil.copytree(planned, tmp_path / "compare")
+    path = tmp_path / "compare/comparison.json"
+    path.write_text("[" * 100_000 if change is None else json.dumps(json.loads(path.read_text()) | change))
+    with pytest.raises(UserError, match=message):
+        comparison(tmp_path, seeds=1).run()
+
+
+@pytest.mark.parametrize("name", [".lock", "comparison.json", "scratch", "scratch/x0.7/seed-1.log"])
+def test_links_in_a_comparison_are_not_followed(planned: Path, tmp_path: Path, name: str) -> None:
+    shutil.copytree(planned, tmp_path / "compare")
+    (tmp_path / "precious").write_text("precious")
+    path = tmp_path / "compare" / name
+    path.unlink(missing_ok=True)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.symlink_to(tmp_path / "precious")
+    with pytest.raises(UserError, match="is a link"):
+        comparison(tmp_path, seeds=1).run()
+    assert (tmp_path / "precious").read_text() == "precious"
+
+
+@pytest.mark.parametrize(
+    "lines",
+    ['{"kind": "train"}\n', "x\n", '{"kind": "train", "layers": 2, "step": 1, "flops": 1, "cpu_seconds": 1}\n'],
+)
+def test_a_pilot_that_does_not_tell_is_refused(tmp_path: Path, lines: str) -> None:
+    (tmp_path / "metrics.jsonl").write_text(lines)
+    with pytest.raises(UserError, match="and the pilot is run again"):
+        read_costs(tmp_path, "cpu_seconds")
