@@ -6,6 +6,7 @@ import os
 import re
 import tempfile
 import traceback
+from contextlib import suppress
 from pathlib import Path
 
 from ds_stacking.common.errors import RunFailed, UserError
@@ -79,19 +80,17 @@ def _unknown(error: BaseException, rank: int) -> str:
 
 def _write(text: str, rank: int) -> Path | None:
     """Write a traceback where its user alone reads it; None where nothing can be written."""
-    for folder in _folders:
-        path = folder / traceback_name(rank)
-        try:
+    for find in (*(lambda folder=folder: folder for folder in _folders), _temporary):
+        with suppress(OSError, UserError):
+            folder = find()
+            path = folder / traceback_name(rank)
             with whole_file(path, inside=folder) as file:
                 os.fchmod(file.fileno(), 0o600)
                 file.write(text.encode(errors="backslashreplace"))
             return path
-        except (OSError, UserError):
-            pass
-    try:
-        handle, name = tempfile.mkstemp(prefix=f"ds_stacking-traceback-rank{rank}-", suffix=".txt")
-        with open(handle, "wb") as file:
-            file.write(text.encode(errors="backslashreplace"))
-        return Path(name)
-    except OSError:
-        return None
+    return None
+
+
+def _temporary() -> Path:
+    """A new folder that only this user can enter."""
+    return Path(tempfile.mkdtemp(prefix="ds_stacking-"))

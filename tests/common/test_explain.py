@@ -83,7 +83,7 @@ def test_or_into_the_temporary_folder(tmp_path: Path, monkeypatch: pytest.Monkey
     if where != "no folder":
         keep_tracebacks(tmp_path / where)
     said = explain(raised(), 0)
-    (path,) = tmp_path.glob("ds_stacking-traceback-rank0-*.txt")
+    (path,) = tmp_path.glob("ds_stacking-*/traceback-rank0.txt")
     assert said.endswith(f"the full traceback is in {path}")
     assert "KeyError" in path.read_text() and stat.S_IMODE(path.stat().st_mode) == 0o600
 
