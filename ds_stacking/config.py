@@ -151,7 +151,7 @@ class SourceConfig:
     max_expansion: int = 1000
     """Times its size that a compressed file may become at most, from 64 MB on; text becomes 3 to 20 times."""
     zstd_window: int = 2**27
-    """Bytes of memory that a .zst file may ask for to be decompressed; 2**31 for those of zstd --long=31."""
+    """Bytes of memory that a .zst file may ask for to be decompressed; 2147483648 for zstd --long=31."""
 
     def __post_init__(self) -> None:
         require(

@@ -65,6 +65,7 @@ def decides_the_model(name: str) -> bool:
         "hang_timeout",
         "kernels",
         "compile",
+        *("corpus.verify", "corpus.max_document", "corpus.max_expansion", "corpus.zstd_window"),
     )
     return name not in kept and not name.startswith("checkpoint_")
 

@@ -5,6 +5,7 @@ What binds a folder to its settings is a finished shard. Without one the next co
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -31,7 +32,7 @@ def claimed(folder: Path, identity: dict[str, Any]) -> Iterator[None]:
 
     Bad input that is met before the first shard leaves no trace. Raises UserError.
     """
-    missing = [path for path in (folder, *folder.parents) if not path.exists()]
+    missing = [path for path in (folder, *folder.parents) if not os.path.lexists(path)]
     try:
         _refuse_others(folder, identity)
         folder.mkdir(parents=True, exist_ok=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -70,7 +71,7 @@ class Interleaving:
 
 def is_mixture(source: str) -> bool:
     """Whether a data source is a mixture's file."""
-    return source.endswith(".json") and named_path(source).is_file()
+    return source.endswith(".json") and os.path.isfile(named_path(source))
 
 
 def read_mixture(path: Path) -> dict[Path, float]:

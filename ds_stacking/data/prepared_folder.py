@@ -100,7 +100,7 @@ def prepare_folder(config: PreparationConfig, log: Callable[[str], None]) -> Any
 
 def is_prepared(source: str) -> bool:
     """Whether a data source is a prepared folder, finished or not."""
-    return (named_path(source) / BEGUN).is_file()
+    return os.path.isfile(named_path(source) / BEGUN)  # False for a name too long, too
 
 
 def open_folder(folder: Path, *, whole: bool = False) -> tuple[FolderManifest, dict[str, Split]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -104,12 +105,13 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
     Raises UserError if there is none, or it is damaged, lacks a special token or a fast (Rust) implementation.
     """
     path, shown = named_path(name), printable(name)
-    if not path.is_dir() and (path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1):
+    is_folder = os.path.isdir(path)
+    if not is_folder and (path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1):
         raise UserError(f"The tokenizer folder {shown!r} does not exist; give a folder, a hub name or `train`.")
-    if path.is_dir():
+    if is_folder:
         _check_folder(path)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(str(path) if path.is_dir() else name, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(str(path) if is_folder else name, trust_remote_code=False)
         backend = tokenizer.backend_tokenizer if tokenizer.is_fast else None
         size = count_vocabulary(tokenizer)
     except BaseException as error:  # a missing file, a bad one, no network: each a class of its own; panics are none

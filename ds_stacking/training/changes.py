@@ -35,6 +35,7 @@ FREE = (
     *("log_every", "eval_every", "eval_after_growth", "checkpoint_every", "checkpoint_keep", "checkpoint_async"),
     *("lr", "schedule", "warmup_steps", "decay_percent"),
     *("optimizer.clip", "skip_above_sigma", "max_skipped_steps"),
+    *("corpus.verify", "corpus.max_document", "corpus.max_expansion", "corpus.zstd_window"),
 )
 """What may change at any resumption."""
 FREE_IN_STAGES = ("micro_batch_size", "zero_stage")
@@ -156,7 +157,9 @@ def _old_digest(config: dict[str, Any]) -> str:
     free |= {"log_every", "checkpoint_every", "checkpoint_keep", "checkpoint_async"}
     free |= {"kernels", "compile", "growth_memory", "max_skipped_steps", "hang_timeout"}
     decisive = {name: value for name, value in config.items() if name not in free}
-    decisive["corpus"] = {name: value for name, value in decisive["corpus"].items() if name != "cache_dir"}
+    decisive["corpus"] = {
+        name: value for name, value in decisive["corpus"].items() if f"corpus.{name}" not in {*PLACES, *FREE}
+    }
     decisive["stages"] = [
         {name: value for name, value in stage.items() if name not in FREE_IN_STAGES} for stage in decisive["stages"]
     ]
