@@ -33,7 +33,7 @@ from ds_stacking.training.changes import (
     saved_settings,
     settings,
 )
-from ds_stacking.training.fitting import check_fits
+from ds_stacking.training.compatibility import check_fits
 from ds_stacking.training.ledger import Ledger
 from ds_stacking.training.reporting import settle
 from ds_stacking.training.run_directory import CHECKPOINTS, METRICS, SAVED, refuse_lost_checkpoints

@@ -36,6 +36,7 @@ from ds_stacking.models.compiling import compile_parts
 from ds_stacking.planning.parts import part_of
 from ds_stacking.training.alarm import Alarm
 from ds_stacking.training.batching import BatchPlan, plan_batch
+from ds_stacking.training.capacity import refuse_what_cannot_fit
 from ds_stacking.training.changes import describe, refuse_another_finished_run
 from ds_stacking.training.checkpointing import (
     changed_settings,
@@ -46,7 +47,6 @@ from ds_stacking.training.checkpointing import (
     restore,
 )
 from ds_stacking.training.finish import finish
-from ds_stacking.training.fit import refuse_what_cannot_fit
 from ds_stacking.training.ledger import Ledger
 from ds_stacking.training.loop import Pretraining
 from ds_stacking.training.metrics import check_metrics, cut_metrics

@@ -15,7 +15,7 @@ from ds_stacking.config import ModelConfig, RunConfig
 from ds_stacking.engine.stage_manager import GrowthRecord
 from ds_stacking.growth.plan import ParameterInfo
 from ds_stacking.models.convert import parameter_shapes
-from ds_stacking.training.fitting import check_fits
+from ds_stacking.training.compatibility import check_fits
 from ds_stacking.training.ledger import Ledger
 from ds_stacking.training.loop import Position
 from ds_stacking.training.saved_state import saved_state

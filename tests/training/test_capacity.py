@@ -12,7 +12,7 @@ from ds_stacking.common.errors import UserError
 from ds_stacking.config import ModelConfig, RunConfig
 from ds_stacking.models.bert import Bert
 from ds_stacking.training import fit
-from ds_stacking.training.fit import memory, refuse_what_cannot_fit
+from ds_stacking.training.capacity import memory, refuse_what_cannot_fit
 
 CPU = torch.device("cpu")
 
