@@ -392,7 +392,7 @@ class RunConfig:
     def __post_init__(self) -> None:
         check_values(self)
         check_values(self.corpus, "corpus.")
-        for name in ("output_dir", "resume", "branch_from", "data", "tokenizer", "deepspeed_config"):
+        for name in ("output_dir", "resume", "branch_from", "deepspeed_config"):
             require(getattr(self, name) != "", f"{name} is empty; give it a value, or leave it out for its default.")
         if isinstance(self.stages, str):
             self.stages = parse_stages(self.stages)

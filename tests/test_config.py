@@ -78,7 +78,7 @@ REFUSED: list[tuple[type, dict[str, Any], str]] = [
     (RunConfig, {"tokens_per_step": 10**13}, "tokens_per_step is 10000000000000; it must be 1,000,000,000,000 or"),
     (RunConfig, {"lr": float("inf")}, "lr is inf; it must be a finite number"),
     (RunConfig, {"lr": float("nan")}, "lr is nan; it must be a finite number"),
-    (RunConfig, {"corpus": CorpusConfig(vocab_size=10**12)}, "corpus.vocab_size is 1000000000000; it must be 100,000"),
+    (CorpusConfig, {"vocab_size": 10**12}, "corpus.vocab_size is 1000000000000; it must lie between 100 and"),
     (RunConfig, {"stages": "1:99999999999999999999"}, "Stage 1:99999999999999999999: steps is 99999999999999999999"),
     (RunConfig, {"stages": "1:2,1000000000:2"}, "layers is 1000000000; it must be 10,000 or less"),
     (RunConfig, {"stages": "1:" + "9" * 5000}, "stages has 5,002 characters"),
