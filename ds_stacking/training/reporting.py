@@ -110,6 +110,7 @@ def refuse_diverged(run: Pretraining, loss: HeldOutLoss) -> None:
     if not math.isfinite(loss.every):
         run.writer.wait()
         raise Unhealthy(
-            f"The held-out loss at the end of stage {run.position.stage + 1}, is not finite: "
-            f"the run has diverged; lower lr, then go back to a checkpoint with --resume DIR, or give --overwrite."
+            f"The held-out loss at the end of stage {run.position.stage + 1} (step {run.position.step}) is not "
+            f"finite: the run has diverged; lower lr, then go back to a checkpoint with --resume DIR, or "
+            f"give --overwrite."
         )
