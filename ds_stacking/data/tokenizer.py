@@ -19,7 +19,8 @@ from typing_extensions import TypedDict
 
 from ds_stacking.common.errors import UserError
 from ds_stacking.common.json_files import KEEP_OTHERS, parse_json
-from ds_stacking.common.own_files import read_inside, refuse_links
+from ds_stacking.common.model_folder import check_links, model_file
+from ds_stacking.common.own_files import read_all
 from ds_stacking.config import LARGEST_VOCABULARY, SourceConfig
 from ds_stacking.data.names import first_line, named_path, printable
 
@@ -100,7 +101,7 @@ _JSON_FILES: dict[str, Any] = {"tokenizer.json": _Backend} | dict.fromkeys(
 
 
 def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
-    """Load a tokenizer from a folder or the hub, never running code that comes with it, nor following links in it.
+    """Load a tokenizer from a folder or the hub, never running code that comes with it, nor following links out of it.
 
     Raises UserError if there is none, or it is damaged, lacks a special token or a fast (Rust) implementation.
     """
@@ -136,11 +137,13 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
 
 
 def _check_folder(folder: Path) -> None:
-    """Raise UserError for a link among the files of a tokenizer's folder, and for JSON that is damaged."""
-    refuse_links(folder, tuple(entry.name for entry in folder.iterdir()))
+    """Raise UserError for a link out of a tokenizer's folder (or its model in a hub cache), and for damaged JSON."""
+    check_links(folder)
     for name, shape in _JSON_FILES.items():
         try:
-            content = read_inside(folder, name)
+            path = model_file(folder, name)
+            with path.open("rb") as file:
+                content = read_all(file.fileno(), path)
         except FileNotFoundError:
             continue
         except OSError as error:
