@@ -39,20 +39,6 @@ def test_a_trained_tokenizer_loads_as_a_hugging_face_folder(trained, documents: 
     assert loaded.mask_token == "[MASK]" and loaded.model_max_length == 512
     assert loaded("The class", "the Function")["input_ids"][0] == loaded.cls_token_id
 
-
-def test_a_snapshot_of_the_hub_s_cache_is_links_into_its_own_model(trained, tmp_path: Path):
-    model, secret = tmp_path / "models--org--name", tmp_path / "secret.json"
-    trained.save_pretrained(model / "blobs")
-    snapshot = model / "snapshots" / "0123abcd"
-    snapshot.mkdir(parents=True)
-    for blob in (model / "blobs").iterdir():
-        (snapshot / blob.name).symlink_to(f"../../blobs/{blob.name}")
-    assert len(load_tokenizer(str(snapshot))) == 600
-    (model / "blobs" / "tokenizer.json").rename(secret)
-    (snapshot / "tokenizer.json").unlink()
-    (snapshot / "tokenizer.json").symlink_to("../../../secret.json")
-    with pytest.raises(UserError, match=r"tokenizer\.json is a link"):
-        load_tokenizer(str(snapshot))
     assert loaded.decode(loaded("The CLASS returns").input_ids, skip_special_tokens=True) == "the class returns"
     assert tokenizer_hash(load_tokenizer(str(tmp_path))) == tokenizer_hash(trained)
     ids = [i for text in documents for i in loaded(text).input_ids]
@@ -106,3 +92,18 @@ def test_folders_without_a_tokenizer_are_refused(tmp_path: Path):
     with pytest.raises(UserError, match="cannot be loaded") as caught:
         load_tokenizer(str(tmp_path))
     assert "\n" not in str(caught.value)
+
+
+def test_a_snapshot_of_the_hub_s_cache_is_links_into_its_own_model(trained, tmp_path: Path):
+    model, secret = tmp_path / "models--org--name", tmp_path / "secret.json"
+    trained.save_pretrained(model / "blobs")
+    snapshot = model / "snapshots" / "0123abcd"
+    snapshot.mkdir(parents=True)
+    for blob in (model / "blobs").iterdir():
+        (snapshot / blob.name).symlink_to(f"../../blobs/{blob.name}")
+    assert len(load_tokenizer(str(snapshot))) == 600
+    (model / "blobs" / "tokenizer.json").rename(secret)
+    (snapshot / "tokenizer.json").unlink()
+    (snapshot / "tokenizer.json").symlink_to("../../../secret.json")
+    with pytest.raises(UserError, match=r"tokenizer\.json is a link"):
+        load_tokenizer(str(snapshot))
