@@ -44,6 +44,8 @@ INTERRUPTED = 130
 """Exit code after Ctrl-C, as of a shell's command: 128 + SIGINT."""
 LARGEST_RECIPE = 1 << 20
 """Bytes."""
+MOST_BRACKETS = 1000
+"""Of a value on the command line, which would exhaust a parser's stack where they are nested."""
 Options = TypeVar("Options")
 
 
@@ -142,7 +144,10 @@ def _split(arguments: Sequence[str]) -> tuple[str | None, list[str]]:
 
 
 def _own(arguments: Sequence[str]) -> list[str]:
-    """The arguments without what the deepspeed launcher puts before them."""
+    """The arguments without what the deepspeed launcher puts before them. Raises UserError for JSON without an end."""
+    for argument in arguments:
+        if max(map(argument.count, "[{")) > MOST_BRACKETS:
+            raise UserError(f"{argument.partition('=')[0][:80]} has more than {MOST_BRACKETS} brackets; shorten it.")
     return [argument for argument in arguments if not re.fullmatch(r"--local[_-]rank=\d+", argument)]
 
 

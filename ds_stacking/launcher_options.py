@@ -29,7 +29,7 @@ class Options(ArgumentParser):
             known = re.sub("'", "", match[3])
             raise UserError(f"{match[1]} is {cut(match[2])}; choose from {known}.")
         if match := re.match(r"argument ([^:]*): (.*)", text):
-            raise UserError(f"{match[1]} {match[2]}")
+            raise UserError(f"{match[1]} {match[2].rstrip('.')}.")
         if match := re.match(r"the following arguments are required: (.*)", text):
             raise UserError(f"{match[1]} is missing; give it.")
         raise UserError(f"{cut(text)}; see --help.")

@@ -11,7 +11,8 @@ from pathlib import Path
 
 from ds_stacking.command_line import run_main
 from ds_stacking.common.errors import require
-from ds_stacking.launcher_options import Options
+from ds_stacking.common.model_folder import MOST_BLOCKS
+from ds_stacking.launcher_options import Options, whole_number
 
 
 def main() -> None:
@@ -20,7 +21,9 @@ def main() -> None:
     parser.add_argument("source", metavar="IN", help="Hugging Face folder, run directory or checkpoint")
     parser.add_argument("target", metavar="OUT", help="folder to be made")
     parser.add_argument("--operator", default="stack", help="stack, interleave, middle, last or a list: 0,1,2,2,1,0")
-    parser.add_argument("--to-layers", type=int, required=True, help="blocks of the grown model")
+    parser.add_argument(
+        "--to-layers", type=whole_number(1, MOST_BLOCKS), required=True, help="blocks of the grown model"
+    )
     parser.add_argument("--optimizer_state", default="stack", help="stack, new_reset, reset, second_only or scale:C")
     options = parser.parse_args()
     require(options.source, "IN is empty; give a Hugging Face folder, a run directory or a checkpoint.")

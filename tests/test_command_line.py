@@ -264,6 +264,7 @@ def test_missing_recipe(tmp_path: Path) -> None:
             (["--lr", value], f"lr is {said}; it must be a finite number.")
             for value, said in (("inf", "inf"), ("nan", "nan"), ("1e999", "inf"), ("Infinity", "Infinity"))
         ),
+        (["--name=" + "[" * 100_000], "--name has more than 1000 brackets; shorten it."),
         (
             ["--corpus.vocab_size", "1000000000000"],
             "corpus.vocab_size is 1000000000000; it must lie between 100 and 4194304.",
