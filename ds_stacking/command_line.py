@@ -30,7 +30,7 @@ from ds_stacking.common.environment import check_environment
 from ds_stacking.common.errors import OtherRankFailed, RunAgain, UserError
 from ds_stacking.common.explain import EPILOG, explain, take_option
 from ds_stacking.common.failures import exit_code, follows_a_loss, note_failure
-from ds_stacking.common.own_files import read_all
+from ds_stacking.common.own_files import read_named
 from ds_stacking.common.streams import keep_streams
 from ds_stacking.config import RunConfig, StageConfig
 
@@ -174,8 +174,7 @@ def _recipe_file(name: str) -> str:
 def _check_recipe(path: str) -> None:
     """Raise UserError for a recipe that cannot be read, is no JSON object or has a key that no option has."""
     try:
-        with open(path, "rb") as file:
-            text = read_all(file.fileno(), Path(path), LARGEST_RECIPE).decode()
+        text = read_named(Path(path), limit=LARGEST_RECIPE).decode()
         recipe = json.loads(text, parse_constant=_no_number, parse_int=_whole_number, object_pairs_hook=_once)
     except UserError:
         raise

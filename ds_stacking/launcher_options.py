@@ -9,7 +9,7 @@ from typing import NoReturn
 
 from ds_stacking.common.errors import UserError
 from ds_stacking.common.explain import EPILOG
-from ds_stacking.common.words import nearest, shown
+from ds_stacking.common.words import nearest, plain, shown
 
 
 class Options(ArgumentParser):
@@ -27,12 +27,12 @@ class Options(ArgumentParser):
             raise UserError(f"{match[1]} needs a value.")
         if match := re.match(r"argument ([^:]*): invalid choice: (.*?) \(choose from (.*)\)", text):
             known = re.sub("'", "", match[3])
-            raise UserError(f"{match[1]} is {cut(match[2])}; choose from {known}.")
+            raise UserError(f"{match[1]} is {plain(match[2])}; choose from {known}.")
         if match := re.match(r"argument ([^:]*): (.*)", text):
             raise UserError(f"{match[1]} {match[2].rstrip('.')}.")
         if match := re.match(r"the following arguments are required: (.*)", text):
             raise UserError(f"{match[1]} is missing; give it.")
-        raise UserError(f"{cut(text)}; see --help.")
+        raise UserError(f"{plain(text)}; see --help.")
 
     def _unknown(self, arguments: str) -> str:
         first = arguments.split()[0].partition("=")[0]
@@ -40,11 +40,6 @@ class Options(ArgumentParser):
         if not first.startswith("-"):
             return f"Argument {shown(first)} belongs to no option; options begin with --, and --help lists them."
         return f"Unknown option {shown(first)}; {nearest(first.lstrip('-'), known)}"
-
-
-def cut(text: str) -> str:
-    """The text, cut short."""
-    return text if len(text) <= 200 else f"{text[:197]}..."
 
 
 def whole_number(least: int, most: int) -> Callable[[str], int]:

@@ -21,8 +21,9 @@ from ds_stacking.checkpoint.select import find
 from ds_stacking.checkpoint.store import CheckpointReader
 from ds_stacking.common.errors import UserError, require
 from ds_stacking.common.folders import explain_disk, whole_folder
-from ds_stacking.common.json_files import KEEP_OTHERS, parse_json, shown
+from ds_stacking.common.json_files import KEEP_OTHERS, parse_json
 from ds_stacking.common.model_folder import CONFIG, MOST_BLOCKS
+from ds_stacking.common.words import shown
 from ds_stacking.growth.blocks import BlockNames, find_block_names
 from ds_stacking.growth.checks import check_finite
 from ds_stacking.growth.exchange import OneRank

@@ -20,7 +20,6 @@ from torch import Tensor
 
 from ds_stacking.common.errors import UserError
 from ds_stacking.common.files import write_json
-from ds_stacking.common.json_files import shown
 from ds_stacking.common.model_folder import (
     CONFIG,
     INDEX,
@@ -32,6 +31,7 @@ from ds_stacking.common.model_folder import (
     weight_files,
     weight_map,
 )
+from ds_stacking.common.words import shown
 from ds_stacking.growth.plan import GrowthPlan, ParameterInfo
 from ds_stacking.growth.state import Kind, TensorSlice
 

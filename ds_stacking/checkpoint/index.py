@@ -16,8 +16,9 @@ from torch import Tensor
 
 from ds_stacking.checkpoint.format import INDEX, STATE, PieceFile, parse_key, tensors_file
 from ds_stacking.checkpoint.manifest import Manifest, Unusable
-from ds_stacking.common.json_files import parse_json, shown
+from ds_stacking.common.json_files import parse_json
 from ds_stacking.common.own_files import open_inside, read_inside
+from ds_stacking.common.words import shown
 from ds_stacking.growth.holdings import Holdings
 from ds_stacking.growth.plan import ParameterInfo
 from ds_stacking.growth.state import KINDS, Kind, TensorSlice

@@ -26,8 +26,9 @@ from ds_stacking.checkpoint.format import (
     tensors_file,
 )
 from ds_stacking.common.errors import UserError
-from ds_stacking.common.json_files import KEEP_OTHERS, Count, parse_json, shown
+from ds_stacking.common.json_files import KEEP_OTHERS, Count, parse_json
 from ds_stacking.common.own_files import read_inside
+from ds_stacking.common.words import shown
 
 LARGEST_MANIFEST = 1 << 26
 """Bytes; more is not read."""

@@ -15,7 +15,8 @@ from typing import Annotated, Any, TypeVar
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 
 from ds_stacking.common.errors import UserError
-from ds_stacking.common.own_files import LIMIT, read_all, read_inside
+from ds_stacking.common.own_files import LIMIT, read_inside, read_named
+from ds_stacking.common.words import shown
 
 Shape = TypeVar("Shape")
 
@@ -44,8 +45,7 @@ def read_json(path: Path, shape: type[Shape], *, mend: str, inside: Path | None 
     if inside is not None:
         content = read_inside(inside, str(path.relative_to(inside)), limit=limit)
     else:
-        with path.open("rb") as file:
-            content = read_all(file.fileno(), path, limit)
+        content = read_named(path, limit=limit)
     return parse_json(content, shape, where=str(path), mend=mend)
 
 
@@ -85,9 +85,3 @@ def _first(error: ValidationError) -> str:
     problem = fault["msg"][0].lower() + fault["msg"][1:]
     found = "" if fault["type"] == "missing" else f", and is {shown(fault['input'])}"
     return f"{place or 'its content'}: {problem}{found}"
-
-
-def shown(value: Any) -> str:
-    """A value for a sentence, however long it is."""
-    text = ascii(value)
-    return text if len(text) <= 60 else f"{text[:57]}..."

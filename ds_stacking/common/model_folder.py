@@ -16,8 +16,9 @@ from pydantic import Field
 from typing_extensions import TypedDict
 
 from ds_stacking.common.errors import UserError
-from ds_stacking.common.json_files import KEEP_OTHERS, Count, Finite, parse_json, read_json, shown
+from ds_stacking.common.json_files import KEEP_OTHERS, Count, Finite, parse_json, read_json
 from ds_stacking.common.own_files import is_inside, open_inside
+from ds_stacking.common.words import shown
 
 CONFIG, SINGLE, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
 TOKENIZER_FILES = (

@@ -64,10 +64,20 @@ def read_inside(folder: Path, name: str, *, limit: int = LIMIT) -> bytes:
     """The content of the file `name` of `folder`, links not followed. Raises UserError, also for a larger file."""
     handle = open_inside(folder, name)
     with open(handle, "rb") as file:
-        return read_all(file.fileno(), folder / name, limit)
+        return _read_all(file.fileno(), folder / name, limit)
 
 
-def read_all(handle: int, path: Path, limit: int = LIMIT) -> bytes:
+def read_named(path: Path, *, limit: int = LIMIT) -> bytes:
+    """The content of a file that its user has named, links followed. Raises UserError for a larger file, OSError."""
+    handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)  # a pipe without a writer would be waited for
+    try:
+        os.set_blocking(handle, True)
+        return _read_all(handle, path, limit)
+    finally:
+        os.close(handle)
+
+
+def _read_all(handle: int, path: Path, limit: int) -> bytes:
     """The content of an open file. Raises UserError where it has more than `limit` bytes, whatever its size says."""
     with open(handle, "rb", closefd=False) as file:
         content = file.read(limit + 1)

@@ -15,7 +15,7 @@ from pydantic import Field
 
 from ds_stacking.common.errors import UserError, require
 from ds_stacking.common.json_files import Finite, parse_json
-from ds_stacking.common.own_files import read_all
+from ds_stacking.common.own_files import read_named
 from ds_stacking.data.names import first_line, named_path
 from ds_stacking.data.token_file import Split
 
@@ -78,8 +78,7 @@ def read_mixture(path: Path) -> dict[Path, float]:
     """Read `{"folder": weight, ...}`, folders relative to the file; UserError if it is anything else."""
     form = 'it must be a JSON object of folders and weights, such as {"wikipedia": 3, "books": 1}'
     try:
-        with path.open("rb") as file:
-            content = read_all(file.fileno(), path, _LARGEST_FILE)
+        content = read_named(path, limit=_LARGEST_FILE)
     except OSError as error:
         raise UserError(f"The mixture {path} cannot be read ({error.strerror}); {form}.") from error
     weights = parse_json(content, dict[str, Weight], where=f"The mixture {path}", mend=form)

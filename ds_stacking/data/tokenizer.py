@@ -20,7 +20,7 @@ from typing_extensions import TypedDict
 from ds_stacking.common.errors import UserError
 from ds_stacking.common.json_files import KEEP_OTHERS, parse_json
 from ds_stacking.common.model_folder import check_links, model_file
-from ds_stacking.common.own_files import read_all
+from ds_stacking.common.own_files import read_named
 from ds_stacking.config import LARGEST_VOCABULARY, SourceConfig
 from ds_stacking.data.names import first_line, named_path, printable
 
@@ -141,9 +141,7 @@ def _check_folder(folder: Path) -> None:
     check_links(folder)
     for name, shape in _JSON_FILES.items():
         try:
-            path = model_file(folder, name)
-            with path.open("rb") as file:
-                content = read_all(file.fileno(), path)
+            content = read_named(model_file(folder, name))
         except FileNotFoundError:
             continue
         except OSError as error:

@@ -16,8 +16,9 @@ from typing import Any
 from pydantic import BaseModel, ValidationError
 
 from ds_stacking.common.errors import UserError
-from ds_stacking.common.json_files import parse_json, shown
-from ds_stacking.common.own_files import read_all
+from ds_stacking.common.json_files import parse_json
+from ds_stacking.common.own_files import read_named
+from ds_stacking.common.words import shown
 from ds_stacking.engine.ds_keys import KEYS, SECTIONS
 
 LONGEST = 1 << 20
@@ -31,8 +32,7 @@ def load_ds_config(path: str) -> dict[str, Any]:
     that DeepSpeed would refuse later, and keys that contradict each other.
     """
     try:
-        with open(path, "rb") as file:
-            content = read_all(file.fileno(), Path(path), LONGEST)
+        content = read_named(Path(path), limit=LONGEST)
     except OSError as error:
         raise UserError(
             f"DeepSpeed configuration {path} cannot be read ({error.strerror}); give --deepspeed_config."

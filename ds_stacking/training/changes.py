@@ -17,6 +17,7 @@ from typing_extensions import TypedDict
 
 from ds_stacking.common.errors import UserError
 from ds_stacking.common.json_files import KEEP_OTHERS, Count, check_value, read_json
+from ds_stacking.common.words import LONGEST, plain
 from ds_stacking.config import RunConfig, StageConfig
 from ds_stacking.training.run_directory import CONFIG
 
@@ -114,7 +115,10 @@ def refuse_another_finished_run(config: RunConfig) -> None:
 
 def describe(changes: Settings) -> str:
     """The changes in one line."""
-    return ", ".join(f"{name} {json.dumps(a)} -> {json.dumps(b)}" for name, (a, b) in changes.items())
+    return ", ".join(
+        f"{name} {plain(json.dumps(a), LONGEST)} -> {plain(json.dumps(b), LONGEST)}"
+        for name, (a, b) in changes.items()
+    )
 
 
 def saved_settings(identity: Mapping[str, Any], run_dir: Path, config: RunConfig) -> Settings | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from ds_stacking.checkpoint.format import STATE
 from ds_stacking.checkpoint.store import CheckpointReader
 from ds_stacking.common.errors import UserError
-from ds_stacking.common.json_files import shown
+from ds_stacking.common.words import shown
 from ds_stacking.config import RunConfig
 from ds_stacking.growth.blocks import find_block_names
 from ds_stacking.models.convert import parameter_shapes
