@@ -27,12 +27,12 @@ class Options(ArgumentParser):
             raise UserError(f"{match[1]} needs a value.")
         if match := re.match(r"argument ([^:]*): invalid choice: (.*?) \(choose from (.*)\)", text):
             known = re.sub("'", "", match[3])
-            raise UserError(f"{match[1]} is {plain(match[2])}; choose from {known}.")
+            raise UserError(f"{match[1]} is {plain(match[2], 200)}; choose from {known}.")
         if match := re.match(r"argument ([^:]*): (.*)", text):
             raise UserError(f"{match[1]} {match[2].rstrip('.')}.")
         if match := re.match(r"the following arguments are required: (.*)", text):
             raise UserError(f"{match[1]} is missing; give it.")
-        raise UserError(f"{plain(text)}; see --help.")
+        raise UserError(f"{plain(text, 200)}; see --help.")
 
     def _unknown(self, arguments: str) -> str:
         first = arguments.split()[0].partition("=")[0]
