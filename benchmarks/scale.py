@@ -34,6 +34,7 @@ import torch
 from torch import Tensor
 
 from ds_stacking.checkpoint.format import PieceFile
+from ds_stacking.checkpoint.generators import capture_generators
 from ds_stacking.checkpoint.job import SaveJob
 from ds_stacking.checkpoint.store import CheckpointReader
 from ds_stacking.config import ModelConfig
@@ -275,7 +276,12 @@ def checkpoint_operations(folder: Path, world_size: int, zero_stage: int, sample
         own[rank].append(TensorSlice(names[number], start, stop))
     content = {"step": 1, "parameters": {name: asdict(info) for name, info in infos.items()}, "extra": {}}
     common = {"folder": folder, "attempt": 1, "world_size": world_size, "step": 1, "keep": False, "identity": {}}
-    common |= {"state": json.dumps(content).encode(), "generators": b"{}", "names": names, "patience": 600.0}
+    common |= {
+        "state": json.dumps(content).encode(),
+        "generators": json.dumps(capture_generators()).encode(),
+        "names": names,
+        "patience": 600.0,
+    }
     jobs = [SaveJob(rank=rank, file=PieceFile(pieces), **common) for rank, pieces in enumerate(own)]
     with operations() as save:
         for job in jobs:
