@@ -232,13 +232,19 @@ def _status(key: str) -> int:
 COUNTED = {"open": "opens", "os.listdir": "listings", "os.scandir": "listings"}
 COUNTED |= dict.fromkeys(("os.mkdir", "os.rename", "os.remove", "os.rmdir"), "changes")
 _counts: Counter[str] | None = None
+_opened: object = None
+"""The path of the last open()."""
 
 
 def _note(event: str, values: tuple) -> None:
     if _counts is None or event not in COUNTED:
         return
-    if event == "open" and values[1] is None and not values[2] & os.O_DIRECTORY:
-        return  # the opener of an open() that was counted already
+    global _opened
+    if event == "open":
+        path, mode, _ = values
+        if isinstance(path, int) or (mode is None and path == _opened):
+            return  # a file that is open already, or the opener of an open() that was counted
+        _opened = path
     _counts[COUNTED[event]] += 1
 
 

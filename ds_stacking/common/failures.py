@@ -38,5 +38,10 @@ def exit_code(error: BaseException) -> int:
 def note_failure(rank: int, words: str) -> None:
     """Tell the batch script, where there is one, of a failure that would come again."""
     if file := os.environ.get(FAILURE_FILE):
-        with contextlib.suppress(OSError), open(file, "a") as failures:
+        with contextlib.suppress(OSError), open(file, "a", opener=_no_link) as failures:
             failures.write(f"rank {rank}: {words.partition(chr(10))[0]}\n")
+
+
+def _no_link(path: str, flags: int) -> int:
+    """The file lies beside the run directory, where others may have put a link by its name."""
+    return os.open(path, flags | os.O_NOFOLLOW, 0o600)

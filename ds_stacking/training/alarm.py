@@ -20,8 +20,8 @@ from typing import Any
 import torch.distributed as dist
 
 from ds_stacking.common.environment import local_rank
-from ds_stacking.common.errors import RunAgain
-from ds_stacking.common.failures import LOST, exit_code
+from ds_stacking.common.errors import OtherRankFailed, RunAgain
+from ds_stacking.common.failures import LOST, exit_code, follows_a_loss
 from ds_stacking.common.last_words import last_words
 
 LOOK = 1.0
@@ -32,14 +32,17 @@ _numbers = itertools.count()
 
 
 class Alarm:
-    """Watches, inside a `with`, for the failure of another rank and tells the others of this one's."""
+    """Watches, inside a `with`, for the failure of another rank and tells the others of this one's.
+
+    A call that fails because that rank is gone leaves the `with` as OtherRankFailed, in the other's words.
+    """
 
     def __init__(self) -> None:
         self.undo: Callable[[], None] = lambda: None
         """Called before the process is ended from here; the body of the `with` may set it."""
 
     def __enter__(self) -> Alarm:
-        self._closed = threading.Event()
+        self._closed, self._heard = threading.Event(), ""
         self._word = (
             f"failed/{next(_numbers)}"  # all ranks count alike; an earlier run of this process may have failed
         )
@@ -53,6 +56,8 @@ class Alarm:
         if error is not None:
             self.sound(error)
         self.close()
+        if error is not None and self._heard and follows_a_loss(error):
+            raise OtherRankFailed(self._heard) from error
 
     def close(self) -> None:
         """Watch no longer: this rank ends by itself."""
@@ -81,6 +86,7 @@ class Alarm:
                 failure, speaks = json.loads(self._store.get(self._word)), local_rank() == 0
             except RuntimeError:
                 failure, speaks = {"why": "rank 0 is gone", "code": LOST}, True
+            self._heard = f"{failure['why'].rstrip('.')}."
             if not self._closed.wait(GRACE):
                 if speaks:
                     last_words(f"error: {failure['why']}; rank {dist.get_rank()} ends.")

@@ -25,7 +25,7 @@ from ds_stacking.data.masking import Masker
 from ds_stacking.data.prepare import prepare
 from ds_stacking.data.prepared_data import PreparedData, sampled_fingerprint
 from ds_stacking.engine.ds_config import load_ds_config, resolve_ds_config
-from ds_stacking.engine.factory import EngineFactory, check_device, device, init_distributed, native_bf16
+from ds_stacking.engine.factory import EngineFactory, device, init_distributed, native_bf16
 from ds_stacking.engine.host import keep_freed_memory, limit_threads
 from ds_stacking.engine.stage_manager import StageManager
 from ds_stacking.growth.exchange import make_exchange
@@ -76,22 +76,22 @@ def pretrain(config: RunConfig) -> None:
     """
     limit_threads()
     keep_freed_memory()
-    check_run_directory(config)  # every rank, so that none waits for one that was refused
-    console = make_console(rank())
-    if config.resume and is_finished(config):
-        refuse_another_finished_run(config)
-        console.line(f"{config.run_dir} holds a finished run; there is nothing left to do.")
-        return
-    ds_config = load_ds_config(config.deepspeed_config)
-    bf16, why = _precision(config)
-    plans = check_stages(config, ds_config, bf16=bf16, world_size=world_size())
-    check_device()
-    refuse_what_cannot_fit(config, ds_config, device(), bf16=bf16)
-    data = prepare(config.data, config.tokenizer, config.corpus, log=console.line)
-    config = replace(config, model=_model_config(config.model, data))
     init_distributed(limit=collective_limit(config.hang_timeout))
-    set_umask(config)
-    with Alarm() as alarm:
+    with Alarm() as alarm:  # before the checks: nodes may see other files, and what one rank refuses ends all
+        check_run_directory(config)
+        console = make_console(rank())
+        if from_first_rank(lambda: bool(config.resume and is_finished(config)), make_exchange(device())):
+            refuse_another_finished_run(config)
+            console.line(f"{config.run_dir} holds a finished run; there is nothing left to do.")
+            return
+        ds_config = load_ds_config(config.deepspeed_config)
+        bf16, why = _precision(config)
+        plans = check_stages(config, ds_config, bf16=bf16, world_size=world_size())
+        refuse_what_cannot_fit(config, ds_config, device(), bf16=bf16)
+        # no collective call waits meanwhile, however long it takes: who waits for the data looks for them
+        data = prepare(config.data, config.tokenizer, config.corpus, log=console.line)
+        config = replace(config, model=_model_config(config.model, data))
+        set_umask(config)
         check_same_data(sampled_fingerprint(data), config.data, device())
         with one_writer(config, console.line) as holds, Watchdog(config.hang_timeout) as watchdog:
             keep_tracebacks(Path(config.run_dir))

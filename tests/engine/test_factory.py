@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch.utils.cpp_extension import _get_build_directory
 
+from ds_stacking.engine import factory
 from ds_stacking.engine.factory import native_bf16
 from tests.device_strict.double import strict_device
 from tests.ranks import run_ranks
@@ -87,6 +88,7 @@ def test_bf16_is_native_only_where_it_is_not_emulated(monkeypatch: pytest.Monkey
 
     monkeypatch.setenv("LOCAL_RANK", "2")
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", supported)
+    monkeypatch.setattr(factory, "check_device", lambda: None)  # the double is one GPU alone
     with strict_device(0):
         assert native_bf16() == (False, "double of a GPU")
     assert asked == [2]

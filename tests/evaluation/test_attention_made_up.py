@@ -100,9 +100,9 @@ FAULTS: dict[str, tuple[Callable[[Path], None], str]] = {
     "a tokenizer that is a link": (linked("export/stage-1-1L/tokenizer.json"), "tokenizer.json is a link"),
     "a tokenizer that is empty": (
         text("export/stage-1-1L/tokenizer.json", "{}"),
-        "tokenizer .*-1L.* cannot be",
+        "-1L.tokenizer.json is damaged",
     ),
-    "a tokenizer that is deep": (text("export/stage-1-1L/tokenizer.json", "[" * 100_000), "tokenizer .*cannot be"),
+    "a tokenizer that is deep": (text("export/stage-1-1L/tokenizer.json", "[" * 100_000), "tokenizer.json is damaged"),
 }
 
 

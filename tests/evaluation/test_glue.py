@@ -246,15 +246,18 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
         "is a link to /x",
     ),
     "no weights": (lambda run: (run / "export/final/model.safetensors").unlink(), "model.safetensors"),
-    "torn weights": (lambda run: os.truncate(run / "export/final/model.safetensors", 1000), "SafetensorError"),
-    "a torn config": (lambda run: (run / "export/final/config.json").write_text("{"), "no transformers model"),
-    "a null config": (lambda run: (run / "export/final/config.json").write_text("null"), "holds no model"),
-    "a deep config": (lambda run: (run / "export/final/config.json").write_text("[" * 100_000), "holds no model"),
+    "torn weights": (lambda run: os.truncate(run / "export/final/model.safetensors", 1000), "are damaged"),
+    "a torn config": (lambda run: (run / "export/final/config.json").write_text("{"), "config.json is damaged"),
+    "a null config": (lambda run: (run / "export/final/config.json").write_text("null"), "config.json is damaged"),
+    "a deep config": (
+        lambda run: (run / "export/final/config.json").write_text("[" * 100_000),
+        "config.json is damaged",
+    ),
     "a wrong width": (
         lambda run: (run / "export/final/config.json").write_text(
             (run / "export/final/config.json").read_text().replace('"hidden_size": 16', '"hidden_size": "x"')
         ),
-        "holds no model",
+        "hidden_size: input should be a valid integer",
     ),
     "a torn tokenizer": (lambda run: (run / "export/final/tokenizer.json").write_text("{"), "tokenizer"),
 }
