@@ -16,6 +16,7 @@ import statistics
 import subprocess
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from itertools import pairwise
 from pathlib import Path
@@ -34,11 +35,20 @@ from ds_stacking.common.own_files import make_inside, open_inside, refuse_links
 from ds_stacking.common.words import plain, shown
 from ds_stacking.config import RunConfig
 from ds_stacking.training.arms import ARMS, ArmRun, Cost, check_arms, pilot_stages, plan_arms
-from ds_stacking.training.run_directory import CONFIG, METRICS, STOP, is_finished
+from ds_stacking.training.run_directory import CONFIG, METRICS, STOP, is_finished, refuse_place
 
-PLAN = "comparison.json"
+PLAN, PILOT = "comparison.json", "pilot"
 PILOT_STEPS = 60
 """Steps of the pilot at each depth, the first third of which is not counted."""
+PILOT_OPTIONS = {
+    "operator": "last",
+    "optimizer_state": "stack",
+    "tracking": "none",
+    "eval_every": 0,
+    "checkpoint_every": 0,
+    "log_every": PILOT_STEPS // 12,
+}
+"""What a pilot is run with, whatever the recipe."""
 CLOCKS = {"wall": "training_seconds", "cpu": "cpu_seconds"}
 """The field of a record that holds the seconds of each clock."""
 
@@ -65,6 +75,20 @@ class Saved(TypedDict):
     costs: dict[Annotated[str, Field(pattern="^[0-9]{1,6}$")], SavedCost]
     arms: dict[str, str]
     runs: dict[str, list[list[Count]]]
+
+
+class PilotStage(TypedDict):
+    """A stage in the pilot's config.json."""
+
+    __pydantic_config__ = KEEP_OTHERS  # type: ignore[misc]
+    steps: Count
+
+
+class PilotConfig(TypedDict):
+    """The pilot's config.json, beside PILOT_OPTIONS."""
+
+    __pydantic_config__ = KEEP_OTHERS  # type: ignore[misc]
+    stages: list[PilotStage]
 
 
 class PilotLine(TypedDict):
@@ -114,6 +138,20 @@ class Comparison:
         self.folder = check_output_folder(self.config.run_dir, "output_dir")
         if os.path.lexists(self.folder / CONFIG) and not os.path.lexists(self.folder / PLAN):
             raise UserError(f"output_dir {self.folder} holds a run, and no comparison; choose another --output_dir.")
+        refuse_place(self.folder)
+        self._refuse_foreign()
+
+    def _refuse_foreign(self) -> None:
+        """Raise UserError where a new comparison would run in folders that are somebody else's."""
+        standing = [name for name in self.arms if os.path.lexists(self.folder / name)]
+        if os.path.lexists(self.folder / PILOT) and not is_pilot(self.folder):
+            standing.append(PILOT)
+        # asked last: what runs beside this one writes its plan before its first arm
+        if standing and not os.path.lexists(self.folder / PLAN):
+            raise UserError(
+                f"output_dir {self.folder} holds {standing[0]}/, and no {PLAN} that it would belong to; choose "
+                f"another --output_dir, or move it away."
+            )
 
     def run(self, task: int | None = None) -> list[str]:
         """Run everything, or only one arm with one seed (`task`, counted from 0); returns the runs that failed.
@@ -136,14 +174,18 @@ class Comparison:
     def plan(self) -> list[ArmRun]:
         """The runs, planned once for all that share the directory; a pilot measures what a step costs."""
         is_new = not self.folder.exists()
+        made = [name for name in (PILOT, f"{PILOT}.log") if not os.path.lexists(self.folder / name)]
         self.folder.mkdir(parents=True, exist_ok=True)
         refuse_links(self.folder, (".lock",))
         with FileLock(self.folder / ".lock"):
             try:
                 return self._plan()
             except UserError:
-                if is_new and not os.path.lexists(self.folder / PLAN):  # made for what was refused
-                    shutil.rmtree(self.folder, ignore_errors=True)
+                if not os.path.lexists(self.folder / PLAN):  # made for what was refused
+                    _remove([self.folder / name for name in (*made, *([".lock"] if is_new else []))])
+                    with suppress(OSError):  # something else stands there
+                        if is_new:
+                            self.folder.rmdir()
                 raise
 
     def _plan(self) -> list[ArmRun]:
@@ -182,10 +224,10 @@ class Comparison:
 
     def pilot(self) -> dict[int, Cost]:
         """Measure what a step costs at each depth, in a run of a few steps that also prepares the data."""
-        path = self.folder / "pilot"
+        self._refuse_foreign()  # again: it was not looked at under the lock
+        path = self.folder / PILOT
         stages = json.dumps([asdict(stage) for stage in pilot_stages(self.config, PILOT_STEPS)])
-        options = [f"--stages={stages}", "--operator=last", "--optimizer_state=stack", "--tracking=none"]
-        options += ["--eval_every=0", "--checkpoint_every=0", f"--log_every={PILOT_STEPS // 12}"]
+        options = [f"--stages={stages}", *(f"--{name}={value}" for name, value in PILOT_OPTIONS.items())]
         self.say(f"pilot: {PILOT_STEPS} steps at each depth")
         # afresh: what stands there may be a pilot of a recipe that was refused
         code, last = self._start(path, [*options, "--overwrite"])
@@ -242,6 +284,29 @@ class Comparison:
 
     def _stop(self, number: int, frame: Any) -> None:
         self.reason = signal.Signals(number).name
+
+
+def is_pilot(folder: Path) -> bool:
+    """Whether `folder`/pilot holds a comparison's pilot, of whatever recipe, or no run yet."""
+    path = folder / PILOT / CONFIG
+    try:
+        config = read_json(path, PilotConfig, mend="", inside=folder)
+    except FileNotFoundError:
+        return True  # --overwrite looks at what else may be there
+    except (OSError, UserError):
+        return False
+    fits = all(config.get(name) == value for name, value in PILOT_OPTIONS.items())
+    return fits and all(stage["steps"] == PILOT_STEPS for stage in config["stages"])
+
+
+def _remove(paths: Sequence[Path]) -> None:
+    """Delete files and folders, as far as they are there."""
+    for path in paths:
+        with suppress(OSError):
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path)
+            else:
+                path.unlink()
 
 
 def read_costs(run_dir: Path, clock: str) -> dict[int, Cost]:

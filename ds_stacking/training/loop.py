@@ -97,6 +97,8 @@ class Pretraining:
     """Settings that resumptions changed."""
     claimed_at: int | None = None
     """The step at which a new run took its directory; where it makes no step more, it gives all back."""
+    claimed: tuple[str, ...] = ()
+    """What it made in it then."""
 
     def __post_init__(self) -> None:
         self.schedule = Schedule(self.config)

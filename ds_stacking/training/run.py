@@ -160,7 +160,7 @@ def _resume(run: Pretraining, found: Found | None) -> bool:
 def _undo(run: Pretraining) -> None:
     """Rank 0: what a new run has written before its first step goes, so that the mended command finds nothing."""
     if run.rank == 0 and run.position.step == run.claimed_at:
-        give_back(run.run_dir)
+        give_back(run.run_dir, run.claimed)
 
 
 def _claim(run: Pretraining, found: Found | None) -> None:
@@ -177,7 +177,7 @@ def _claim(run: Pretraining, found: Found | None) -> None:
     def claim() -> None:
         if run.rank == 0:
             record = _record(run.config, run.data) | {"changes": run.changes}
-            claim_run_directory(run.config, record, keep=keep)
+            run.claimed = claim_run_directory(run.config, record, keep=keep)
             if size is not None:
                 cut_metrics(run.run_dir, size)
 

@@ -8,9 +8,7 @@ from __future__ import annotations
 
 import os
 import re
-import shutil
-import stat
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, NotRequired
@@ -20,19 +18,30 @@ from typing_extensions import TypedDict
 from ds_stacking.common.errors import UserError
 from ds_stacking.common.files import write_json
 from ds_stacking.common.json_files import KEEP_OTHERS, read_json
-from ds_stacking.common.own_files import make_inside, open_folder
+from ds_stacking.common.own_files import make_inside
 from ds_stacking.config import RunConfig
+from ds_stacking.training.run_contents import (
+    CHECKPOINTS,
+    CONFIG,
+    EXPORT,
+    METRICS,
+    OURS,
+    OWNERS,
+    REMAINS,
+    REPORT,
+    SAVED,
+    STAGE,
+    STOP,
+    SUMMARY,
+    WANDB,
+    WANDB_ID,
+    refuse_foreign,
+    remove_made,
+    remove_remains,
+    remove_request,
+    remove_run,
+)
 
-CONFIG, SUMMARY, METRICS, STOP = "config.json", "summary.json", "metrics.jsonl", "stop"
-SAVED, CHECKPOINTS, EXPORT, OWNERS = "saved.json", "checkpoints", "export", ".owner"
-"""saved.json names the newest checkpoint, beside their folder, which may get lost."""
-WANDB_ID, WANDB = "wandb_id.txt", "wandb"
-OURS = (CONFIG, SUMMARY, METRICS, STOP, SAVED, WANDB_ID, CHECKPOINTS, EXPORT, "report", WANDB)
-"""What a run writes; --overwrite deletes this, what `REMAINS` matches, and nothing else."""
-REMAINS = re.compile(r"post_mortem-step-\d+\.json|traceback-rank\d+\.txt")
-"""What tells of failures; it is no run by itself."""
-STAGE = re.compile(r"stage-\d{1,4}-\d{1,5}L")
-"""A stage's folder in export/."""
 WANDBS_LINKS = re.compile(r"latest-run|debug[\w.-]*\.log")
 """Links that wandb makes in its folder, and replaces without following them."""
 SCRATCH = (
@@ -63,6 +72,7 @@ def check_run_directory(config: RunConfig) -> None:
     if config.resume and config.overwrite:
         raise UserError("--resume goes on with a run and --overwrite deletes it; give one of them.")
     _refuse_another_user(path, shared=config.shared)
+    refuse_place(path)
     _check_place(path)
     refuse_links_in(path)
     if config.overwrite and config.branch_from and _lies_in(config.branch_from, path):
@@ -70,11 +80,36 @@ def check_run_directory(config: RunConfig) -> None:
             f"--overwrite would delete {config.branch_from}, which --branch_from begins with; "
             f"choose another --output_dir."
         )
+    if config.overwrite:
+        refuse_foreign(path)
+    if config.resume == "auto" and not _has_entries(path / CHECKPOINTS) and not os.path.lexists(path / SUMMARY):
+        refuse_lost_checkpoints(path)  # before the data are prepared
     goes_on = config.resume and (config.resume == "auto" or _lies_in(config.resume, path))
     if not (config.overwrite or goes_on) and any(os.path.lexists(path / name) for name in OURS):
         raise UserError(
             f"output_dir {path} holds another run; give --resume auto, --overwrite, or another --output_dir."
         )
+
+
+def refuse_place(path: Path) -> None:
+    """Raise UserError where `path` is the root, the user's home or a checkout of git: nobody means it for a run."""
+    place = os.path.realpath(path)
+    what = "the root of the file system" if place == os.path.realpath("/") else None
+    if place == os.path.realpath(os.path.expanduser("~")):
+        what = "your home folder"
+    elif os.path.lexists(os.path.join(place, ".git")):
+        what = "a checkout of git (it has .git)"
+    if what:
+        raise UserError(
+            f"output_dir {path} is {what}, where a run may not write; name a folder in it as --output_dir."
+        )
+
+
+def _has_entries(folder: Path) -> bool:
+    try:
+        return bool(os.listdir(folder))
+    except OSError:
+        return False
 
 
 def _check_place(path: Path) -> None:
@@ -133,7 +168,7 @@ def refuse_links_in(path: Path) -> None:
 
 def _entries(path: Path) -> Iterator[os.DirEntry[str]]:
     """What lies in a run directory, and in the folders that a run makes in it; what is in checkpoints, they check."""
-    inner = [path / name for name in (EXPORT, "report", OWNERS, CHECKPOINTS, WANDB)]
+    inner = [path / name for name in (EXPORT, REPORT, OWNERS, CHECKPOINTS, WANDB)]
     with suppress(FileNotFoundError, NotADirectoryError), os.scandir(path) as entries:
         yield from (entry for entry in entries if REMAINS.fullmatch(entry.name))
     with suppress(FileNotFoundError, NotADirectoryError), os.scandir(path / EXPORT) as entries:
@@ -160,7 +195,10 @@ def _lies_in(inner: str, folder: Path) -> bool:
 
 
 def refuse_lost_checkpoints(run_dir: Path) -> None:
-    """Raise UserError where a run that has saved checkpoints has none; a start afresh would delete the rest of it."""
+    """Raise UserError where a run that has saved checkpoints has none; a start afresh would delete the rest of it.
+
+    Called where there is nothing to go on from, so also for what is no run's, which such a start would delete.
+    """
     folder = run_dir / CHECKPOINTS
     try:
         mend = "delete that file if the run has no checkpoints that are worth keeping"
@@ -168,6 +206,7 @@ def refuse_lost_checkpoints(run_dir: Path) -> None:
     except FileNotFoundError:
         newest = None
     if newest is None and (folder.is_dir() or not os.path.lexists(folder)):
+        refuse_foreign(run_dir)
         return
     what = f"{folder} has none"
     if not folder.is_dir():
@@ -211,46 +250,39 @@ def make_run_directory(path: Path, *, shared: bool) -> list[Path]:
 
 
 def remove_stop_files(path: Path) -> None:
-    """A request to stop was for the run before."""
+    """A request to stop was for the run before. Raises UserError for a folder of that name with something in it."""
     for name in stop_names():
-        _remove(path, name)
+        remove_request(path, name)
 
 
-def claim_run_directory(config: RunConfig, resolved: Mapping[str, Any], *, keep: bool = False) -> Path:
+def claim_run_directory(config: RunConfig, resolved: Mapping[str, Any], *, keep: bool = False) -> tuple[str, ...]:
     """Write the resolved configuration into the run directory, which this process owns.
 
     What an earlier run left is deleted first, or where this one goes on with it (`keep`) only its tracebacks. A
     request to stop that came meanwhile stays.
+
+    Returns:
+        Names of what this run makes there before its first step, for `give_back`.
     """
     path = Path(config.run_dir)
-    for name in os.listdir(path):
-        if name.startswith("traceback-") if keep else name != STOP:
-            _remove_ours(path, name)
-    write_json(path / CONFIG, resolved, inside=path)
-    make_inside(path, CHECKPOINTS)
-    return path
+    if keep:
+        remove_remains(path, "traceback-")
+    else:
+        remove_run(path)
+    names = (METRICS, CHECKPOINTS, *((WANDB_ID, WANDB) if config.tracking == "wandb" else ()))
+    made = (*(name for name in names if not os.path.lexists(path / name)), CONFIG)
+    try:
+        write_json(path / CONFIG, resolved, inside=path)
+        make_inside(path, CHECKPOINTS)
+    except BaseException:
+        if not keep:
+            give_back(path, made)
+        raise
+    return made
 
 
-def give_back(path: Path) -> None:
-    """Delete what a run that has not made its first step has written."""
-    with suppress(OSError):
-        for name in os.listdir(path):
-            _remove_ours(path, name)
-
-
-def _remove_ours(path: Path, name: str) -> None:
-    if name in OURS or REMAINS.fullmatch(name):
-        _remove(path, name)
-
-
-def _remove(path: Path, name: str) -> None:
-    """Delete a file, a link itself, or a folder with all that is in it, links not followed."""
-    with open_folder(path) as parent:
-        try:
-            is_folder = stat.S_ISDIR(os.stat(name, dir_fd=parent, follow_symlinks=False).st_mode)
-        except FileNotFoundError:
-            return
-        if is_folder:
-            shutil.rmtree(name, dir_fd=parent)
-        else:
-            os.unlink(name, dir_fd=parent)
+def give_back(path: Path, made: Iterable[str]) -> None:
+    """Delete what a run that has not made its first step has written, `made` at its claim; all else is not its own."""
+    with suppress(OSError, UserError):
+        remove_remains(path)
+        remove_made(path, made)

@@ -16,7 +16,7 @@ import pytest
 
 from ds_stacking.command_line import parse_run
 from ds_stacking.common.errors import RunAgain, RunFailed, UserError
-from ds_stacking.training.comparison import Comparison, read_costs
+from ds_stacking.training.comparison import PILOT_OPTIONS, Comparison, is_pilot, read_costs
 
 FAKE = Path(__file__).with_name("fake_pretrain.py")
 
@@ -227,3 +227,53 @@ def test_a_pilot_that_does_not_tell_is_refused(tmp_path: Path, lines: str) -> No
     (tmp_path / "metrics.jsonl").write_text(lines)
     with pytest.raises(UserError, match="and the pilot is run again"):
         read_costs(tmp_path, "cpu_seconds")
+
+
+def a_run(folder: Path, **options: Any) -> Path:
+    folder.mkdir(parents=True)
+    record = {"data_fingerprint": "a", "versions": {}, "stages": [{"layers": 2, "steps": 60}], **options}
+    (folder / "config.json").write_text(json.dumps(record))
+    (folder / "metrics.jsonl").write_text("months of work")
+    return folder
+
+
+@pytest.mark.parametrize("name", ["pilot", "scratch", "stack"])
+def test_a_run_of_somebody_else_is_not_taken_for_the_comparison_s(tmp_path: Path, name: str) -> None:
+    run = a_run(tmp_path / "compare" / name)
+    with pytest.raises(UserError, match=rf"holds {name}/, and no comparison.json .*choose another --output_dir"):
+        comparison(tmp_path)
+    assert (run / "metrics.jsonl").read_text() == "months of work"
+    assert [path.name for path in (tmp_path / "compare").iterdir()] == [name]
+
+
+def test_a_pilot_that_was_killed_begins_again(tmp_path: Path) -> None:
+    a_run(tmp_path / "compare/pilot", **PILOT_OPTIONS)
+    assert len(comparison(tmp_path, seeds=1).plan()) == 5
+    shutil.rmtree(tmp_path / "compare")
+    (tmp_path / "compare/pilot/.owner").mkdir(parents=True)
+    assert len(comparison(tmp_path, seeds=1).plan()) == 5
+
+
+def test_the_pilot_s_record_is_known_again(planned: Path) -> None:
+    assert is_pilot(planned)
+
+
+def test_what_others_put_beside_a_refused_pilot_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FAKE_FAIL", "pilot")
+    begun = comparison(tmp_path)
+    start = begun._start
+
+    def busy(*arguments: Any) -> tuple[int, str]:
+        (tmp_path / "compare/notes.txt").write_text("mine")
+        return start(*arguments)
+
+    monkeypatch.setattr(begun, "_start", busy)
+    with pytest.raises(UserError, match="the disk is full"):
+        begun.run()
+    assert [path.name for path in (tmp_path / "compare").iterdir()] == ["notes.txt"]
+
+
+def test_places_that_are_no_comparison_s(tmp_path: Path) -> None:
+    (tmp_path / "compare/.git").mkdir(parents=True)
+    with pytest.raises(UserError, match="is a checkout of git"):
+        comparison(tmp_path)

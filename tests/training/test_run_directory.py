@@ -8,6 +8,7 @@ import stat
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -15,6 +16,7 @@ from ds_stacking.checkpoint.durable import make_directory, remove_checkpoint, wr
 from ds_stacking.common.errors import UserError
 from ds_stacking.config import RunConfig
 from ds_stacking.training.ownership import Owner
+from ds_stacking.training.run_contents import FOLDERS
 from ds_stacking.training.run_directory import (
     CONFIG,
     OURS,
@@ -27,6 +29,9 @@ from ds_stacking.training.run_directory import (
     remove_stop_files,
     set_umask,
 )
+
+RECORD = json.dumps({"data_fingerprint": "a", "versions": {"torch": "2"}, "stages": [{"layers": 1, "steps": 2}]})
+"""As much of a run's config.json as nothing else has."""
 
 
 def config(path: Path, *, overwrite: bool = False) -> RunConfig:
@@ -49,10 +54,142 @@ def test_a_fresh_folder_is_accepted_and_nothing_written(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", OURS)
 def test_another_run_is_refused_unless_overwritten(tmp_path: Path, name: str) -> None:
-    (tmp_path / name).touch()
+    if name in FOLDERS:
+        (tmp_path / name).mkdir()
+    else:
+        (tmp_path / name).write_text(RECORD)
     with pytest.raises(UserError, match="holds another run; give .*--overwrite, or another --output_dir"):
         check_run_directory(config(tmp_path))
+    (tmp_path / "config.json").write_text(RECORD)
     check_run_directory(config(tmp_path, overwrite=True))
+
+
+def foreign(folder: Path, *names: str) -> Path:
+    """A folder of somebody who has never started a run."""
+    for name in names:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text('{"architectures": ["BertModel"], "model_type": "bert"}')
+    return folder
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize("options", [{"resume": "auto"}, {"overwrite": True}])
+@pytest.mark.parametrize(
+    "names",
+    [
+        ("wandb/a", "report/thesis.tex", "export/data.csv", "config.json", "metrics.jsonl"),
+        ("config.json", "model.safetensors"),
+        ("report/thesis.tex",),
+        ("wandb_id.txt", "stop", ".owner/1"),
+    ],
+)
+def test_what_is_no_run_is_not_deleted(tmp_path: Path, options: dict[str, Any], names: tuple[str, ...]) -> None:
+    before = contents(foreign(tmp_path / "proj", *names))
+    asked = RunConfig(output_dir=str(tmp_path / "proj"), **options)
+    with pytest.raises(UserError, match="holds .*no config.json that a run .* wrote; choose another --output_dir, or"):
+        check_run_directory(asked)
+    with pytest.raises(UserError, match="no config.json that a run"):
+        refuse_lost_checkpoints(tmp_path / "proj")
+    claim_run_directory(asked, {})  # as if they had come after the look
+    assert contents(tmp_path / "proj") == before | {"config.json": b"{}\n"}
+
+
+def test_a_folder_of_checkpoints_of_others_is_not_overwritten(tmp_path: Path) -> None:
+    foreign(tmp_path, "checkpoints/epoch-99.pt")
+    with pytest.raises(UserError, match="holds checkpoints/, and no config.json"):
+        check_run_directory(config(tmp_path, overwrite=True))
+
+
+@pytest.mark.parametrize("name", ["metrics.jsonl/mine", "report", "wandb"])
+def test_what_stands_in_the_place_of_a_run_s_own(tmp_path: Path, name: str) -> None:
+    (tmp_path / "config.json").write_text(RECORD)
+    foreign(tmp_path, name)
+    for options in ({"resume": "auto"}, {"overwrite": True}):
+        with pytest.raises(UserError, match="holds .*, which is no (file|folder) as a run makes it"):
+            check_run_directory(RunConfig(output_dir=str(tmp_path), **options))
+
+
+@pytest.mark.parametrize("options", [{"resume": "auto"}, {"overwrite": True}])
+@pytest.mark.parametrize(
+    "names", [(), (".owner/1", "traceback-rank0.txt", "stop", "notes.txt"), ("config.json", "metrics.jsonl")]
+)
+def test_a_run_that_ended_before_its_first_checkpoint_begins_again(
+    tmp_path: Path, options: dict[str, Any], names: tuple[str, ...]
+) -> None:
+    foreign(tmp_path, *names)
+    if "config.json" in names:
+        (tmp_path / "config.json").write_text(RECORD)
+    asked = RunConfig(output_dir=str(tmp_path), **options)
+    check_run_directory(asked)
+    refuse_lost_checkpoints(tmp_path)
+    remove_stop_files(tmp_path)
+    claim_run_directory(asked, {"seed": 1})
+    left = {name for name in names if name in (".owner/1", "notes.txt")}
+    assert contents(tmp_path).keys() == {*left, "config.json"}
+
+
+def test_what_a_user_keeps_in_a_run_s_folders_stays(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(RECORD)
+    mine = ("checkpoints/epoch-99.pt", "export/data.csv", "report/thesis.tex", "report/attention/notes.md")
+    made = ("checkpoints/step-8/state.json", "checkpoints/step-8-2/state.json", "checkpoints/.tmp-step-9-1/a")
+    made += ("export/stage-1-2L/README.md", "export/.stage-1-2L.0123456789abcdef.tmp/a", "report/report.html")
+    made += ("report/curves.png", "report/attention/heads.svg", "report/.growths.png.0123456789abcdef.tmp")
+    made += (
+        "report/attention/attention.json",
+        "wandb/run-1/a",
+        "summary.json",
+        "saved.json",
+        "post_mortem-step-8.json",
+    )
+    foreign(tmp_path, *mine, *made)
+    (tmp_path / "export" / "final").symlink_to("stage-1-2L")
+    check_run_directory(config(tmp_path, overwrite=True))
+    claim_run_directory(config(tmp_path, overwrite=True), {})
+    assert contents(tmp_path).keys() == {*mine, "config.json"}
+    assert not os.path.lexists(tmp_path / "export" / "final") and not (tmp_path / "wandb").exists()
+
+
+@pytest.mark.parametrize("options", [{}, {"resume": "auto"}, {"overwrite": True}])
+def test_places_that_are_no_run_s(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: dict[str, Any]) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    (tmp_path / "home").mkdir()
+    (tmp_path / "project" / ".git").mkdir(parents=True)
+    (tmp_path / "link").symlink_to("project")
+    said = {"/": "the root of the", tmp_path / "home": "your home folder", tmp_path / "link": "a checkout of git"}
+    for path, what in {**said, "//": "the root", tmp_path / "project": "a checkout of git"}.items():
+        with pytest.raises(UserError, match=f"is {what}.*name a folder in it as --output_dir"):
+            check_run_directory(RunConfig(output_dir=str(path), **options))
+    check_run_directory(config(tmp_path / "project" / "runs"))
+    check_run_directory(config(tmp_path / "home" / "run"))
+
+
+def test_only_what_a_start_has_made_is_given_back(tmp_path: Path) -> None:
+    asked = RunConfig(output_dir=str(tmp_path), tracking="none")
+    made = claim_run_directory(asked, {})
+    later = ("stop", "report/report.html", "wandb/a", "checkpoints/mine", "export/final", "summary.json")
+    before = contents(foreign(tmp_path, *later))
+    (tmp_path / "metrics.jsonl").touch()
+    give_back(tmp_path, made)
+    assert contents(tmp_path).keys() == before.keys() - {"config.json"}
+
+
+def test_a_start_gives_back_what_wandb_has_written(tmp_path: Path) -> None:
+    made = claim_run_directory(RunConfig(output_dir=str(tmp_path), tracking="wandb"), {})
+    foreign(tmp_path, "wandb/run-1/a", "wandb_id.txt", "metrics.jsonl", "traceback-rank1.txt")
+    give_back(tmp_path, made)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_that_is_called_stop_is_not_emptied(tmp_path: Path) -> None:
+    (tmp_path / "stop").mkdir()
+    remove_stop_files(tmp_path)
+    before = contents(foreign(tmp_path, "stop/words.txt"))
+    with pytest.raises(UserError, match="stop asks a run to stop and cannot be removed .*move it away"):
+        remove_stop_files(tmp_path)
+    assert contents(tmp_path) == before
 
 
 def test_a_resumption_from_elsewhere_does_not_go_on_in_the_directory_of_another_run(tmp_path: Path) -> None:
@@ -116,13 +253,14 @@ def test_claiming_deletes_what_a_run_wrote_and_nothing_else(tmp_path: Path) -> N
     (tmp_path / "export" / "stage-1-2L").mkdir(parents=True)
     (tmp_path / "checkpoints").symlink_to(outside)  # which came after the check
     (tmp_path / "metrics.jsonl").write_text("{}\n")
+    (tmp_path / CONFIG).write_text(RECORD)
     (tmp_path / "traceback-rank3.txt").touch()
     (tmp_path / "post_mortem-step-8.json").touch()
-    claim_run_directory(config(tmp_path, overwrite=True), {"seed": 1})
+    made = claim_run_directory(config(tmp_path, overwrite=True), {"seed": 1})
     assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoints", CONFIG, "mine.txt"]
     assert (outside / "weights").exists() and list((tmp_path / "checkpoints").iterdir()) == []
     assert json.loads((tmp_path / CONFIG).read_text()) == {"seed": 1}
-    give_back(tmp_path)
+    give_back(tmp_path, made)
     assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
 
 
@@ -140,7 +278,8 @@ def test_who_may_read_a_run(tmp_path: Path, shared: bool, folder_mode: int, file
     asked = RunConfig(output_dir=str(tmp_path / "a" / "run"), shared=shared)
     set_umask(asked)
     assert make_run_directory(tmp_path / "a" / "run", shared=shared) == [tmp_path / "a" / "run", tmp_path / "a"]
-    folder = claim_run_directory(asked, {})
+    claim_run_directory(asked, {})
+    folder = Path(asked.run_dir)
     assert stat.S_IMODE(folder.stat().st_mode) == folder_mode
     assert stat.S_IMODE((folder / "checkpoints").stat().st_mode) == folder_mode
     assert stat.S_IMODE((folder / CONFIG).stat().st_mode) == file_mode
@@ -152,6 +291,8 @@ def a_run(path: Path) -> Path:
         (path / name).mkdir(parents=True)
     for name in (*FILES, "wandb/run-1/logs.txt", "export/stage-1-2L/README.md"):
         (path / name).touch()
+    (path / "config.json").write_text(RECORD)
+    (path / "saved.json").unlink()
     (path / "export" / "final").symlink_to("stage-1-2L")
     (path / "wandb" / "latest-run").symlink_to("run-1")
     return path
