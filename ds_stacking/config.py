@@ -152,6 +152,8 @@ class SourceConfig:
     """Times its size that a compressed file may become at most, from 64 MB on; text becomes 3 to 20 times."""
     zstd_window: int = 2**27
     """Bytes of memory that a .zst file may ask for to be decompressed; 2147483648 for zstd --long=31."""
+    follow_links: bool = False
+    """Read links in a folder or glob that lead out of it, such as to files on another disk."""
 
     def __post_init__(self) -> None:
         require(

@@ -23,7 +23,7 @@ from ds_stacking.common.errors import UserError
 from ds_stacking.data import worker
 from ds_stacking.data.corpus import RawDocument, local_files, raw_documents
 from ds_stacking.data.duplicates import DigestSet, NearDuplicates
-from ds_stacking.data.manifests import SPLITS, ShardManifest, read_manifest, shard_name
+from ds_stacking.data.manifests import SPLITS, ShardManifest, read_manifest, shard_folders, shard_name
 from ds_stacking.data.preparation_config import PreparationConfig
 from ds_stacking.data.shards import ShardWriter, find_fault, open_others
 from ds_stacking.data.token_file import token_type
@@ -57,7 +57,7 @@ class Build:
     def __post_init__(self) -> None:
         self.begin = time.monotonic()
         self.next_line = self.begin + _SECONDS_BETWEEN_LINES
-        files = [] if self.config.data == "docs" else local_files(self.config.data)
+        files = [] if self.config.data == "docs" else local_files(self.config.data, self.config.corpus)
         self.total_bytes = sum(path.stat().st_size for path in files)
         self.seen = DigestSet()
         threshold = self.config.near_duplicates
@@ -66,7 +66,7 @@ class Build:
 
     def adopt_finished_shards(self) -> None:
         """Take over what an earlier run finished, every byte compared with its hash; remove what is behind a fault."""
-        last = max((path.name for path in self.folder.glob("shard-*")), default="")
+        last = max((path.name for path in shard_folders(self.folder)), default="")
         vocab_size = count_vocabulary(self.tokenizer)
         for number in range(10**5):
             name = shard_name(number)
@@ -74,7 +74,7 @@ class Build:
                 break
             if (fault := find_fault(self.folder, number, vocab_size)) is not None:
                 self.log(f"{fault}; the shards from there on are made again.")
-                for damaged in self.folder.glob("shard-*"):
+                for damaged in shard_folders(self.folder):
                     if damaged.name >= name:
                         remove(damaged)
                 break

@@ -18,7 +18,7 @@ from ds_stacking.common.files import is_leftover, write_json
 from ds_stacking.common.json_files import read_json
 from ds_stacking.common.own_files import refuse_links
 from ds_stacking.data.build import remove
-from ds_stacking.data.manifests import MANIFEST
+from ds_stacking.data.manifests import MANIFEST, Begun, is_unfinished_shard, shard_folders
 from ds_stacking.data.names import first_line, printable
 
 BEGUN = "preparation.json"
@@ -49,12 +49,12 @@ def claimed(folder: Path, identity: dict[str, Any]) -> Iterator[None]:
         ) from error
     try:
         _refuse_others(folder, identity)  # now that nobody else can change it
-        if not _shards(folder):
+        if not shard_folders(folder):
             _clear(folder, but=(TOKENIZER,) if _begun(folder) == identity else ())
             write_json(folder / BEGUN, identity, inside=folder)
         yield
     except UserError:
-        if not _shards(folder):
+        if not shard_folders(folder):
             _clear(folder)
             (folder / _LOCK).unlink(missing_ok=True)
             _remove_empty(missing)
@@ -91,9 +91,13 @@ def _refuse_others(folder: Path, identity: dict[str, Any]) -> None:
         if any(path.name not in ours and not is_leftover(path) for path in folder.iterdir()):
             raise UserError(f"{printable(folder)} holds other files; choose another --output_dir.")
         return
-    if not _shards(folder):
+    if (begun := _begun(folder)) is None:
+        raise UserError(
+            f"{printable(folder)} holds other files: its {BEGUN} is not one of prepare_data.py; restore it, or choose "
+            f"another --output_dir."
+        )
+    if not shard_folders(folder):
         return
-    begun = read_json(folder / BEGUN, dict[str, Any], mend="restore it, or choose another --output_dir", inside=folder)
     if different := [name for name in identity if begun.get(name) != identity[name]]:
         raise UserError(
             f"{printable(folder)} was begun with another {', '.join(different)}; "
@@ -102,22 +106,18 @@ def _refuse_others(folder: Path, identity: dict[str, Any]) -> None:
 
 
 def _begun(folder: Path) -> dict[str, Any] | None:
-    """What the folder was begun with, None where nobody can tell."""
+    """What the folder was begun with, None where nobody can tell: the file is written whole, or not at all."""
     try:
-        return read_json(folder / BEGUN, dict[str, Any], mend="", inside=folder)
+        return dict(read_json(folder / BEGUN, Begun, mend="", inside=folder))
     except (UserError, OSError):
         return None
-
-
-def _shards(folder: Path) -> bool:
-    return any(folder.glob("shard-*"))
 
 
 def _clear(folder: Path, but: tuple[str, ...] = ()) -> None:
     """Remove what preparing writes before and beside the shards."""
     mine = {BEGUN, MANIFEST, TOKENIZER, f".{TOKENIZER}", "card.md", "lengths.png"} - set(but)
     for path in folder.iterdir():
-        if path.name in mine or path.name.startswith(".shard-") or is_leftover(path):
+        if path.name in mine or is_unfinished_shard(path) or is_leftover(path):
             remove(path)
 
 

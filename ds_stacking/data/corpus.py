@@ -5,7 +5,7 @@ from __future__ import annotations
 import glob
 import re
 from collections.abc import Iterator
-from itertools import islice
+from itertools import islice, takewhile
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,6 +19,8 @@ from ds_stacking.data.parquet_files import require_column
 from ds_stacking.data.streams import Count
 from ds_stacking.data.text_files import SUFFIXES, as_text, is_dump, is_supported, read_file
 
+_CACHED = ("datasets--", "models--")
+"""Folders of a hub's cache begin so; `snapshots` in one consists of links to its `blobs`."""
 _HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
 
@@ -57,7 +59,7 @@ def raw_documents(
     documents: Iterator[RawDocument]
     if source == "docs":
         documents = map(RawDocument, documentation())
-    elif files := local_files(source):
+    elif files := local_files(source, config):
         documents = (
             RawDocument(text, is_dump(path)) for path in files for text in read_file(path, config, skipped, count)
         )
@@ -81,21 +83,25 @@ def identify_source(source: str, config: SourceConfig) -> dict[str, Any]:
     shared = {"source": printable(source), "max_documents": config.max_documents}
     if source == "docs":
         return {**shared, "versions": installed_versions()}
-    if files := local_files(source):
+    if files := local_files(source, config):
         stats = [(printable(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns) for path in files]
         return {**shared, "column": config.column, "files": stats}
     names = ("subset", "split", "revision", "column")
     return {**shared, **{name: getattr(config, name) for name in names}}
 
 
-def local_files(source: str) -> list[Path]:
+def local_files(source: str, config: SourceConfig) -> list[Path]:
     """Return the files of a local source in reading order; none if it has the form of a hub name.
 
-    Raises UserError for a path that does not exist or holds no file in a known format.
+    Raises UserError for a path that does not exist or holds no file in a known format, and without
+    `config.follow_links` for a link that leads out of the folder or of that of the glob.
     """
     path = named_path(source)
     try:
-        return _found_files(source, path)
+        files = _found_files(source, path)
+        if not config.follow_links and not path.is_file():
+            _refuse_links_out(source, path, files)
+        return files
     except OSError as error:  # such as a folder that may not be searched, or a name too long
         raise UserError(
             f"The data source {printable(source)!r} cannot be read ({error.strerror}); give an existing folder, file "
@@ -122,6 +128,21 @@ def _found_files(source: str, path: Path) -> list[Path]:
             f"The data source {printable(source)!r} holds no file to read; known formats are {', '.join(SUFFIXES)}."
         )
     return files
+
+
+def _refuse_links_out(source: str, path: Path, files: list[Path]) -> None:
+    """Raise UserError for a file that lies elsewhere; the source may be a link itself, or lie in a hub's cache."""
+    plain = takewhile(lambda part: not glob.has_magic(part), path.parts)  # of a glob, the folder that its user named
+    root = (path if path.is_dir() else Path(*plain)).resolve()
+    allowed = [root]
+    allowed += [folder / "blobs" for folder in (root, *root.parents) if folder.name.startswith(_CACHED)]
+    for file in files:
+        target = file.resolve()
+        if not any(target.is_relative_to(folder) for folder in allowed):
+            raise UserError(
+                f"{printable(file)} leads to {printable(target)}, outside of the data source {printable(source)!r}; "
+                f"give that file or its folder as --data, or set corpus.follow_links to read it as a part of this."
+            )
 
 
 def _is_hidden(path: Path) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from hashlib import sha256
 from pathlib import Path
 from typing import Annotated, Any, Literal, NotRequired, TypeVar
@@ -16,6 +17,8 @@ from ds_stacking.data.arrays import Damaged
 
 MANIFEST = "manifest.json"
 SPLITS: tuple[Literal["train"], Literal["eval"]] = ("train", "eval")
+
+_SHARD = re.compile("shard-[0-9]{5}")
 
 Shape = TypeVar("Shape")
 Digest = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
@@ -95,6 +98,19 @@ class Identity(TypedDict):
     tokenizer: str | Trained
 
 
+class Begun(TypedDict):
+    """preparation.json: what a prepared folder was begun with."""
+
+    __pydantic_config__ = KEEP_OTHERS  # type: ignore[misc]
+    format: Count
+    source: dict[str, Any]
+    tokenizer: str | Trained
+    eval_percent: Finite
+    sentences: bool
+    near_duplicates: Finite
+    shard_tokens: Count
+
+
 class FolderManifest(TypedDict):
     """manifest.json of a prepared folder."""
 
@@ -144,6 +160,16 @@ def read_shards(folder: Path, manifest: FolderManifest) -> dict[str, ShardManife
 def shard_name(number: int) -> str:
     """The folder of a shard."""
     return f"shard-{number:05d}"
+
+
+def shard_folders(folder: Path) -> list[Path]:
+    """What has the name of a shard in a folder, in order; names that only begin like one are somebody else's."""
+    return sorted(path for path in folder.glob("shard-*") if _SHARD.fullmatch(path.name))
+
+
+def is_unfinished_shard(path: Path) -> bool:
+    """Whether `path` has the name of a shard while it is written."""
+    return path.name.startswith(".") and _SHARD.fullmatch(path.name[1:]) is not None
 
 
 def sum_up(split: Literal["train", "eval"], shards: list[ShardManifest]) -> dict[str, Any]:

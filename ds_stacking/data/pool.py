@@ -1,4 +1,7 @@
-"""Worker processes that clean and tokenise: started so that Ctrl-C is the parent's affair, and ended with it."""
+"""Worker processes that clean and tokenise: started so that Ctrl-C is the parent's affair, and killed with it.
+
+They write nothing, and who leaves the pool has the results that it wants: no worker's call is waited for.
+"""
 
 from __future__ import annotations
 
@@ -20,12 +23,12 @@ def worker_pool(workers: int, setting: worker.WorkerConfig | None) -> Iterator[P
 
     Raises RunFailed where one is lost.
     """
-    pool = ProcessPoolExecutor(
-        count_workers(workers), mp_context=get_context("spawn"), initializer=worker.start, initargs=(setting,)
-    )
+    count = count_workers(workers)
+    pool = ProcessPoolExecutor(count, mp_context=get_context("spawn"), initializer=worker.start, initargs=(setting,))
     try:
         with _without_interrupts():
-            pool.submit(worker.clean, [])  # starts them all
+            for _ in range(count):
+                pool.submit(worker.clean, [])  # each starts one
         yield pool
     except BrokenProcessPool as error:
         raise RunFailed(
@@ -33,7 +36,16 @@ def worker_pool(workers: int, setting: worker.WorkerConfig | None) -> Iterator[P
             "again, with fewer --workers."
         ) from error
     finally:
-        pool.shutdown(cancel_futures=True)
+        _end(pool)
+
+
+def _end(pool: ProcessPoolExecutor) -> None:
+    """Kill the workers, which may be in a long call, and wait for nothing else."""
+    for process in list((pool._processes or {}).values()):
+        process.kill()
+    if pool._result_queue is not None:
+        pool._result_queue._writer.close()  # type: ignore[attr-defined]  # half a result of a killed worker: its end
+    pool.shutdown(cancel_futures=True)
 
 
 def count_workers(workers: int) -> int:

@@ -10,7 +10,8 @@ _ABBREVIATIONS = (
     "e.g i.e u.s u.k a.m p.m b.c a.d inc ltd co corp dept univ est approx"
 )
 _ABBREVIATION = re.compile(rf"(?:^|[\s(\"'“‘])(?:{'|'.join(map(re.escape, _ABBREVIATIONS.split()))}|[A-Z])\.$", re.I)
-_BOUNDARY = re.compile(r"[.!?…。！？][\"'”’»)\]]*(\s+)(?=[\"'“‘«(\[]*[A-Z0-9\u00c0-\uffff])|(\s*\n\s*)")
+_BOUNDARY = re.compile(r"[.!?…。！？][\"'”’»)\]]*(\s+)(?=[\"'“‘«(\[]*[A-Z0-9\u00c0-\uffff])|(\s*\n\s*)|\s\s+")
+"""The last, blanks without a line break, is no boundary; matched at once, they are read once."""
 _LONGEST_ABBREVIATION = 12
 
 
@@ -21,6 +22,8 @@ def split_sentences(text: str) -> list[str]:
     """
     pieces, begin = [], 0
     for match in _BOUNDARY.finditer(text):
+        if match.lastindex is None:
+            continue
         end = match.start(1) if match[1] is not None else match.start(2)
         before = text[max(begin, end - _LONGEST_ABBREVIATION) : end]
         if match[1] is not None and before.endswith(".") and _ABBREVIATION.search(before):

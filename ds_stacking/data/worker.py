@@ -5,11 +5,11 @@ The module imports neither torch nor transformers, so that a worker starts in a 
 
 from __future__ import annotations
 
+import ctypes
 import json
 import multiprocessing
 import os
 import signal
-import threading
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -26,6 +26,8 @@ from ds_stacking.data.names import first_line
 from ds_stacking.data.sentences import split_sentences
 
 _EXAMPLE_CHARACTERS = 300
+_PR_SET_PDEATHSIG = 1
+"""Of linux/prctl.h."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,7 +79,7 @@ _lowercase: bool
 def start(config: WorkerConfig | None) -> None:
     """Make this process a worker, which ends when its parent does, however that ends; None: one that only cleans."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all processes of a terminal; the parent decides
-    threading.Thread(target=_follow_parent, daemon=True).start()
+    _follow_parent()
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes share the cores, their threads need not
     if config is not None:
         load(config)
@@ -101,10 +103,11 @@ def _load(tokenizer: str) -> Tokenizer:
 
 
 def _follow_parent() -> None:
+    """Have the kernel kill this process when its parent ends; a thread would wait for a long call of an expression."""
+    ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     parent = multiprocessing.parent_process()
-    assert parent is not None
-    parent.join()
-    os._exit(1)
+    if parent is not None and os.getppid() != parent.pid:  # it ended before that
+        os._exit(1)
 
 
 def clean(documents: Sequence[RawDocument]) -> list[str]:

@@ -121,3 +121,52 @@ def test_identity_changes_with_what_determines_the_documents(folder: Path):
     assert identity("docs")["versions"]["python"]
     os.utime(folder / "b.txt", ns=(1, 1))
     assert identity() != base
+
+
+def place_links(root: Path) -> Path:
+    """A corpus with a link out of it, whose target is beside it."""
+    (root / "secret").mkdir()
+    (root / "secret" / "key.txt").write_text("secret")
+    (root / "corpus").mkdir()
+    (root / "corpus" / "b.txt").write_text("mine")
+    (root / "corpus" / "a.txt").symlink_to("../secret/key.txt")
+    (root / "corpus" / "deep").symlink_to("../secret")
+    return root / "corpus"
+
+
+@pytest.mark.parametrize("pattern", ["", "*.txt", "a*", "**/*.txt", "dee[p]/key.txt"])
+def test_a_link_out_of_the_source_is_refused(tmp_path: Path, pattern: str):
+    corpus = place_links(tmp_path)
+    message = refusal(str(corpus / pattern), CorpusConfig())
+    assert f"leads to {tmp_path}/secret/key.txt, outside of the data source" in message
+    assert "give that file or its folder as --data, or set corpus.follow_links" in message
+    with pytest.raises(UserError, match="outside of"):
+        identify_source(str(corpus / pattern), CorpusConfig())
+    assert "secret" in list(iterate_documents(str(corpus / pattern), CorpusConfig(follow_links=True)))
+
+
+def test_what_the_user_named_may_be_a_link(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    corpus = place_links(tmp_path)
+    assert list(iterate_documents(str(corpus / "a.txt"), CorpusConfig())) == ["secret"]
+    for source in (corpus / "deep", corpus / "deep" / "*.txt"):
+        assert list(iterate_documents(str(source), CorpusConfig())) == ["secret"]
+    (corpus / "a.txt").unlink()
+    (corpus / "c.txt").symlink_to("b.txt")
+    assert list(iterate_documents(str(corpus), CorpusConfig())) == ["mine", "mine"], "links inside are no way out"
+    monkeypatch.chdir(corpus)
+    assert list(iterate_documents("*.txt", CorpusConfig())) == ["mine", "mine"]
+
+
+@pytest.mark.parametrize("given", ["", "*.txt"])
+def test_links_inside_a_hub_cache_are_read(tmp_path: Path, given: str):
+    cached = tmp_path / "datasets--a--b"
+    snapshot = cached / "snapshots" / "0"
+    snapshot.mkdir(parents=True)
+    (cached / "blobs").mkdir()
+    (cached / "blobs" / "1").write_text("cached")
+    (snapshot / "a.txt").symlink_to("../../blobs/1")
+    assert list(iterate_documents(str(snapshot / given), CorpusConfig())) == ["cached"]
+    (tmp_path / "key").write_text("secret")
+    (cached / "blobs" / "2").symlink_to("../../key")
+    (snapshot / "b.txt").symlink_to("../../blobs/2")
+    assert f"leads to {tmp_path}/key" in refusal(str(snapshot / given), CorpusConfig())

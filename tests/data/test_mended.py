@@ -107,13 +107,14 @@ def test_a_folder_of_others_is_left_as_it_was(source: Path, tokenizer: Path, tmp
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["mine.txt"]
 
 
-@pytest.mark.parametrize("begun", ["{", '{"format": 1}', '{"a":' * 10**5])
-def test_a_folder_without_a_shard_binds_nobody(source: Path, tokenizer: Path, tmp_path: Path, begun: str):
-    """What a killed command left, with other options or half a file."""
+def test_a_folder_without_a_shard_binds_nobody(source: Path, tokenizer: Path, tmp_path: Path):
+    """What a killed command left, with other options."""
     folder = tmp_path / "out"
+    begun = {"format": 1, "source": {}, "tokenizer": "0", "eval_percent": 1, "sentences": True}
+    begun |= {"near_duplicates": 0, "shard_tokens": 9}
     shutil.copytree(tokenizer, folder / "tokenizer")
     (folder / "tokenizer" / "tokenizer.json").write_text("{}")
-    (folder / "preparation.json").write_text(begun)
+    (folder / "preparation.json").write_text(json.dumps(begun))
     prepare_folder(options(source, folder, tokenizer), print)
     assert (folder / "manifest.json").is_file()
 
@@ -302,3 +303,32 @@ def test_names_that_are_no_text_are_prepared(documents: list[str], tokenizer: Pa
     config = CorpusConfig(cache_dir=str(tmp_path / "cache"), sequence_length=32, eval_percent=30)
     assert prepare(str(folder), str(tokenizer), config, log=print).fingerprint
     assert prepare(str(tmp_path / "out"), "train", config, log=print).fingerprint
+
+
+def test_only_the_names_of_shards_are_shards(source: Path, tokenizer: Path, tmp_path: Path):
+    folder = tmp_path / "out"
+    prepare_folder(options(source, folder, tokenizer), print)
+    others = ("shard-old", "shard-archive", "shard-00001.bak", "shard-99999x", ".shard-mine")
+    for name in others:
+        (folder / name).mkdir()
+        (folder / name / "mine.txt").write_text("mine")
+    before = shards(folder)
+    lines: list[str] = []
+    prepare_folder(options(source, folder, tokenizer), lines.append)
+    assert "is finished" in lines[-1] and len(lines) == 1
+    shutil.rmtree(folder / "shard-00001")
+    prepare_folder(options(source, folder, tokenizer), print)
+    assert shards(folder) == before, "what is made again is the same, and the others are there"
+    assert all((folder / name / "mine.txt").read_text() == "mine" for name in others)
+
+
+@pytest.mark.parametrize("content", ["{", "[]", "{}", '{"format": 1}', '{"steps": ["a"]}', '{"a":' * 10**5])
+def test_a_foreign_preparation_json_is_left_as_it_was(source: Path, tokenizer: Path, tmp_path: Path, content: str):
+    folder = tmp_path / "out"
+    (folder / "tokenizer").mkdir(parents=True)
+    files = {"preparation.json": content, "manifest.json": "{}", "card.md": "mine", "tokenizer/mine.txt": "mine"}
+    for name, text in files.items():
+        (folder / name).write_text(text)
+    with pytest.raises(UserError, match="holds other files: its preparation.json is not one of prepare_data.py"):
+        prepare_folder(options(source, folder, tokenizer), print)
+    assert {str(p.relative_to(folder)): p.read_text() for p in folder.rglob("*") if p.is_file()} == files
