@@ -11,7 +11,7 @@ import torch
 from ds_stacking.common.errors import UserError
 from ds_stacking.config import ModelConfig, RunConfig
 from ds_stacking.models.bert import Bert
-from ds_stacking.training import fit
+from ds_stacking.training import capacity
 from ds_stacking.training.capacity import memory, refuse_what_cannot_fit
 
 CPU = torch.device("cpu")
@@ -19,7 +19,7 @@ CPU = torch.device("cpu")
 
 @pytest.fixture
 def gigabyte(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fit, "memory", lambda device: 1e9)
+    monkeypatch.setattr(capacity, "memory", lambda device: 1e9)
 
 
 def ask(config: RunConfig, **zero: Any) -> None:
@@ -28,7 +28,7 @@ def ask(config: RunConfig, **zero: Any) -> None:
 
 def test_the_count_is_that_of_the_model() -> None:
     model = ModelConfig(vocab_size=104, hidden_size=32)
-    assert fit._parameters(model, 7) == Bert(model, 7).num_parameters
+    assert capacity._parameters(model, 7) == Bert(model, 7).num_parameters
 
 
 @pytest.mark.usefixtures("gigabyte")
@@ -47,7 +47,7 @@ def test_the_deepest_stage_counts(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_containers_limit_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fit, "CONTAINER", tmp_path / "memory.max")
+    monkeypatch.setattr(capacity, "CONTAINER", tmp_path / "memory.max")
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
     whole = memory(CPU)
     for content, found in (("max\n", whole), ("1000000\n", 500_000)):
