@@ -175,7 +175,9 @@ def faulty(fault: str, folder: str) -> None:
         life("zero 2", "normal", Path(folder))
 
 
-@pytest.mark.parametrize("fault", FAULTS)
+@pytest.mark.parametrize(
+    "fault", [pytest.param(name, marks=[pytest.mark.slow] * (number > 2)) for number, name in enumerate(FAULTS)]
+)
 def test_a_fault_put_back_is_caught(fault: str, tmp_path: Path) -> None:
     with pytest.raises(AssertionError, match=FAULTS[fault][-1]):
         run_ranks(8 if "look" in fault else 3, faulty, fault, str(tmp_path))

@@ -104,7 +104,7 @@ def assembled(ranks: list[Pieces], expected: State) -> State:
     return found
 
 
-@pytest.mark.parametrize("world_size", [1, 2, 3, 4])
+@pytest.mark.parametrize("world_size", [1, 2, 3, pytest.param(4, marks=pytest.mark.slow)])
 def test_every_layout_gives_the_bits_of_the_oracle(world_size: int) -> None:
     ranks = run_ranks(world_size, grow_all, world_size)
     names = ranks[0][FEW[0]][3]

@@ -93,7 +93,13 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("request_", REQUESTS)
+QUICK = ("SIGTERM to the front", "the stop file")
+"""Those of make test; the others are make test-long."""
+
+
+@pytest.mark.parametrize(
+    "request_", [pytest.param(name, marks=[] if name in QUICK else pytest.mark.slow) for name in REQUESTS]
+)
 def test_every_rank_saves_the_same_step_and_no_process_stays(folder: Path, request_: str) -> None:
     ask, reason, code = REQUESTS[request_]
     steps_before = {path.name for path in (folder / "run" / "checkpoints").glob("step-*")}

@@ -30,8 +30,6 @@ CASES: list[tuple[str, str, set[str]]] = [
 QUICK = [
     *((f"in {what}", "SIGKILL of rank 1") for what in ("step", "growth", "save")),
     *(
-        ("in save", "SIGKILL of all"),
-        ("in growth", "SIGTERM to rank 1"),
         ("in save", "full disk"),
         ("in step", "hang"),
     ),
@@ -77,7 +75,7 @@ def truncate(path: Path) -> None:
 
 
 @pytest.mark.parametrize("damage", [flip_a_byte, pytest.param(truncate, marks=pytest.mark.slow)])
-@pytest.mark.parametrize("file", ["rank-00001.safetensors", "state.json"])
+@pytest.mark.parametrize("file", ["rank-00001.safetensors", pytest.param("state.json", marks=pytest.mark.slow)])
 def test_a_damaged_checkpoint_is_passed_over(folder: Path, damage: Callable[[Path], None], file: str) -> None:
     output = f"{damage.__name__}-{file}"
     saved = ("--checkpoint_async=false",)  # else, on a slow disk, the growth may begin with one checkpoint only

@@ -69,7 +69,14 @@ def steps_taken(folder: Path) -> set[int]:
 @pytest.mark.distributed
 @pytest.mark.parametrize(
     ("zero_stage", "options"),
-    [(0, ()), (0, ("--precision=bf16",)), (1, ("--optimizer.clip=0",)), (2, ()), (3, ("--optimizer.clip=0",))],
+    [
+        (0, ()),
+        (2, ()),
+        *(
+            pytest.param(*case, marks=pytest.mark.slow)
+            for case in ((0, ("--precision=bf16",)), (1, ("--optimizer.clip=0",)), (3, ("--optimizer.clip=0",)))
+        ),
+    ],
 )
 def test_a_nan_on_one_rank_is_skipped_by_all_and_seen_on_rank_0(
     folder: Path, zero_stage: int, options: tuple[str, ...]
@@ -103,7 +110,7 @@ def test_a_run_that_skips_step_after_step_ends_with_a_post_mortem(folder: Path) 
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize("sigma", [0, 6])
+@pytest.mark.parametrize("sigma", [pytest.param(0, marks=pytest.mark.slow), 6])
 def test_a_spike_is_skipped_where_wanted(folder: Path, sigma: int) -> None:
     options = (f"--skip_above_sigma={sigma}",)
     results = run_ranks(2, disturbed, str(folder), f"spike-{sigma}", 2, spike_in_step_20, options)
@@ -112,6 +119,7 @@ def test_a_spike_is_skipped_where_wanted(folder: Path, sigma: int) -> None:
     assert all("step 20 was skipped: its loss" in line and "is too high" in line for line in skipped)
 
 
+@pytest.mark.slow
 @pytest.mark.distributed
 def test_the_window_goes_on_after_a_resumption(folder: Path) -> None:
     """A bound so low that some steps are skipped, so that a lost window would show."""

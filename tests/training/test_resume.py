@@ -98,7 +98,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("zero_stage", range(4))
+@pytest.mark.parametrize("zero_stage", [0, 3, *(pytest.param(stage, marks=pytest.mark.slow) for stage in (1, 2))])
 def test_a_cut_run_ends_as_the_whole_one(folder: Path, zero_stage: int) -> None:
     whole, cut = f"whole-{zero_stage}", f"cut-{zero_stage}"
     run_ranks(2, run, str(folder), whole, zero_stage, ())

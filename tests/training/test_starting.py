@@ -111,7 +111,7 @@ def refused_and_mended(folder: str) -> dict[str, Any]:
     return told
 
 
-@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("ranks", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_the_mended_command_works_after_every_refused_one(tmp_path: Path, ranks: int) -> None:
     write_corpus(tmp_path / "corpus")
     for told in run_ranks(ranks, refused_and_mended, str(tmp_path)):
