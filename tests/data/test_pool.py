@@ -12,7 +12,7 @@ import psutil
 import pytest
 
 STUCK = """
-import re, sys
+import re, signal, sys
 from ds_stacking.data import worker
 from ds_stacking.data.pool import worker_pool
 
@@ -21,6 +21,7 @@ def stuck(_):
     re.match("(a|aa)+$", "a" * 100 + "b")  # for ever, without a chance for another thread
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # which the tests may have been started to ignore
     with worker_pool(2, None) as pool:
         future = pool.submit(stuck, None)
         pool.submit(stuck, None)

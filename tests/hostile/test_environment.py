@@ -32,7 +32,9 @@ def test_a_variable_that_is_wrong(world: World, name: str) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("name", VALUES)
 def test_a_variable_that_is_wrong_in_any_way(world: World, name: str) -> None:
-    check(world, name, VALUES[name])
+    """One value, another for each variable; with HOSTILE_EVERY=1 all of them."""
+    values, at = VALUES[name], len(name) % len(VALUES[name])
+    check(world, name, values if os.environ.get("HOSTILE_EVERY") == "1" else values[at : at + 1])
 
 
 def check(world: World, name: str, values: tuple[str, ...]) -> None:

@@ -19,7 +19,7 @@ from tests.hostile.rules import Mutation
 from tests.hostile.watch import changes
 from tests.hostile.world import PREPARE, World, pretrain
 
-SAMPLE, MOST = 80, int(os.environ.get("HOSTILE_EVERY", 8))
+SAMPLE, MOST = 80, int(os.environ.get("HOSTILE_EVERY", 24))
 """`make test` and `make test-long` run one case of so many; HOSTILE_EVERY=1 runs all."""
 PLAN = ("plan.py", "--gpu=h100", "--gpus_per_node=1")
 MAPS = ("analyze_attention.py", "--output_dir=maps", "--sequence_length=32")

@@ -12,7 +12,7 @@ import pytest
 from tests.hostile.test_files import MAPS, PLAN, TUNE
 from tests.hostile.world import PREPARE, SMALL, World
 
-SAMPLE, MOST = 150, int(os.environ.get("HOSTILE_EVERY", 16))
+SAMPLE, MOST = 150, int(os.environ.get("HOSTILE_EVERY", 30))
 """`make test` and `make test-long` run one case of so many; HOSTILE_EVERY=1 runs all."""
 VALUES = (
     "",

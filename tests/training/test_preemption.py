@@ -23,6 +23,7 @@ CODE = """
 import os, signal, sys, time
 from pathlib import Path
 from ds_stacking.training import preemption
+signal.signal(signal.SIGHUP, signal.SIG_DFL)  # which the tests may have been started to ignore
 number, later, before = int(sys.argv[1]), float(sys.argv[2]), sys.argv[4]
 stop = preemption.StopRequest(Path(sys.argv[3]))
 assert not stop.asked()
