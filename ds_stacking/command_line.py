@@ -32,6 +32,7 @@ from ds_stacking.common.explain import EPILOG, explain, take_option
 from ds_stacking.common.failures import exit_code, follows_a_loss, note_failure
 from ds_stacking.common.own_files import read_named
 from ds_stacking.common.streams import keep_streams
+from ds_stacking.common.words import plain
 from ds_stacking.config import RunConfig, StageConfig
 
 RECIPES = Path(__file__).resolve().parent.parent / "launchers" / "recipes"
@@ -44,6 +45,8 @@ INTERRUPTED = 130
 """Exit code after Ctrl-C, as of a shell's command: 128 + SIGINT."""
 LARGEST_RECIPE = 1 << 20
 """Bytes."""
+LONGEST_SENTENCE = 1200
+"""Characters; a name that somebody gave may have any number of them."""
 MOST_BRACKETS = 1000
 """Of a value on the command line, which would exhaust a parser's stack where they are nested."""
 Options = TypeVar("Options")
@@ -336,7 +339,7 @@ def _fail(rank: int, error: Exception, show: bool) -> int:
     _prepare_to_end(rank, error)
     if show:
         _say(traceback.format_exc().rstrip(), sys.stderr)
-    sentence = explain(error, rank)
+    sentence = plain(explain(error, rank), LONGEST_SENTENCE)
     if isinstance(error, UserError):
         if rank != 0:
             time.sleep(WAIT_FOR_RANK_0)

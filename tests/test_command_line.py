@@ -347,3 +347,12 @@ def test_every_launcher_tells_of_it(name: str) -> None:
     text = (ROOT / "launchers" / f"{name}.py").read_text()
     assert "Options(" in text or "parse_run(sys.argv[1:])" in text or "parse_options(" in text
     assert "--traceback" in command_line.EPILOG
+
+
+def test_a_sentence_is_one_line_however_long_a_name_is(capsys: pytest.CaptureFixture[str]) -> None:
+    def main() -> None:
+        raise UserError("a\nb\x1b[2J" + "x" * 5000)
+
+    assert run_main(main) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: a b [2Jxxx") and line.endswith("...") and len(line) < 1300

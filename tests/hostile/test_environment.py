@@ -66,7 +66,7 @@ def test_closed_outputs_change_no_exit_code(world: World, script: str, closed: t
     [
         ("DS_ACCELERATOR", "foo", "DS_ACCELERATOR"),
         ("HOME", None, None),
-        ("OMP_NUM_THREADS", "x", None),
+        ("OMP_NUM_THREADS", "x", "OMP_NUM_THREADS"),
         ("RANK", "abc", "RANK is 'abc'"),
     ],
 )
