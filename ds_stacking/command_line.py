@@ -19,6 +19,7 @@ import traceback
 from argparse import ArgumentError
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import MISSING, fields, is_dataclass
+from functools import partial
 from pathlib import Path
 from types import NoneType
 from typing import Any, Literal, TextIO, TypeVar, get_args, get_origin, get_type_hints
@@ -30,6 +31,7 @@ from ds_stacking.common.environment import check_environment
 from ds_stacking.common.errors import OtherRankFailed, RunAgain, UserError
 from ds_stacking.common.explain import EPILOG, explain, take_option
 from ds_stacking.common.failures import exit_code, follows_a_loss, note_failure
+from ds_stacking.common.json_files import keys_once
 from ds_stacking.common.own_files import read_named
 from ds_stacking.common.streams import keep_streams
 from ds_stacking.common.words import plain
@@ -178,7 +180,8 @@ def _check_recipe(path: str) -> None:
     """Raise UserError for a recipe that cannot be read, is no JSON object or has a key that no option has."""
     try:
         text = read_named(Path(path), limit=LARGEST_RECIPE).decode()
-        recipe = json.loads(text, parse_constant=_no_number, parse_int=_whole_number, object_pairs_hook=_once)
+        once = partial(keys_once, f"Recipe {path}")
+        recipe = json.loads(text, parse_constant=_no_number, parse_int=_whole_number, object_pairs_hook=once)
     except UserError:
         raise
     except OSError as error:
@@ -209,15 +212,6 @@ def _whole_number(digits: str) -> int:
     if len(digits) > 20:
         raise ValueError(f"{digits[:20]}... has {len(digits)} digits, and no setting more than 20")
     return int(digits)
-
-
-def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """A JSON object whose keys stand there once each; the json module would let the last one win."""
-    names = [name for name, _ in pairs]
-    if len(set(names)) < len(names):
-        twice = next(name for number, name in enumerate(names) if name in names[:number])
-        raise ValueError(f"the key {twice!r} stands there twice; keep one")
-    return dict(pairs)
 
 
 def _stages(given: Any) -> str | list[StageConfig]:

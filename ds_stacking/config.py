@@ -120,7 +120,7 @@ class ModelConfig:
 def require_text(name: str, value: str) -> None:
     """Raise UserError for a setting that names something and is empty, or has characters that no name has."""
     require(value.strip(), f"{name} is empty; give it a value, or leave it out.")
-    require("\0" not in value, f"{name} is {value!r}; no name has NUL characters.")
+    _check_text(name, value)
 
 
 @dataclass(kw_only=True)

@@ -65,6 +65,19 @@ def check_value(value: Any, shape: type[Shape], *, where: str, mend: str) -> Sha
         raise UserError(f"{where} is damaged or made up: {_first(error)}; {mend}.") from None
 
 
+def keys_once(where: str, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """The object of `object_pairs_hook`, whose keys stand there once each: `json` would let the last one win.
+
+    Raises UserError.
+    """
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for number, name in enumerate(names) if name in names[:number])
+        raise UserError(f"{where}: the key {shown(twice)} stands there twice; keep one.")
+    return found
+
+
 @cache
 def _adapter(shape: Any) -> TypeAdapter[Any]:
     return TypeAdapter(shape, config=None if _has_config(shape) else ConfigDict(strict=True))

@@ -10,13 +10,14 @@ import copy
 import difflib
 import json
 from collections.abc import Iterable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
 from ds_stacking.common.errors import UserError
-from ds_stacking.common.json_files import parse_json
+from ds_stacking.common.json_files import keys_once, parse_json
 from ds_stacking.common.own_files import read_named
 from ds_stacking.common.words import shown
 from ds_stacking.engine.ds_keys import KEYS, SECTIONS
@@ -39,22 +40,13 @@ def load_ds_config(path: str) -> dict[str, Any]:
         ) from None
     # first by a parser that neither depth nor digits exhaust, then by one that sees a key that stands there twice
     parse_json(content, dict[str, Any], where=f"DeepSpeed configuration {path}", mend="mend it")
-    raw = json.loads(content, object_pairs_hook=lambda pairs: _once(path, pairs))
+    raw = json.loads(content, object_pairs_hook=partial(keys_once, path))
     for name, value in raw.items():
         _check_key(path, name, value)
     raw.setdefault("zero_optimization", {}).setdefault("stage", 0)
     _check_types(path, raw)
     _check_offload(raw["zero_optimization"], path)
     return raw
-
-
-def _once(path: str, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """A JSON object whose keys stand there once each; the json module would let the last one win."""
-    names = [name for name, _ in pairs]
-    twice = [name for name in names if names.count(name) > 1]
-    if twice:
-        raise UserError(f"{path}: the key {shown(twice[0])} stands there twice; keep one.")
-    return dict(pairs)
 
 
 def _check_key(path: str, name: str, value: Any) -> None:
