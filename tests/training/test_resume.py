@@ -98,12 +98,19 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+def whole_run(folder: Path, zero_stage: int) -> Path:
+    """The run that nothing cuts, made once for all tests of this file that compare with it, whichever is the first."""
+    whole = folder / f"whole-{zero_stage}"
+    if not (whole / "summary.json").exists():
+        run_ranks(2, run, str(folder), whole.name, zero_stage, ())
+    return whole
+
+
 @pytest.mark.parametrize("zero_stage", [0, 3, *(pytest.param(stage, marks=pytest.mark.slow) for stage in (1, 2))])
 def test_a_cut_run_ends_as_the_whole_one(folder: Path, zero_stage: int) -> None:
-    whole, cut = f"whole-{zero_stage}", f"cut-{zero_stage}"
-    run_ranks(2, run, str(folder), whole, zero_stage, ())
+    cut = f"cut-{zero_stage}"
     run_ranks(2, run, str(folder), cut, zero_stage, CUTS)
-    assert_equal_to_the_bit(folder / whole, folder / cut)
+    assert_equal_to_the_bit(whole_run(folder, zero_stage), folder / cut)
     assert json.loads((folder / cut / "summary.json").read_text())["finished"] is True
 
 
@@ -125,8 +132,9 @@ def test_under_offload_it_ends_as_good_as_the_same(folder: Path) -> None:
 
 def test_generators_that_are_not_restored_are_noticed(folder: Path) -> None:
     run_ranks(2, run_without_generators, str(folder))
+    whole = whole_run(folder, 2)
     with pytest.raises(AssertionError):
-        assert_equal_to_the_bit(folder / "whole-2", folder / "faulty")
+        assert_equal_to_the_bit(whole, folder / "faulty")
 
 
 def run_without_generators(folder: str) -> None:
@@ -151,8 +159,7 @@ def test_another_world_size_and_zero_stage_go_on(folder: Path) -> None:
 
 
 def test_a_checkpoint_grown_on_the_disk_goes_on_as_the_run_that_grew(folder: Path) -> None:
-    if not (folder / "whole-2").exists():
-        run_ranks(2, run, str(folder), "whole-2", 2, ())
+    whole_run(folder, 2)
     grow_folder(folder / "whole-2" / "checkpoints" / "step-8", folder / "grown", operator="stack", layers=2)
     run_ranks(2, run, str(folder), "from-disk", 2, (), (f"--resume={folder}/grown",))
     assert_same_state(folder / "whole-2", folder / "from-disk")
@@ -165,8 +172,7 @@ def test_a_checkpoint_grown_on_the_disk_goes_on_as_the_run_that_grew(folder: Pat
 
 def test_a_branch_ends_as_the_run_that_was_whole(folder: Path) -> None:
     """With the trunk's recipe it ends as the trunk, with another operator as a whole run with that one."""
-    if not (folder / "whole-2").exists():
-        run_ranks(2, run, str(folder), "whole-2", 2, ())
+    whole_run(folder, 2)
     branch = (f"--branch_from={folder}/whole-2/checkpoints/step-8",)
     other = ("--operator=last", "--optimizer_state=reset", "--eval_blocks=16")
     run_ranks(2, run, str(folder), "same", 2, (13,), branch)  # stopped and resumed too
@@ -186,8 +192,7 @@ def test_a_branch_ends_as_the_run_that_was_whole(folder: Path) -> None:
 
 
 def test_a_branch_may_prolong_its_stage_and_not_undo_it(folder: Path) -> None:
-    if not (folder / "whole-2").exists():
-        run_ranks(2, run, str(folder), "whole-2", 2, ())
+    whole_run(folder, 2)
     branch = f"--branch_from={folder}/whole-2/checkpoints/step-8"
     run_ranks(1, run, str(folder), "longer", 0, (), (branch, "--stages=1:11"))
     assert [record["step"] for record in metrics(folder / "longer") if record["kind"] == "train"] == [10, 11]
@@ -198,8 +203,7 @@ def test_a_branch_may_prolong_its_stage_and_not_undo_it(folder: Path) -> None:
 
 
 def test_a_finished_run_is_left_alone_and_another_recipe_is_refused(folder: Path) -> None:
-    if not (folder / "whole-2").exists():
-        run_ranks(2, run, str(folder), "whole-2", 2, ())
+    whole_run(folder, 2)
     before = (folder / "whole-2" / "summary.json").read_bytes()
     assert any("finished" in line for line in run_ranks(1, run_again, str(folder), "whole-2")[0])
     assert (folder / "whole-2" / "summary.json").read_bytes() == before
@@ -215,9 +219,7 @@ def test_a_finished_run_is_left_alone_and_another_recipe_is_refused(folder: Path
 
 @pytest.mark.parametrize("lost", ["gone", "empty", "a dangling link", "a file"])
 def test_a_run_whose_checkpoints_are_lost_is_not_started_afresh(folder: Path, lost: str) -> None:
-    whole = folder / "whole-2"
-    if not whole.exists():
-        run_ranks(2, run, str(folder), "whole-2", 2, ())
+    whole = whole_run(folder, 2)
     (whole / "summary.json").unlink(missing_ok=True)
     checkpoints, elsewhere = whole / "checkpoints", folder / "elsewhere"
     checkpoints.rename(elsewhere)
@@ -239,10 +241,7 @@ def test_a_run_whose_checkpoints_are_lost_is_not_started_afresh(folder: Path, lo
 
 
 def test_a_finished_run_with_other_settings_is_no_success(folder: Path) -> None:
-    if not (folder / "whole-2").exists():
-        run_ranks(2, run, str(folder), "whole-2", 2, ())
-    if not (folder / "whole-2" / "summary.json").exists():
-        run_ranks(2, run, str(folder), "whole-2", 2, ())
+    whole_run(folder, 2)
     message = run_ranks(1, refused, str(folder), ("--seed=5", "--model.num_heads=4", "--lr=1", "--log_every=7"))[0]
     assert "holds a finished run with other settings (model.num_heads 2 -> 4, seed 1 -> 5)" in message.replace(
         "seed 1 -> 5, model.num_heads 2 -> 4", "model.num_heads 2 -> 4, seed 1 -> 5"
@@ -302,8 +301,7 @@ def test_a_disk_that_is_full_costs_no_step_that_could_be_saved(
 
 
 def test_a_resumption_at_the_very_end_exports_into_its_own_directory(folder: Path) -> None:
-    if not (folder / "whole-2").exists():
-        run_ranks(2, run, str(folder), "whole-2", 2, ())
+    whole_run(folder, 2)
     end = f"--resume={folder}/whole-2/checkpoints/step-24"
     run_ranks(1, run, str(folder), "ended", 2, (), (end,))
     assert (folder / "ended" / "export" / "final" / "model.safetensors").is_file()
