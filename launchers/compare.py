@@ -44,8 +44,8 @@ def main() -> None:
         config = replace(config, output_dir=f"runs/compare-{config.name}")
     folder = check_output_folder(str(config.output_dir), "output_dir")
 
-    from ds_stacking.reports.comparison_report import write_comparison
-    from ds_stacking.training.comparison import Comparison
+    from ds_stacking.studies.comparison.report import write_comparison
+    from ds_stacking.studies.comparison.running import Comparison
 
     failed: list[str] = []
     if not known.report_only:

@@ -23,7 +23,7 @@ from tests.evaluation.glue_files import write_task
 from tests.hostile.prison import ROOT, Outcome, run
 from tests.hostile.rules import SECRET
 from tests.hostile.watch import State, changes, files_with, state
-from tests.reports.test_comparison import write as write_comparison
+from tests.studies.comparison.test_report import write as write_comparison
 
 SMALL = [
     "--corpus.cache_dir=cache",

@@ -34,7 +34,7 @@ from ds_stacking.common.outputs import check_output_folder, writing
 from ds_stacking.common.own_files import make_inside, open_inside, refuse_links
 from ds_stacking.common.words import plain, shown
 from ds_stacking.config import RunConfig
-from ds_stacking.training.arms import ARMS, ArmRun, Cost, check_arms, pilot_stages, plan_arms
+from ds_stacking.studies.comparison.arms import ARMS, ArmRun, Cost, check_arms, pilot_stages, plan_arms
 from ds_stacking.training.run_directory import CONFIG, METRICS, STOP, is_finished, refuse_place
 
 PLAN, PILOT = "comparison.json", "pilot"

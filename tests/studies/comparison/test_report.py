@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from ds_stacking.common.errors import UserError
-from ds_stacking.reports.comparison import cost_at, effect, loss_at, read_comparison
-from ds_stacking.reports.comparison_report import rows, write_comparison
+from ds_stacking.studies.comparison.report import rows, write_comparison
+from ds_stacking.studies.comparison.results import cost_at, effect, loss_at, read_comparison
 
 SPEED = {1: 1.25, 2: 1.3, 3: 1.2}
 """By seed: how many times the FLOPs scratch needs for the loss of the arm `stack`."""

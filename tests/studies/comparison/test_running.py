@@ -16,7 +16,7 @@ import pytest
 
 from ds_stacking.command_line import parse_run
 from ds_stacking.common.errors import RunAgain, RunFailed, UserError
-from ds_stacking.training.comparison import PILOT_OPTIONS, Comparison, is_pilot, read_costs
+from ds_stacking.studies.comparison.running import PILOT_OPTIONS, Comparison, is_pilot, read_costs
 
 FAKE = Path(__file__).with_name("fake_pretrain.py")
 
@@ -31,7 +31,7 @@ def handlers() -> Iterator[None]:
 
 @pytest.fixture(autouse=True)
 def project_on_path(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("PYTHONPATH", str(FAKE.parents[2]))
+    monkeypatch.setenv("PYTHONPATH", str(FAKE.parents[3]))
 
 
 def comparison(folder: Path, *more: str, **fields: Any) -> Comparison:
@@ -180,7 +180,7 @@ def planned(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A comparison whose pilot has run."""
     folder = tmp_path_factory.mktemp("planned")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PYTHONPATH", str(FAKE.parents[2]))
+        patch.setenv("PYTHONPATH", str(FAKE.parents[3]))
         comparison(folder, seeds=1).plan()
     return folder / "compare"
 

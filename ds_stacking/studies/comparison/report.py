@@ -14,13 +14,13 @@ from ds_stacking.common.files import write_json, write_text
 from ds_stacking.common.outputs import writing
 from ds_stacking.common.own_files import make_inside
 from ds_stacking.common.words import plain
-from ds_stacking.reports.comparison import SECONDS, Effect, End, Results, label_of, read_comparison
-from ds_stacking.reports.comparison_figure import CLOCKS, draw_comparison
 from ds_stacking.reports.curves import axis_unit
 from ds_stacking.reports.page import charts, heading, legend, page, paragraph, table
 from ds_stacking.reports.run_files import read_metrics
 from ds_stacking.reports.svg import Chart, Line, Point
 from ds_stacking.reports.table import count, duration, flops
+from ds_stacking.studies.comparison.figure import CLOCKS, draw_comparison
+from ds_stacking.studies.comparison.results import SECONDS, Effect, End, Results, label_of, read_comparison
 
 COSTS = ("flops", "tokens", "seconds")
 HEADERS = (

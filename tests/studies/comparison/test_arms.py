@@ -9,7 +9,7 @@ import pytest
 from ds_stacking.command_line import parse_run
 from ds_stacking.common.errors import UserError
 from ds_stacking.config import RunConfig, StageConfig
-from ds_stacking.training.arms import ARMS, ArmRun, Cost, check_arms, pilot_stages, plan_arms
+from ds_stacking.studies.comparison.arms import ARMS, ArmRun, Cost, check_arms, pilot_stages, plan_arms
 
 COSTS = {2: Cost(flops=1.0, seconds=2.0), 4: Cost(flops=2.0, seconds=3.0), 8: Cost(flops=4.0, seconds=5.0)}
 CONFIG = RunConfig(stages="2:1000,4:2000,8:5000")

@@ -9,8 +9,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from ds_stacking.common.files import whole_file
-from ds_stacking.reports.comparison import Results, label_of
 from ds_stacking.reports.curves import axis_unit
+from ds_stacking.studies.comparison.results import Results, label_of
 
 CLOCKS = {"wall": "wall clock", "cpu": "processor time"}
 COLOURS = ("#5b6470", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00")

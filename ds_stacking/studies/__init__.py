@@ -1,0 +1,1 @@
+"""Studies of many runs, each whole in its folder: what is run, how it is run, statistics, report."""

@@ -1,0 +1,1 @@
+"""Does stacking pay? Arms of a recipe at equal cost."""
