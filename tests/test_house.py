@@ -33,7 +33,7 @@ ARROWS = {
     "evaluation": {"config", "models", "data", "growth", "engine"},
     "reports": {"config"},
     "planning": {"config", "models"},
-    "studies": {"config", "training", "reports"},
+    "studies": {"config", "growth", "training", "reports"},
     "training": {"planning", "config", "growth", "models", "engine", "checkpoint", "data", "evaluation", "reports"},
 }
 """Rooms of the library and the rooms that each may import, beside `common`, which all but the kernels may."""
