@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from argparse import ArgumentParser, ArgumentTypeError
 from collections.abc import Callable
@@ -51,6 +52,17 @@ def whole_number(least: int, most: int) -> Callable[[str], int]:
         return int(text)
 
     return read
+
+
+def positive(text: str) -> float:
+    """The type of an option that is a positive number."""
+    try:
+        number = float(text) if text.isascii() and "_" not in text else 0.0
+    except ValueError:
+        number = 0.0
+    if not 0 < number < math.inf:
+        raise ArgumentTypeError(f"is {shown(text)}; it must be a positive number.")
+    return number
 
 
 def share(text: str) -> float:

@@ -1,79 +1,200 @@
 """Does stacking pay? Every arm at equal FLOPs and at equal time, fully decayed, over seeds, in one report.
 
-python launchers/compare.py --recipe quickstart --arms scratch,reset,stack --seeds 3
+python launchers/compare.py --recipe quickstart --arms scratch,reset,stack --tune
 python launchers/compare.py --launch "deepspeed --num_gpus 8" --recipe bert_base_stacking --output_dir runs/compare
-sbatch --array 0-8 launchers/slurm/compare.sbatch --recipe quickstart --arms scratch,reset,stack --seeds 3
+python launchers/compare.py --study launchers/studies/documentation.json --parallel 2
+sbatch --array 0-24 launchers/slurm/compare.sbatch --recipe quickstart --arms scratch,reset,stack --seeds 5
 """
 
 from __future__ import annotations
 
+import os
 import shlex
 import sys
+from argparse import Namespace
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ds_stacking.command_line import parse_run, run_main
 from ds_stacking.common.errors import UserError
 from ds_stacking.common.outputs import check_output_folder
 from ds_stacking.common.words import shown
-from ds_stacking.launcher_options import Options, whole_number
+from ds_stacking.config import RunConfig
+from ds_stacking.launcher_options import Options, positive, whole_number
+
+if TYPE_CHECKING:
+    from ds_stacking.studies.comparison.running import Comparison
+    from ds_stacking.studies.comparison.starting import Place
 
 PRETRAIN = Path(__file__).with_name("pretrain.py")
 
 
 def main() -> None:
     """Parse, run what is not finished, report."""
+    known, options = make_parser().parse_known_args()
+    if known.study is not None:
+        failed = run_study(known, options)
+    else:
+        failed = run_one(known, options)
+    if failed:
+        print(f"error: {len(failed)} runs failed, the others are reported: {', '.join(failed)}", file=sys.stderr)
+        sys.exit(1)
+
+
+def make_parser() -> Options:
+    """The options of a comparison."""
     parser = Options(
         "Compare arms of a recipe. The same command goes on where it was stopped; arms and seeds may be added. All "
         "other options are those of pretrain.py and hold for every arm."
     )
-    parser.add_argument(
-        "--arms", default="scratch,reset,stack", help="scratch, reset, stack, interleave, late, random"
+    add = parser.add_argument
+    add(
+        "--arms",
+        default="scratch,reset,stack",
+        help="scratch, reset, stack, interleave, late, random, gong2019; every depth throughout comes by itself",
     )
-    parser.add_argument("--seeds", type=whole_number(1, 1000), default=3, metavar="N", help="runs of every arm")
-    parser.add_argument("--budgets", default="0.7,1,1.4", help="budgets of scratch, in units of the recipe's FLOPs")
-    parser.add_argument("--clock", choices=["wall", "cpu"], default="wall", help="what equal time means")
-    parser.add_argument("--launch", default=sys.executable, help="starts pretrain.py; default: Python, one process")
-    parser.add_argument("--task", type=whole_number(0, 100_000), help="only this arm and seed, for a job array")
-    parser.add_argument("--report_only", action="store_true", help="start nothing, write the report of what there is")
-    known, options = parser.parse_known_args()
+    add(
+        "--arm",
+        action="append",
+        default=[],
+        metavar="NAME=STAGES",
+        help="an arm of your own, such as slow=1:80,4:560,lr=1e-3; may be given often. Settings: operator, "
+        "optimizer_state, lr, schedule",
+    )
+    add("--seeds", type=whole_number(1, 1000), default=5, metavar="N", help="runs of every arm")
+    add("--budgets", default="0.5,0.7,1,1.4", help="budgets of scratch, in units of the recipe's FLOPs")
+    add(
+        "--tune",
+        type=whole_number(1, 100),
+        nargs="?",
+        const=1,
+        default=0,
+        metavar="SEEDS",
+        help="tune each arm's learning rate first, on this many other seeds (1)",
+    )
+    add("--minutes", type=positive, help="scale the recipe's steps so that all runs together take about so long")
+    add("--clock", choices=["wall", "cpu"], default="wall", help="what equal time means; cpu pins each run to a core")
+    add("--parallel", type=whole_number(1, 256), default=1, metavar="N", help="runs at a time, each on its own core")
+    add("--launch", help="starts pretrain.py; default: Python, one process")
+    add("--task", type=whole_number(0, 100_000), help="only this arm and seed, for a job array")
+    add("--study", metavar="FILE", help="run a list of comparisons as one plan (docs/comparison.md)")
+    add("--report_only", action="store_true", help="start nothing, write the report of what there is")
+    return parser
+
+
+def run_one(known: Namespace, options: list[str]) -> list[str]:
+    """Run one comparison and print its report; returns the runs that failed."""
+    from ds_stacking.studies.comparison.report import write_comparison
+
+    failed: list[str] = []
+    if known.report_only:
+        folder = check_output_folder(_config(known, options).run_dir, "output_dir")
+    else:
+        comparison = make_comparison(known, options)
+        folder = comparison.folder
+        failed = comparison.run(known.task)
+    print(write_comparison(folder))
+    return failed
+
+
+def run_study(known: Namespace, options: list[str]) -> list[str]:
+    """Run the comparisons of a study one after another; returns the runs that failed."""
+    from ds_stacking.studies.comparison.report import write_comparison
+    from ds_stacking.studies.comparison.study import read_study, write_study
+
+    if known.task is not None:
+        raise UserError("--task is one arm and seed of one comparison; leave --study or --task out.")
+    path = Path(known.study)
+    folder, rest = _study_folder(path, options)
+    entries = {name: [*own, *rest] for name, own in read_study(path).items()}
+    parsed = {}
+    for name, own in entries.items():  # all, before any begins
+        its, more = make_parser().parse_known_args(own)
+        its.parallel, its.launch = known.parallel, known.launch
+        parsed[name] = (its, [*more, f"--output_dir={folder / name}"])
+        if not known.report_only:
+            make_comparison(*parsed[name])
+    failed: list[str] = []
+    for number, (name, (its, more)) in enumerate(parsed.items(), 1):
+        if not known.report_only:
+            print(f"comparison {number} of {len(parsed)}: {name}", flush=True)
+            failed += [f"{name}/{path}" for path in make_comparison(its, more).run()]
+        if not known.report_only or (folder / name).is_dir():
+            print(write_comparison(folder / name), flush=True)
+    print(write_study(folder, list(parsed)))
+    return failed
+
+
+def _study_folder(path: Path, options: list[str]) -> tuple[Path, list[str]]:
+    """The study's folder, and the options that hold for all of its comparisons."""
+    own = Options("")
+    own.add_argument("--output_dir", default=f"runs/{path.stem}")
+    found, rest = own.parse_known_args(options)
+    return check_output_folder(found.output_dir, "output_dir"), rest
+
+
+def make_comparison(known: Namespace, options: list[str]) -> Comparison:
+    """The comparison that the options ask for. Raises UserError."""
+    from ds_stacking.studies.comparison.running import Comparison
+
+    return Comparison(
+        config=_config(known, options),
+        options=options,
+        arms=[name.strip() for name in known.arms.split(",") if name.strip()],
+        own=known.arm,
+        seeds=known.seeds,
+        budgets=_numbers(known.budgets),
+        tune=known.tune,
+        minutes=known.minutes,
+        clock=known.clock,
+        launch=[*_words(known.launch), str(PRETRAIN)],
+        places=_places(known),
+        say=lambda line: print(line, flush=True),
+    )
+
+
+def _config(known: Namespace, options: list[str]) -> RunConfig:
     config = parse_run(options, vars(known))
     if config.resume or config.overwrite:
         raise UserError("A comparison goes on by itself; leave --resume and --overwrite out, or delete its directory.")
-    if config.output_dir is None:
-        config = replace(config, output_dir=f"runs/compare-{config.name}")
-    folder = check_output_folder(str(config.output_dir), "output_dir")
+    return config if config.output_dir is not None else replace(config, output_dir=f"runs/compare-{config.name}")
 
-    from ds_stacking.studies.comparison.report import write_comparison
-    from ds_stacking.studies.comparison.running import Comparison
 
-    failed: list[str] = []
-    if not known.report_only:
-        comparison = Comparison(
-            config=config,
-            options=options,
-            arms=[name.strip() for name in known.arms.split(",")],
-            seeds=known.seeds,
-            budgets=_numbers(known.budgets),
-            clock=known.clock,
-            launch=[*_words(known.launch), str(PRETRAIN)],
-            say=lambda line: print(line, flush=True),
-        )
-        failed = comparison.run(known.task)
-    print(write_comparison(folder))
-    if failed:
-        print(f"error: {len(failed)} runs failed, the others are reported: {', '.join(failed)}", file=sys.stderr)
-        sys.exit(1)
+def _places(known: Namespace) -> Sequence[Place]:
+    """Where runs run. Several at a time, and processor time, are for one process each."""
+    from ds_stacking.studies.comparison.starting import places
+
+    alone = known.parallel == 1 and known.clock == "wall"
+    if known.launch is not None and not alone:
+        what = "--clock cpu" if known.clock == "cpu" else f"--parallel {known.parallel}"
+        raise UserError(f"{what} is for runs of one process each; leave --launch out, or {what}.")
+    gpus = [] if alone else _gpus()
+    if gpus and known.clock == "cpu":
+        raise UserError("--clock cpu means nothing where GPUs train; leave it out.")
+    return places(known.parallel, pinned=not alone, gpus=gpus)
+
+
+def _gpus() -> list[str]:
+    """Names of the visible GPUs, as CUDA_VISIBLE_DEVICES has them."""
+    import torch
+
+    named = os.environ.get("CUDA_VISIBLE_DEVICES")
+    count = torch.cuda.device_count()
+    return named.split(",")[:count] if named else [str(i) for i in range(count)]
 
 
 def _numbers(text: str) -> list[float]:
     try:
         return [float(part) for part in text.split(",")]
     except ValueError:
-        raise UserError(f"budgets {shown(text)} is no list of numbers; write for example 0.7,1,1.4.") from None
+        raise UserError(f"budgets {shown(text)} is no list of numbers; write for example 0.5,0.7,1,1.4.") from None
 
 
-def _words(launch: str) -> list[str]:
+def _words(launch: str | None) -> list[str]:
+    if launch is None:
+        return [sys.executable]
     try:
         words = shlex.split(launch)
     except ValueError as error:

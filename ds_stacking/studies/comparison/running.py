@@ -1,106 +1,45 @@
-"""A comparison of arms: every arm a real pre-training run in its own directory, started one after another.
+"""A comparison of arms: every arm a real pre-training run in its own directory, one or several at a time.
 
-A comparison's directory holds `comparison.json` (recipe, clock, measured costs, the plan), `pilot/`, and for every run
-its directory `<arm>/<label>/seed-<n>/` with what it printed in `seed-<n>.log` beside it. Called again, finished runs
-stay as they are, stopped ones go on, and arms or seeds may be added. `comparison.json` is written once the pilot has
-succeeded, so a recipe that was refused leaves the directory free for the mended one.
+A comparison's directory holds `comparison.json` (plan.py), `pilot/`, and for every run its directory
+`<arm>/<label>/seed-<n>/` with what it printed in `seed-<n>.log` beside it. Called again, finished runs stay as they
+are, stopped ones go on, and arms or seeds may be added. `comparison.json` is written once the pilot has succeeded, so
+a recipe that was refused leaves the directory free for the mended one.
 """
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
-import signal
-import statistics
-import subprocess
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field, replace
-from itertools import pairwise
-from pathlib import Path
-from typing import Annotated, Any, Literal, NotRequired
+from dataclasses import dataclass, field, replace
+from typing import Literal, TypeVar
 
 from filelock import FileLock
-from pydantic import Field
-from typing_extensions import TypedDict
 
 from ds_stacking.common.errors import RunAgain, RunFailed, UserError
-from ds_stacking.common.files import write_json, write_text
-from ds_stacking.common.json_files import KEEP_OTHERS, Count, Finite, read_json
-from ds_stacking.common.json_lines import read_json_lines
+from ds_stacking.common.files import write_text
 from ds_stacking.common.outputs import check_output_folder, writing
-from ds_stacking.common.own_files import make_inside, open_inside, refuse_links
-from ds_stacking.common.words import plain, shown
+from ds_stacking.common.own_files import read_inside, refuse_links
+from ds_stacking.common.words import shown
 from ds_stacking.config import RunConfig
-from ds_stacking.studies.comparison.arms import ARMS, ArmRun, Cost, check_arms, pilot_stages, plan_arms
-from ds_stacking.training.run_directory import CONFIG, METRICS, STOP, is_finished, refuse_place
-
-PLAN, PILOT = "comparison.json", "pilot"
-PILOT_STEPS = 60
-"""Steps of the pilot at each depth, the first third of which is not counted."""
-PILOT_OPTIONS = {
-    "operator": "last",
-    "optimizer_state": "stack",
-    "tracking": "none",
-    "eval_every": 0,
-    "checkpoint_every": 0,
-    "log_every": PILOT_STEPS // 12,
-}
-"""What a pilot is run with, whatever the recipe."""
-CLOCKS = {"wall": "training_seconds", "cpu": "cpu_seconds"}
-"""The field of a record that holds the seconds of each clock."""
-
+from ds_stacking.reports.run_files import read_summary
+from ds_stacking.studies.comparison import pilot, tuning
+from ds_stacking.studies.comparison.arms import Arm, check_budgets, resolve_arms
+from ds_stacking.studies.comparison.book import Book, Pilot
+from ds_stacking.studies.comparison.pilot import CLOCKS, PILOT, PILOT_STEPS, is_pilot, pilot_options, read_costs
+from ds_stacking.studies.comparison.plan import PLAN, ArmRun, Saved
+from ds_stacking.studies.comparison.progress import Progress
+from ds_stacking.studies.comparison.starting import Place, Starter
+from ds_stacking.training.run_directory import CONFIG, is_finished, refuse_place
 
 MOST_SEEDS = 1000
-LAST_WORDS = 1 << 16
-"""Bytes at the end of a log in which a run's last words are looked for."""
-Spent = Annotated[float, Field(allow_inf_nan=False, ge=1e-12, le=1e39)]
-
-
-class SavedCost(TypedDict):
-    """What a step costs, in comparison.json."""
-
-    flops: Spent
-    seconds: Spent
-
-
-class Saved(TypedDict):
-    """comparison.json: what is read of it to go on."""
-
-    __pydantic_config__ = KEEP_OTHERS  # type: ignore[misc]
-    recipe: dict[str, Any]
-    clock: str
-    costs: dict[Annotated[str, Field(pattern="^[0-9]{1,6}$")], SavedCost]
-    arms: dict[str, str]
-    runs: dict[str, list[list[Count]]]
-
-
-class PilotStage(TypedDict):
-    """A stage in the pilot's config.json."""
-
-    __pydantic_config__ = KEEP_OTHERS  # type: ignore[misc]
-    steps: Count
-
-
-class PilotConfig(TypedDict):
-    """The pilot's config.json, beside PILOT_OPTIONS."""
-
-    __pydantic_config__ = KEEP_OTHERS  # type: ignore[misc]
-    stages: list[PilotStage]
-
-
-class PilotLine(TypedDict):
-    """A line of the pilot's metrics.jsonl."""
-
-    __pydantic_config__ = KEEP_OTHERS  # type: ignore[misc]
-    kind: str
-    layers: Count
-    step: Count
-    flops: Finite
-    training_seconds: NotRequired[Finite]
-    cpu_seconds: NotRequired[Finite]
+DIVERGED = "not finite"
+"""In the last words of a run whose learning rate was too high; any other failure is no word on the rate."""
+Item = TypeVar("Item")
+Result = TypeVar("Result")
 
 
 @dataclass(kw_only=True)
@@ -112,26 +51,39 @@ class Comparison:
     options: list[str]
     """Options of pretrain.py that make it."""
     arms: Sequence[str]
-    """Names of ARMS."""
-    seeds: int = 3
+    """Names of arms.NAMES; the shallow arms come by themselves."""
+    own: Sequence[str] = ()
+    """Arms of the user's own, NAME=LAYERS:STEPS,..."""
+    seeds: int = 5
     """Runs of every arm."""
-    budgets: Sequence[float] = (0.7, 1.0, 1.4)
+    budgets: Sequence[float] = (0.5, 0.7, 1.0, 1.4)
     """Budgets of scratch, in units of the recipe's own FLOPs."""
+    tune: int = 0
+    """Seeds on which each arm's learning rate is tuned first; 0: all have the recipe's."""
+    minutes: float | None = None
+    """What all runs shall take together; the recipe's steps are multiplied by what that means. None: as they are."""
     clock: Literal["wall", "cpu"] = "wall"
-    """What equal time means; cpu: processor time, for one rank on a CPU that others use too."""
+    """What equal time means; cpu: processor time, for one pinned thread on a machine that others use too."""
     launch: Sequence[str]
     """The command that starts pretrain.py, up to its options."""
+    places: Sequence[Place] = (Place(),)
+    """Where runs run, one at each at a time."""
     say: Callable[[str], None] = print
     """Shows a line."""
-    reason: str | None = field(default=None, init=False)
-    """The signal that asked to stop."""
+    progress: Progress = field(init=False)
+    fingerprint: str = field(init=False)
+    """Of the data, which all runs share; known once there is a plan."""
 
     def __post_init__(self) -> None:
-        check_arms(self.config, self.arms, self.budgets)
+        self.resolved = resolve_arms(self.config, self.arms, self.own)
+        check_budgets(self.budgets)
         if not 1 <= self.seeds <= MOST_SEEDS:
             raise UserError(f"seeds is {self.seeds}; it must be 1 to {MOST_SEEDS:,}.")
-        if self.config.seed + self.seeds > 2**32:
-            raise UserError(f"seed {self.config.seed} leaves no room for {self.seeds} seeds below 2**32; give less.")
+        if self.config.seed + tuning.FIRST_SEED + MOST_SEEDS > 2**32:
+            raise UserError(
+                f"seed {self.config.seed} leaves no room below 2**32 for {self.seeds} seeds and those of a tuning; "
+                f"give less."
+            )
         if not self.launch or shutil.which(self.launch[0]) is None:
             program = shown(self.launch[0]) if self.launch else "empty"
             raise UserError(f"launch names {program}, which is no program that can be started; give one, or its path.")
@@ -140,10 +92,22 @@ class Comparison:
             raise UserError(f"output_dir {self.folder} holds a run, and no comparison; choose another --output_dir.")
         refuse_place(self.folder)
         self._refuse_foreign()
+        self.starter = Starter(folder=self.folder, launch=self.launch, places=self.places)
+        self.book = Book(
+            folder=self.folder,
+            config=self.config,
+            arms=self.resolved,
+            seeds=range(self.config.seed, self.config.seed + self.seeds),
+            budgets=self.budgets,
+            tune=self.tune,
+            minutes=self.minutes,
+            clock=self.clock,
+            at_once=len(self.places),
+        )
 
     def _refuse_foreign(self) -> None:
         """Raise UserError where a new comparison would run in folders that are somebody else's."""
-        standing = [name for name in self.arms if os.path.lexists(self.folder / name)]
+        standing = [name for name in self.resolved if os.path.lexists(self.folder / name)]
         if os.path.lexists(self.folder / PILOT) and not is_pilot(self.folder):
             standing.append(PILOT)
         # asked last: what runs beside this one writes its plan before its first arm
@@ -159,78 +123,57 @@ class Comparison:
         Raises UserError for bad input of all runs, which the pilot meets first, RunFailed where the pilot fails, and
         RunAgain when asked to stop.
         """
-        pairs = [(arm, seed) for arm in self.arms for seed in range(self.config.seed, self.config.seed + self.seeds)]
+        pairs = [(arm, seed) for arm in self.resolved for seed in self.book.seeds]
         if task is not None and not 0 <= task < len(pairs):
             raise UserError(
-                f"task {task} is not among the {len(pairs)} of {len(self.arms)} arms and {self.seeds} seeds."
+                f"task {task} is not among the {len(pairs)} of {len(self.resolved)} arms ({', '.join(self.resolved)}) "
+                f"and {self.seeds} seeds."
             )
-        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
-            signal.signal(number, self._stop)
         wanted = pairs if task is None else [pairs[task]]
-        with writing(self.folder):
-            runs = [run for run in self.plan() if (run.arm, run.seed) in wanted]
-            return [run.path for run in runs if not self.train(run)]
+        with self.starter.stopped_by_signals(), writing(self.folder):
+            saved = self.plan()
+            self.fingerprint = saved["data_fingerprint"]
+            runs = [run for run in self.book.runs(saved) if (run.arm.name, run.seed) in wanted]
+            named = {name for name, _ in wanted}
+            tuned = [arm for arm in self.resolved.values() if arm.name in named and self.book.is_tuned(arm)]
+            self._announce(saved, tuned, runs)
+            failed = [path for paths in self._each(self._tune, tuned) for path in paths]
+            without_rate = {path.partition("/")[0] for path in failed}
+            runs = [run for run in runs if run.arm.name not in without_rate]
+            lrs = [self.book.lr(saved, run.arm) for saved in [self.plan()] for run in runs]
+            done = self._each(lambda pair: self._train(*pair), list(zip(runs, lrs, strict=True)))
+            return failed + [run.path for run, is_done in zip(runs, done, strict=True) if not is_done]
 
-    def plan(self) -> list[ArmRun]:
-        """The runs, planned once for all that share the directory; a pilot measures what a step costs."""
-        is_new = not self.folder.exists()
-        made = [name for name in (PILOT, f"{PILOT}.log") if not os.path.lexists(self.folder / name)]
-        self.folder.mkdir(parents=True, exist_ok=True)
-        refuse_links(self.folder, (".lock",))
-        with FileLock(self.folder / ".lock"):
-            try:
-                return self._plan()
-            except UserError:
-                if not os.path.lexists(self.folder / PLAN):  # made for what was refused
-                    _remove([self.folder / name for name in (*made, *([".lock"] if is_new else []))])
-                    with suppress(OSError):  # something else stands there
-                        if is_new:
-                            self.folder.rmdir()
-                raise
+    def plan(self) -> Saved:
+        """The plan, made once for all that share the directory; a pilot measures what a step costs."""
+        return self.book.open(self._pilot)
 
-    def _plan(self) -> list[ArmRun]:
-        recipe = self.config.to_dict() | {"output_dir": None, "name": None, "tracking": None}
-        path = self.folder / PLAN
-        saved = self._saved(path, recipe)
-        costs = {int(layers): Cost(**cost) for layers, cost in saved["costs"].items()} if saved else self.pilot()
-        unknown = {stage.layers for stage in pilot_stages(self.config, 1)} - set(costs)
-        if unknown:
-            raise UserError(
-                f"{path} has no cost of {min(unknown)} layers; restore it, or choose another --output_dir."
-            )
-        runs = plan_arms(self.config, self.arms, self.budgets, self.seeds, costs)
-        planned = {run.path: [[stage.layers, stage.steps] for stage in run.stages] for run in runs}
-        known: Any = saved or {"arms": {}, "runs": {}}
-        arms = {name: arm.meaning for name, arm in ARMS.items() if name in {*self.arms, *known["arms"]}}
-        content = {"recipe": recipe, "clock": self.clock, "costs": {n: asdict(cost) for n, cost in costs.items()}}
-        write_json(path, content | {"arms": arms, "runs": known["runs"] | planned}, inside=self.folder)
-        return runs
+    def _each(self, do: Callable[[Item], Result], items: Sequence[Item]) -> list[Result]:
+        """What `do` gives for each item, as many at a time as there are places."""
+        with ThreadPoolExecutor(len(self.places)) as pool:
+            return list(pool.map(do, items))
 
-    def _saved(self, path: Path, recipe: dict[str, Any]) -> Saved | None:
-        """What an earlier call has planned. Raises UserError where that was for another recipe, or is damaged."""
-        if not os.path.lexists(path):
-            return None
-        saved = read_json(path, Saved, mend="restore it, or choose another --output_dir", inside=self.folder)
-        wanted = {**recipe, "clock": self.clock}
-        for name, value in {**saved["recipe"], "clock": saved["clock"]}.items():
-            if name not in wanted or value != wanted[name]:
-                raise UserError(
-                    f"{self.folder} holds a comparison of another recipe ({plain(name, 60)} {shown(value)}, not "
-                    f"{shown(wanted.get(name))}); choose another --output_dir."
-                )
-        if wanted.keys() - saved["recipe"].keys() - {"clock"}:
-            raise UserError(f"{self.folder} holds a comparison of another version; choose another --output_dir.")
-        return saved
+    def _announce(self, saved: Saved, tuned: Sequence[Arm], runs: Sequence[ArmRun]) -> None:
+        """Say how many runs there will be, and how long they will take."""
+        first = [
+            run
+            for arm in tuned
+            for lr in (saved["tuning"]["arms"][arm.name]["rates"] if saved["tuning"] else [])
+            for run in self.book.tuning_runs(saved, arm, lr)
+        ]
+        costs = self.book.costs(saved)
+        left = {run.path: run.seconds(costs) + saved["overhead"] for run in [*first, *runs] if not self._is_done(run)}
+        self.progress = Progress(self.say, left, len(first) + len(runs), len(self.places))
+        self.progress.announce(f"{len(self.resolved)} arms ({', '.join(self.resolved)}), {self.seeds} seeds")
 
-    def pilot(self) -> dict[int, Cost]:
+    def _pilot(self) -> Pilot:
         """Measure what a step costs at each depth, in a run of a few steps that also prepares the data."""
         self._refuse_foreign()  # again: it was not looked at under the lock
         path = self.folder / PILOT
-        stages = json.dumps([asdict(stage) for stage in pilot_stages(self.config, PILOT_STEPS)])
-        options = [f"--stages={stages}", *(f"--{name}={value}" for name, value in PILOT_OPTIONS.items())]
         self.say(f"pilot: {PILOT_STEPS} steps at each depth")
-        # afresh: what stands there may be a pilot of a recipe that was refused
-        code, last = self._start(path, [*options, "--overwrite"])
+        began = time.monotonic()
+        code, last = self.starter.start(path, [*self.options, *pilot_options(self.config, self.resolved)])
+        seconds = time.monotonic() - began
         if not is_finished(replace(self.config, output_dir=str(path))):
             if code == UserError.exit_code:
                 raise UserError(last.removeprefix("error: "))
@@ -238,101 +181,88 @@ class Comparison:
                 f"the pilot ended with code {code}: {last}; see {path.with_suffix('.log')}, and give the same command "
                 f"again, or a mended one."
             )
-        return read_costs(path, CLOCKS[self.clock])
+        summary = pilot.read_summary(path)
+        return Pilot(
+            costs=read_costs(path, CLOCKS[self.clock]),
+            fingerprint=summary["data_fingerprint"],
+            overhead=max(0.0, seconds - summary["training_seconds"]),
+        )
 
-    def train(self, run: ArmRun) -> bool:
+    def _tune(self, arm: Arm) -> list[str]:
+        """Choose the arm's learning rate, unless that was done; returns the runs that failed, without a choice then.
+
+        One process at a time, so that the tasks of a job array which share an arm tune it once.
+        """
+        lock = f".tune-{arm.name}"
+        refuse_links(self.folder, (lock,))
+        with FileLock(self.folder / lock):
+            saved = self.plan()
+            assert saved["tuning"] is not None
+            known = saved["tuning"]["arms"][arm.name]
+            if known["chosen"] is not None:
+                return []
+            rates = known["rates"]
+            losses: dict[float, float] = {}
+            while rates:
+                for lr in rates:
+                    runs = self.book.tuning_runs(saved, arm, lr)
+                    failed = [run.path for run in runs if not self._try_rate(run, lr)]
+                    if failed:
+                        return failed
+                    losses[lr] = tuning.mean_loss([self._loss(run) for run in runs])
+                found = tuning.next_rate(losses)
+                rates = [] if found is None else [found]
+                if found is not None:
+                    saved = self.book.add_rate(arm, found)
+                    self.progress.add(
+                        {
+                            run.path: run.seconds(self.book.costs(saved))
+                            for run in self.book.tuning_runs(saved, arm, found)
+                        }
+                    )
+            best = tuning.chosen(losses)
+            if best is None:
+                return [run.path for lr in losses for run in self.book.tuning_runs(saved, arm, lr)]
+            self.book.choose(arm, best)
+            self.say(f"{arm.name}: of {', '.join(f'{lr:g}' for lr in sorted(losses))} learning rate {best:g} is best")
+            return []
+
+    def _loss(self, run: ArmRun) -> float | None:
+        """Loss at the end of a run; None where it diverged."""
+        summary = read_summary(self.folder / run.path)
+        return None if summary is None else summary.get("eval_loss_masked")
+
+    def _try_rate(self, run: ArmRun, lr: float) -> bool:
+        """Run one run of the tuning; whether it tells about the rate: it ended, or it diverged, now or before."""
+        return self._has_diverged(run) or self._train(run, lr) or self._has_diverged(run)
+
+    def _has_diverged(self, run: ArmRun) -> bool:
+        with suppress(OSError):
+            return DIVERGED in read_inside(self.folder, f"{run.path}.failed", limit=1 << 16).decode(errors="replace")
+        return False
+
+    def _is_done(self, run: ArmRun) -> bool:
+        return is_finished(replace(self.config, output_dir=str(self.folder / run.path)))
+
+    def _train(self, run: ArmRun, lr: float) -> bool:
         """Run or go on with one run; whether it is finished. A failure is noted beside its directory."""
         path = self.folder / run.path
-        finished = replace(self.config, output_dir=str(path))
         failed = path.with_suffix(".failed")
-        if is_finished(finished):
+        if self._is_done(run):
             return True
-        stages = ", ".join(f"{stage.layers} layers x {stage.steps}" for stage in run.stages)
-        self.say(f"{run.path}: {stages}")
-        code, last = self._start(path, [*run.options(), "--resume=auto"])
-        if is_finished(finished):
+        stages = run.stages(self.config, lr)
+        self.progress.begin(run.path, ", ".join(f"{stage.layers} layers x {stage.steps}" for stage in stages))
+        pinned = f"--corpus.fingerprint={self.fingerprint}"
+        options = [*self.options, *run.options(self.config, lr), pinned, "--resume=auto"]
+        code, last = self.starter.start(path, options, lambda record: self.progress.watch(run.path, record))
+        if self._is_done(run):
             failed.unlink(missing_ok=True)
+            loss = self._loss(run)
+            self.progress.end(run.path, f"ended at loss {loss:.3f}" if loss is not None else "ended")
             return True
         if code == RunAgain.exit_code:
             raise RunAgain(f"stopped in {run.path}; the same command goes on")
         words = f"ended with code {code}: {last}"
         write_text(failed, f"{words}\n", inside=self.folder)
-        self.say(f"{run.path} failed: {words}")
+        self.progress.end(run.path, f"failed: {words}")
         return False
-
-    def _start(self, path: Path, options: Sequence[str]) -> tuple[int, str]:
-        """Start pretrain.py for the run directory `path` and wait for its end; its exit code and last words."""
-        if self.reason:
-            raise RunAgain(f"stopped by {self.reason}; the same command goes on")
-        make_inside(self.folder, *path.parent.relative_to(self.folder).parts)
-        command = [*self.launch, *self.options, *options, f"--output_dir={path}"]
-        name = str(path.with_suffix(".log").relative_to(self.folder))
-        with open(open_inside(self.folder, name, os.O_RDWR | os.O_CREAT | os.O_APPEND), "r+b", buffering=0) as log:
-            begin = log.seek(0, os.SEEK_END)
-            # A session of its own: Ctrl-C shall reach this process alone, which then asks by a file.
-            process = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
-            while process.poll() is None:
-                if self.reason and (path / CONFIG).exists():
-                    os.close(open_inside(path, STOP, os.O_WRONLY | os.O_CREAT))
-                time.sleep(0.2)
-            log.seek(max(begin, log.seek(0, os.SEEK_END) - LAST_WORDS))
-            last = _last_line(log.read().decode(errors="replace"))
-        if self.reason:
-            (path / STOP).unlink(missing_ok=True)
-            raise RunAgain(f"stopped by {self.reason} in {path}; the same command goes on")
-        return process.returncode, last
-
-    def _stop(self, number: int, frame: Any) -> None:
-        self.reason = signal.Signals(number).name
-
-
-def is_pilot(folder: Path) -> bool:
-    """Whether `folder`/pilot holds a comparison's pilot, of whatever recipe, or no run yet."""
-    path = folder / PILOT / CONFIG
-    try:
-        config = read_json(path, PilotConfig, mend="", inside=folder)
-    except FileNotFoundError:
-        return True  # --overwrite looks at what else may be there
-    except (OSError, UserError):
-        return False
-    fits = all(config.get(name) == value for name, value in PILOT_OPTIONS.items())
-    return fits and all(stage["steps"] == PILOT_STEPS for stage in config["stages"])
-
-
-def _remove(paths: Sequence[Path]) -> None:
-    """Delete files and folders, as far as they are there."""
-    for path in paths:
-        with suppress(OSError):
-            if path.is_dir() and not path.is_symlink():
-                shutil.rmtree(path)
-            else:
-                path.unlink()
-
-
-def read_costs(run_dir: Path, clock: str) -> dict[int, Cost]:
-    """Cost of a step by depth: FLOPs from the ledger's totals, seconds as the median over a pilot's log lines.
-
-    Raises UserError where the pilot's metrics are damaged or do not tell.
-    """
-    by_depth: dict[int, list[Any]] = {}
-    path, mend = run_dir / METRICS, f"delete {run_dir}, and the pilot is run again"
-    for _, record in read_json_lines(path, PilotLine, mend=mend, inside=run_dir):
-        if record["kind"] == "train" and clock in record:
-            by_depth.setdefault(record["layers"], []).append(record)
-    costs = {}
-    for layers, own in sorted(by_depth.items()):
-        own = own[len(own) // 3 :]
-        pairs = [(a, b) for a, b in pairwise(own) if b["step"] > a["step"]]
-        seconds = [(b[clock] - a[clock]) / (b["step"] - a["step"]) for a, b in pairs]
-        flops, steps = own[-1]["flops"] - own[0]["flops"], own[-1]["step"] - own[0]["step"]
-        if not (pairs and flops > 0 and steps > 0):
-            raise UserError(f"{path} does not tell what a step of {layers} layers costs; {mend}.")
-        costs[layers] = Cost(flops=flops / steps, seconds=max(statistics.median(seconds), 1e-9))
-    return costs
-
-
-def _last_line(text: str) -> str:
-    """The last thing that a run said; a line that begins with `error: ` before any other."""
-    lines = [line.strip() for line in text.splitlines() if line.strip()]
-    found = next((line for line in reversed(lines) if line.startswith("error: ")), lines[-1] if lines else "")
-    return plain(found) or "it said nothing"

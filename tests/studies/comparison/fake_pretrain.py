@@ -1,11 +1,13 @@
 """Stands in for pretrain.py in tests of the comparison: reads its options, writes a run directory, trains nothing.
 
-FAKE_FAIL names a run that fails, FAKE_WAIT one that goes on until it is asked to stop.
+FAKE_FAIL names a run that fails, FAKE_WAIT one that goes on until it is asked to stop. The loss is lowest at the
+learning rate FAKE_BEST; above FAKE_DIVERGE it diverges.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import os
 import sys
 import time
@@ -19,6 +21,7 @@ SECONDS = {1: 2.5, 2: 3.5, 4: 5.0}
 
 def main() -> int:
     config = parse_run(sys.argv[1:])
+    lr = config.stages[0].lr or config.lr
     run = Path(config.run_dir)
     assert (config.resume == "auto") != config.overwrite
     run.mkdir(parents=True, exist_ok=True)
@@ -31,6 +34,11 @@ def main() -> int:
         if (run / "stop").exists():
             return 75
         time.sleep(0.02)
+    assert run.name == "pilot" or config.corpus.fingerprint == "abc"
+    if lr > float(os.environ.get("FAKE_DIVERGE", "inf")):
+        print("error: 11 steps in a row were skipped: its loss or gradients are not finite.", file=sys.stderr)
+        return 1
+    miss = math.log(lr / float(os.environ.get("FAKE_BEST", lr))) ** 2
     totals = {"step": 0, "tokens": 0, "flops": 0.0, "training_seconds": 0.0, "cpu_seconds": 0.0}
     records = []
     for stage in config.stages:
@@ -42,7 +50,7 @@ def main() -> int:
             totals["cpu_seconds"] += 2 * SECONDS[stage.layers]
             records.append({"kind": "train", "layers": stage.layers, "loss": 3.0, **totals})
             records.append(
-                {"kind": "eval", "layers": stage.layers, "eval_loss_masked": 9.0 - totals["step"] / 100, **totals}
+                {"kind": "eval", "layers": stage.layers, "eval_loss_masked": 9.0 - totals["step"] / 100 + miss, **totals}
             )
     (run / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
     end = {
@@ -50,6 +58,9 @@ def main() -> int:
         "data_fingerprint": "abc",
         "steps": totals["step"],
         "eval_loss_masked": records[-1]["eval_loss_masked"],
+        "pinned": sorted(os.sched_getaffinity(0)),
+        "threads": os.environ.get("OMP_NUM_THREADS"),
+        "device": os.environ.get("CUDA_VISIBLE_DEVICES"),
     }
     (run / "summary.json").write_text(json.dumps(totals | end))
     return 0

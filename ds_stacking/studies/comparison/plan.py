@@ -1,0 +1,255 @@
+"""The plan of a comparison: its runs at equal FLOPs and equal time, and comparison.json, where it stands.
+
+The unit of all budgets is what the recipe itself spends in FLOPs; an equal time is the time in which a model of the
+final depth spends them. What a step costs at each depth was measured by a pilot on the machine that trains.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import Field
+from typing_extensions import TypedDict
+
+from ds_stacking.common.errors import UserError
+from ds_stacking.common.json_files import KEEP_OTHERS, Count, read_json
+from ds_stacking.common.words import plain, shown
+from ds_stacking.config import RunConfig, StageConfig
+from ds_stacking.studies.comparison.arms import Arm, budget_label, recipe_stages, stage_of
+
+PLAN, VERSION = "comparison.json", 2
+SAME_PLAN = 0.02
+"""Where equal time means so nearly the steps of equal FLOPs, relatively, one run serves for both."""
+PACKAGES = ("torch", "deepspeed", "transformers", "datasets", "numpy")
+SHORTEST = 10
+"""Steps of a run, as a multiple of its stages, that --minutes leaves at the least."""
+Spent = Annotated[float, Field(allow_inf_nan=False, ge=1e-12, le=1e39)]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cost:
+    """What one optimizer step costs at a depth."""
+
+    flops: float
+    """Model FLOPs."""
+    seconds: float
+    """Seconds of training, by the comparison's clock."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ArmRun:
+    """One run of a comparison."""
+
+    arm: Arm
+    """What it is a run of."""
+    label: str
+    """`flops` or `time`, which of the two it matches; for scratch its budget, such as x0.7; lr0.003 in the tuning."""
+    seed: int
+    """Seed of everything random."""
+    steps: float
+    """Optimizer steps of all stages."""
+
+    @property
+    def path(self) -> str:
+        """Its run directory inside that of the comparison."""
+        return f"{self.arm.name}/{self.label}/seed-{self.seed}"
+
+    def stages(self, config: RunConfig, lr: float) -> list[StageConfig]:
+        """Its stages at the peak learning rate `lr`."""
+        return self.arm.stages(config, self.seed, self.steps, lr)
+
+    def options(self, config: RunConfig, lr: float) -> list[str]:
+        """Options of pretrain.py that make the recipe this run at the peak `lr`; they come last, so they win."""
+        stages = json.dumps([asdict(stage) for stage in self.stages(config, lr)])
+        settings = {"name": f"{self.arm.name}-{self.label}", "seed": str(self.seed), **self.arm.settings}
+        return [f"--stages={stages}", *(f"--{name}={value}" for name, value in settings.items()), f"--lr={lr!r}"]
+
+    def seconds(self, costs: Mapping[int, Cost]) -> float:
+        """Seconds of its steps, by the pilot."""
+        return sum(share * self.steps * costs[layers].seconds for layers, share in self.arm.shares(self.seed))
+
+
+class SavedCost(TypedDict):
+    """What a step costs, in comparison.json."""
+
+    flops: Spent
+    seconds: Spent
+
+
+class SavedArm(TypedDict):
+    """An arm, in comparison.json."""
+
+    __pydantic_config__ = KEEP_OTHERS  # type: ignore[misc]
+    meaning: str
+
+
+class SavedTuning(TypedDict):
+    """Which rates an arm has tried, and which it has."""
+
+    rates: Annotated[list[Spent], Field(max_length=100)]
+    chosen: Spent | None
+
+
+class Tuning(TypedDict):
+    """The tuning of all arms."""
+
+    seeds: list[Count]
+    factor: float
+    arms: dict[str, SavedTuning]
+
+
+class Saved(TypedDict):
+    """comparison.json: what is read of it to go on."""
+
+    __pydantic_config__ = KEEP_OTHERS  # type: ignore[misc]
+    version: Literal[2]
+    commit: str | None
+    later_commits: list[str]
+    recipe: dict[str, Any]
+    clock: str
+    minutes: float | None
+    unit: Spent
+    data_fingerprint: str
+    overhead: float
+    costs: dict[Annotated[str, Field(pattern="^[0-9]{1,6}$")], SavedCost]
+    budgets: list[Spent]
+    seeds: list[Count]
+    added_seeds: list[Count]
+    arms: dict[str, SavedArm]
+    tuning: Tuning | None
+    runs: dict[str, list[list[Count]]]
+
+
+def read_plan(folder: Path) -> Saved | None:
+    """What an earlier call has planned in `folder`; None where there is none. Raises UserError for what is damaged."""
+    path = folder / PLAN
+    if not path.is_symlink() and not path.exists():
+        return None
+    mend = "restore it, or choose another --output_dir"
+    if read_json(path, dict[str, Any], mend=mend, inside=folder).get("version") != VERSION:
+        raise UserError(f"{folder} holds a comparison of another version; choose another --output_dir.")
+    return read_json(path, Saved, mend=mend, inside=folder)
+
+
+def check_same_recipe(folder: Path, saved: Saved, wanted: Mapping[str, Any]) -> None:
+    """Raise UserError where what was planned is another comparison; `wanted` are the recipe, the clock and so on."""
+    known = {**saved["recipe"], "clock": saved["clock"]}
+    for name, value in known.items():
+        if name not in wanted or value != wanted[name]:
+            raise UserError(
+                f"{folder} holds a comparison of another recipe ({plain(name, 60)} {shown(value)}, not "
+                f"{shown(wanted.get(name))}); choose another --output_dir."
+            )
+    if wanted.keys() - known.keys():
+        raise UserError(f"{folder} holds a comparison of another version; choose another --output_dir.")
+
+
+def plan_runs(
+    config: RunConfig,
+    arms: Mapping[str, Arm],
+    budgets: Sequence[float],
+    seeds: Sequence[int],
+    costs: Mapping[int, Cost],
+    unit: float = 1.0,
+) -> list[ArmRun]:
+    """All runs that count, seed by seed, so that a part of them compares already.
+
+    Args:
+        config: The recipe.
+        arms: From resolve_arms.
+        budgets: Of every arm from scratch, in units.
+        seeds: One run of each for every seed.
+        costs: Of a step, by depth.
+        unit: What the recipe's own FLOPs are multiplied with.
+    """
+    return [run for seed in seeds for arm in arms.values() for run in _runs(config, arm, budgets, seed, costs, unit)]
+
+
+def _runs(
+    config: RunConfig, arm: Arm, budgets: Sequence[float], seed: int, costs: Mapping[int, Cost], unit: float
+) -> list[ArmRun]:
+    flops, seconds = steps_at(config, arm, seed, costs, unit)
+    if arm.kind == "scratch":
+        steps = {budget_label(budget): budget * flops for budget in sorted(set(budgets))}
+    elif arm.kind == "shallow" or abs(seconds / flops - 1) < SAME_PLAN:
+        steps = {"flops": flops}
+    else:
+        steps = {"flops": flops, "time": seconds}
+    return [ArmRun(arm=arm, label=label, seed=seed, steps=count) for label, count in steps.items()]
+
+
+def steps_at(config: RunConfig, arm: Arm, seed: int, costs: Mapping[int, Cost], unit: float) -> tuple[float, float]:
+    """Steps of an arm that spend a unit of FLOPs, and those that take scratch's time for it."""
+    stages = recipe_stages(config)
+    final = costs[stages[-1].layers]
+    flops = unit * sum(stage.steps * costs[stage.layers].flops for stage in stages)
+    shares = arm.shares(seed)
+    return (
+        flops / sum(share * costs[layers].flops for layers, share in shares),
+        flops / final.flops * final.seconds / sum(share * costs[layers].seconds for layers, share in shares),
+    )
+
+
+def unit_of(
+    config: RunConfig, minutes: float, runs: Sequence[ArmRun], costs: Mapping[int, Cost], overhead: float, at_once: int
+) -> float:
+    """What steps are multiplied with for all `runs` together to take `minutes`.
+
+    `overhead` are seconds of a run without its steps; `at_once` is how many run at a time. Raises UserError where so
+    little is left that nothing could be learnt.
+    """
+    left = 60 * minutes * at_once - overhead * len(runs)
+    unit = left / sum(run.seconds(costs) for run in runs)
+    for run in runs:
+        least = max(config.warmup_steps, SHORTEST * len(run.arm.depths))
+        if unit * run.steps <= least:
+            raise UserError(
+                f"{minutes:g} minutes leave {run.path} {max(0, round(unit * run.steps))} steps, and it needs more "
+                f"than {least}; give more --minutes, or fewer --seeds, --arms or --warmup_steps."
+            )
+    return unit
+
+
+def pilot_stages(config: RunConfig, arms: Mapping[str, Arm], steps: int) -> list[StageConfig]:
+    """A few steps at every depth of the arms, shallow to deep."""
+    depths = sorted({depth for arm in arms.values() for depth in arm.depths} | {recipe_stages(config)[-1].layers})
+    return [stage_of(config, layers, steps, first=True) for layers in depths]
+
+
+def saved_arm(config: RunConfig, arm: Arm) -> dict[str, Any]:
+    """An arm as comparison.json names it; `lr` is its peak as long as no tuning has chosen one."""
+    return {
+        "kind": arm.kind,
+        "meaning": arm.meaning,
+        "depths": arm.depths,
+        "baseline": arm.baseline,
+        "lr": float(arm.settings.get("lr", config.lr)),
+        "settings": dict(arm.settings),
+    }
+
+
+def commit() -> str | None:
+    """The git commit of this code, `-dirty` where files differ from it; None outside a checkout."""
+    root = Path(__file__).parents[3]
+    if not (root / ".git").exists():
+        return None
+    git = ["git", "-C", str(root)]
+    try:
+        head = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, timeout=30, check=True)
+        changes = subprocess.run(
+            [*git, "status", "--porcelain"], capture_output=True, text=True, timeout=30, check=True
+        )
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return head.stdout.strip() + ("-dirty" if changes.stdout.strip() else "")
+
+
+def versions() -> dict[str, str]:
+    """Versions of the packages that make the figures."""
+    return {name: version(name) for name in PACKAGES}
