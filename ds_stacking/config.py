@@ -212,6 +212,9 @@ class OptimizerConfig:
     """Decay rates of the first and second moment."""
     eps: float = 1e-6
     """Epsilon of the denominator."""
+    eps_correction: bool = True
+    """Divide by sqrt(v / (1 - beta2^t)) + eps, as PyTorch; false: by (sqrt(v) + eps) / sqrt(1 - beta2^t), as fairseq
+    0.6 and so the code of Gong et al. does, where eps weighs more in the first thousands of steps."""
     weight_decay: float = 0.01
     """Decoupled weight decay."""
     decay_all: bool = False

@@ -109,6 +109,7 @@ def test_gong2019_has_the_published_numbers() -> None:
     assert (config.operator, config.optimizer_state, config.precision) == ("stack", "reset", "fp32")
     adam = config.optimizer
     assert (adam.betas, adam.eps, adam.weight_decay, adam.decay_all, adam.clip) == ((0.9, 0.999), 1e-6, 0.01, True, 0)
+    assert not adam.eps_correction  # fairseq/optim/adam.py: denom = exp_avg_sq.sqrt().add_(group['eps'])
     assert config.model.next_sentence and config.model.norm == "pre"
 
 

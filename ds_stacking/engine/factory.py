@@ -26,6 +26,7 @@ from ds_stacking.config import OptimizerConfig
 from ds_stacking.engine.agreement import agreed
 from ds_stacking.engine.construct import construct_partitioned
 from ds_stacking.engine.ds_config import offloads_optimizer, resolve_ds_config
+from ds_stacking.engine.epsilon import uncorrected
 from ds_stacking.growth.plan import ParameterInfo, parameter_groups
 
 Engine = DeepSpeedEngine
@@ -136,6 +137,7 @@ class EngineFactory:
                 "params": [by_name[name] for name in names],
                 "weight_decay": self.optimizer.weight_decay if parameters[names[0]].decay else 0.0,
                 "birth": birth,
+                **({} if self.optimizer.eps_correction else uncorrected(self.optimizer.eps)),
             }
             for (birth, *_), names in parameter_groups(parameters)
         ]

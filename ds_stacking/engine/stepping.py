@@ -8,6 +8,8 @@ from contextlib import contextmanager
 import torch
 from deepspeed.runtime.engine import DeepSpeedEngine
 
+from ds_stacking.engine.epsilon import count_update, set_epsilon
+
 
 def optimizer_step(engine: DeepSpeedEngine, losses: Iterable[torch.Tensor]) -> bool:
     """Differentiate the losses of a step's micro-batches, as they are made, and take the step; False if it was not.
@@ -16,6 +18,14 @@ def optimizer_step(engine: DeepSpeedEngine, losses: Iterable[torch.Tensor]) -> b
     micro-batch. Stage 3 does, so that no rank holds all gradients. The sums are fp32 unless the DeepSpeed
     configuration says otherwise (`data_types.grad_accum_dtype`): in bf16 a small gradient is lost beside a large sum.
     """
+    set_epsilon(engine.optimizer.param_groups)
+    taken = _step(engine, losses)
+    if taken:
+        count_update(engine.optimizer.param_groups)
+    return taken
+
+
+def _step(engine: DeepSpeedEngine, losses: Iterable[torch.Tensor]) -> bool:
     taken = False
     steps = engine.gradient_accumulation_steps()
     stage = engine.zero_optimization_stage()

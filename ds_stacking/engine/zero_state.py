@@ -21,6 +21,7 @@ from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 from torch import Tensor, nn
 
+from ds_stacking.engine.epsilon import set_count
 from ds_stacking.growth.state import Kind, TensorSlice
 
 
@@ -85,6 +86,8 @@ class LiveState:
         for master, values in by_master.items():
             assert len(values) == 1, f"one parameter group cannot have the step counts {sorted(values)}"
             _set_step(self.base.state[master], values.pop())
+        for fragment in self.fragments.values():
+            set_count(self.base.param_groups[fragment.group], steps[fragment.name])
         refresh_working_copies(self.engine)
 
 
