@@ -108,7 +108,8 @@ def test_every_rank_saves_the_same_step_and_no_process_stays(folder: Path, reque
     ended = run.wait()
     said = run.log.read_text()
     match = re.search(r"stopped by (.*) at step (\d+), saved; go on with --resume auto", said)
-    assert match and reason in match[1], said
+    # rank 0 speaks, and each rank looks for itself: where another is the first to see it, that is what rank 0 knows
+    assert match and (reason in match[1] or match[1] == "another rank"), said
     manifest = json.loads((folder / "run" / "checkpoints" / f"step-{match[2]}" / "manifest.json").read_text())
     assert manifest["world_size"] == 2 and f"step-{match[2]}" not in steps_before
     assert run.step() == int(match[2]), "the metrics end with the step that was saved"

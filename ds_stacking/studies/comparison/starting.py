@@ -8,7 +8,7 @@ import signal
 import subprocess
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from queue import Queue
@@ -21,8 +21,8 @@ from ds_stacking.training.run_directory import CONFIG, METRICS, STOP
 
 LAST_WORDS = 1 << 16
 """Bytes at the end of a log in which a run's last words are looked for."""
-POLL = 0.2
-"""Seconds between two looks at a run."""
+POLL, TELL = 0.2, 60.0
+"""Seconds between two looks at a run, and between two lines about it."""
 THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
 
 
@@ -136,16 +136,16 @@ class Starter:
     def _wait(
         self, process: subprocess.Popen[bytes], path: Path, watch: Callable[[dict[str, Any]], None] | None
     ) -> None:
-        begin = time.monotonic()
-        shown = begin
-        while process.poll() is None:
+        told = time.monotonic()
+        while True:
+            with suppress(subprocess.TimeoutExpired):
+                process.wait(POLL)
+                return
             if self.reason and (path / CONFIG).exists():
                 os.close(open_inside(path, STOP, os.O_WRONLY | os.O_CREAT))
-            now = time.monotonic()
-            if watch and now - shown >= 60:
-                shown = now
+            if watch and time.monotonic() - told >= TELL:
+                told = time.monotonic()
                 watch(newest_record(path))
-            time.sleep(POLL)
 
     def refuse_if_stopped(self, path: Path) -> None:
         """Raise RunAgain where a signal has asked to stop."""
