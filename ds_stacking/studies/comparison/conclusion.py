@@ -168,10 +168,10 @@ def outside_sentences(results: Results, arm: str) -> list[str]:
     """Why an arm has no saving at equal loss, seed by seed, and what would mend it."""
     found, baseline = places(results, arm), str(results.arms[arm]["baseline"])
     total = sum(map(len, found.values()))
-    budgets = sorted(results.plan["budgets"]) or [1.0]
+    low, high = (f"{limit(results.plan['budgets'], default=1.0):g} times the FLOPs" for limit in (min, max))
     texts: dict[Place, str] = {
-        "below": f"its loss is below that of {baseline} at {budgets[-1]:g} times the FLOPs in {{}}: add larger budgets",
-        "above": f"its loss is above that of {baseline} at {budgets[0]:g} times the FLOPs in {{}}: add smaller ones",
+        "below": f"its loss is below that of {baseline} at {high} in {{}}: add larger budgets",
+        "above": f"its loss is above that of {baseline} at {low} in {{}}: add smaller budgets",
         "not falling": f"the losses of {baseline} do not fall with its budget in {{}}, so none can be read off",
         "missing": f"{baseline} has fewer than two finished budgets in {{}}",
     }
@@ -218,11 +218,11 @@ def power_sentences(results: Results) -> list[str]:
             gains.append(f"{seeds} for {arm} (±{number(need.half)} nats)")
     found = []
     if savings:
-        found.append(f"An interval of ±5 points of the saving would need about {listed(savings)} seeds.")
+        found.append(f"Seeds that an interval of ±5 points of the saving needs: about {listed(savings)}.")
     if gains:
         found.append(
-            f"Where there is no saving, a gain as exact as 5 % of the baseline's FLOPs are worth would need about "
-            f"{listed(gains)} seeds."
+            f"Seeds that a gain as exact as 5 % of the baseline's FLOPs are worth needs, where there is no saving: about "
+            f"{listed(gains)}."
         )
     return found
 

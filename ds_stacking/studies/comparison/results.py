@@ -107,9 +107,12 @@ class Results:
         return [name for name, arm in self.arms.items() if arm["kind"] in kinds]
 
     def of(self, arm: str, label: str) -> dict[int, End]:
-        """Ends of an arm's runs by seed; what matches the time may be the run that matches the FLOPs."""
+        """Ends of an arm's runs by seed; where no run of equal time is planned, that of equal FLOPs matches both."""
         found = {end.seed: end for end in self.ends if (end.arm, end.label) == (arm, label)}
-        return dict(sorted((self.of(arm, "flops") | found if label == "time" else found).items()))
+        if label == "time":
+            both = self.of(arm, "flops").items()
+            found |= {seed: end for seed, end in both if f"{arm}/time/seed-{seed}" not in self.plan["runs"]}
+        return dict(sorted(found.items()))
 
     def at_unit(self, arm: str) -> dict[int, End]:
         """Ends by seed of the runs of an arm, scratch too, that spend the recipe's FLOPs."""
@@ -158,9 +161,10 @@ def _check_plan(path: Path, plan: Plan) -> None:
         arm = plan["arms"].get(match[1]) if match else None
         if not (match and arm and (LABELS[arm["kind"]].fullmatch(match[2]) or TUNING.fullmatch(match[2]))):
             raise UserError(f"{path}: runs names {shown(name)}, which is none of compare.py's; restore the file.")
+    scratch = [name for name, arm in plan["arms"].items() if arm["kind"] == "scratch"]
     for name, arm in plan["arms"].items():
         baseline = arm["baseline"]
-        if baseline is not None and plan["arms"].get(baseline, {}).get("kind") != "scratch":
+        if baseline is not None and baseline not in scratch:
             raise UserError(
                 f"{path}: the baseline of {name} is {shown(baseline)}, no arm of kind scratch; restore it."
             )

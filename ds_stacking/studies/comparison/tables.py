@@ -12,6 +12,7 @@ from ds_stacking.studies.comparison.conclusion import LEVEL
 from ds_stacking.studies.comparison.effects import (
     COSTS,
     compared,
+    depth_pays,
     gain,
     least_saving,
     pairs,
@@ -46,51 +47,40 @@ class Table:
     """How to read it."""
 
 
+MEANINGS = {
+    "ends": "Every run ends with its learning rate at 0. Loss is the held-out loss on [MASK] positions in nats: mean "
+    "and standard deviation over seeds. x0.7 and the like are budgets, in units of what the recipe spends in FLOPs; all "
+    "others spend one unit, or (equal time) the time that scratch needs for it.",
+    "gains": "Nats by which an arm ends below the scratch arm beside it at the same cost, seed by seed, positive "
+    "where the arm is better; in brackets 95 % t-intervals. Scratch between two budgets is interpolated, its loss linear in "
+    "the logarithm of the cost; outside them nothing is claimed.",
+    "savings": "1 minus what an arm spends over what scratch would spend to end at the arm's loss. A mean is given "
+    "only where every seed has a value, else the seeds one by one; “>” means that no budget of scratch reached the "
+    "arm's loss in any seed. The last column is the smallest number of seeds whose interval would be ±5 percentage "
+    "points of the FLOPs saved or narrower, if their spread stayed what it is.",
+    "pairs": "Loss of the first minus loss of the second, seed by seed, negative where the first is better; scratch "
+    "at a budget of 1. The intervals are not corrected for the number of pairs, {}; the p-values are, by Holm's method, "
+    "and a star marks those below 0.05.",
+    "rates": "Mean loss over the tuning seeds at one unit of FLOPs.",
+}
+"""How to read each table."""
+
+
 def tables(results: Results) -> list[Table]:
     """The tables that have rows, with how to read them."""
-    paired = pair_rows(results)
+    doubt = {True: "", False: ", which means nothing here", None: ", not to be believed yet"}[depth_pays(results)]
     made = [
-        Table(
-            title="Where the runs ended",
-            headers=ENDS,
-            rows=end_rows(results),
-            meaning="Every run ends with its learning rate at 0. Loss is the held-out loss on [MASK] positions in nats: "
-            "mean and standard deviation over seeds. x0.7 and the like are budgets, in units of what the recipe spends "
-            "in FLOPs; all others spend one unit, or (equal time) the time that scratch needs for it.",
-        ),
-        Table(
-            title="Gain at equal cost",
-            headers=GAINS,
-            rows=gain_rows(results),
-            meaning="Nats by which an arm ends below the scratch arm beside it at the same cost, seed by seed, positive "
-            "where the arm is better; in brackets 95 % t-intervals. Scratch between two budgets is interpolated, its "
-            "loss linear in the logarithm of the cost; outside them nothing is claimed.",
-        ),
-        Table(
-            title="Saving at equal loss",
-            headers=SAVINGS,
-            rows=saving_rows(results),
-            meaning="1 minus what an arm spends over what scratch would spend to end at the arm's loss. A mean is given "
-            "only where every seed has a value, else the seeds one by one; “>” means that no budget of scratch reached "
-            "the arm's loss in any seed. The last column is the smallest number of seeds whose interval would be ±5 "
-            "percentage points of the FLOPs saved or narrower, if their spread stayed what it is.",
-        ),
-        Table(
-            title="Every two arms at equal FLOPs",
-            headers=PAIRS,
-            rows=paired,
-            meaning="Loss of the first minus loss of the second, seed by seed, negative where the first is better; "
-            f"scratch at a budget of 1. There are {len(paired)} pairs, and their intervals are not corrected for that; "
-            "their p-values are (Holm), and a star marks those below 0.05.",
-        ),
-        Table(
-            title="Learning rates tried",
-            headers=RATES,
-            rows=rate_rows(results),
-            meaning="Mean loss over the tuning seeds at one unit of FLOPs.",
-        ),
+        ("ends", "Where the runs ended", ENDS, end_rows(results)),
+        ("gains", "Gain at equal cost", GAINS, gain_rows(results)),
+        ("savings", f"Saving at equal loss{doubt}", SAVINGS, saving_rows(results)),
+        ("pairs", "Every two arms at equal FLOPs", PAIRS, pair_rows(results)),
+        ("rates", "Learning rates tried", RATES, rate_rows(results)),
     ]
-    return [table for table in made if table.rows]
+    return [
+        Table(title=title, headers=headers, rows=rows, meaning=MEANINGS[name].format(len(rows)))
+        for name, title, headers, rows in made
+        if rows
+    ]
 
 
 def end_rows(results: Results) -> Rows:
