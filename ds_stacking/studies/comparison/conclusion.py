@@ -124,7 +124,13 @@ def headline(results: Results) -> str:
         return f"No arm is shown to differ from {_baselines(results, list(adjusted))}{more}."
     same = [arm for arm in adjusted if arm not in different]
     rest = f"; no difference is shown for {listed(same)}" if same else ""
-    return "; ".join(_finding(results, arm) for arm in different) + f"{rest}."
+    beaten = beaten_baselines(results)
+    findings = [
+        _finding(results, arm) + (f", itself {beaten[baseline]}" if baseline in beaten else "")
+        for arm in different
+        for baseline in [str(results.arms[arm]["baseline"])]
+    ]
+    return "; ".join(findings) + f"{rest}."
 
 
 def _baselines(results: Results, arms: Sequence[str]) -> str:
@@ -138,8 +144,8 @@ def _finding(results: Results, arm: str) -> str:
         return _gain(gain(results, arm, "flops"), arm, str(baseline))
     low, high = (saved.low, saved.high) if saved.mean >= 0 else (-saved.high, -saved.low)
     what, more = ("saves", "") if saved.mean >= 0 else ("needs", " more")
-    share = f"{percent(abs(saved.mean))} % [{percent(low)}, {percent(high)}]"
-    return f"{arm} {what} {share} of {baseline}'s FLOPs{more} at equal loss"
+    share = f"{percent(abs(saved.mean))} % [{percent(low)}, {percent(high)}]{more}"
+    return f"{arm} {what} {share} of {baseline}'s FLOPs at equal loss"
 
 
 def _gain(gained: Effect, arm: str, baseline: str) -> str:
@@ -187,21 +193,24 @@ def outside_sentences(results: Results, arm: str) -> list[str]:
     return [f"The saving of {arm} is {bound}: {listed(reasons)}."]
 
 
-def baseline_sentences(results: Results) -> list[str]:
-    """Scratch arms that another scratch arm beats: a gain over the worse one is none over the better one."""
-    found = []
+def beaten_baselines(results: Results) -> dict[str, str]:
+    """Scratch arms that another scratch arm beats, and by how much: a gain over the worse is none over the better."""
+    found, scratch = {}, results.of_kind("scratch")
     for pair in pairs(results):
-        if not {pair.first, pair.second} <= set(results.of_kind("scratch")) or not pair.difference.excludes_zero:
-            continue
-        mean = pair.difference.mean or 0.0
-        worse, better = (pair.first, pair.second) if mean > 0 else (pair.second, pair.first)
-        arms = [arm for arm, plan in results.arms.items() if plan["baseline"] == worse]
-        if arms:
-            found.append(
-                f"{worse}, the baseline of {listed(arms)}, ends {number(abs(mean))} nats above {better} "
-                f"({evidence(pair.difference)}): a gain over the one is not a gain over the other."
-            )
+        if pair.first in scratch and pair.second in scratch and pair.difference.excludes_zero:
+            mean = pair.difference.mean or 0.0
+            worse, better = (pair.first, pair.second) if mean > 0 else (pair.second, pair.first)
+            found[worse] = f"{number(abs(mean))} nats above {better} ({evidence(pair.difference)})"
     return found
+
+
+def baseline_sentences(results: Results) -> list[str]:
+    """Arms whose baseline is a scratch arm that another one beats."""
+    return [
+        f"{worse}, the baseline of {listed(arms)}, itself ends {how}: a gain over the one is none over the other."
+        for worse, how in beaten_baselines(results).items()
+        if (arms := [arm for arm, plan in results.arms.items() if plan["baseline"] == worse])
+    ]
 
 
 def power_sentences(results: Results) -> list[str]:
@@ -221,8 +230,8 @@ def power_sentences(results: Results) -> list[str]:
         found.append(f"Seeds that an interval of ±5 points of the saving needs: about {listed(savings)}.")
     if gains:
         found.append(
-            f"Seeds that a gain as exact as 5 % of the baseline's FLOPs are worth needs, where there is no saving: about "
-            f"{listed(gains)}."
+            f"Seeds that a gain as exact as 5 % of the baseline's FLOPs are worth needs, where no saving is known: "
+            f"about {listed(gains)}."
         )
     return found
 

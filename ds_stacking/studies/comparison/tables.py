@@ -49,18 +49,18 @@ class Table:
 
 MEANINGS = {
     "ends": "Every run ends with its learning rate at 0. Loss is the held-out loss on [MASK] positions in nats: mean "
-    "and standard deviation over seeds. x0.7 and the like are budgets, in units of what the recipe spends in FLOPs; all "
-    "others spend one unit, or (equal time) the time that scratch needs for it.",
+    "and standard deviation over seeds. x0.7 and the like are budgets, in units of what the recipe spends in FLOPs; "
+    "all others spend one unit, or (equal time) the time that scratch needs for it.",
     "gains": "Nats by which an arm ends below the scratch arm beside it at the same cost, seed by seed, positive "
-    "where the arm is better; in brackets 95 % t-intervals. Scratch between two budgets is interpolated, its loss linear in "
-    "the logarithm of the cost; outside them nothing is claimed.",
+    "where the arm is better; in brackets 95 % t-intervals. Scratch between two budgets is interpolated, its loss linear "
+    "in the logarithm of the cost; outside them nothing is claimed.",
     "savings": "1 minus what an arm spends over what scratch would spend to end at the arm's loss. A mean is given "
     "only where every seed has a value, else the seeds one by one; “>” means that no budget of scratch reached the "
     "arm's loss in any seed. The last column is the smallest number of seeds whose interval would be ±5 percentage "
     "points of the FLOPs saved or narrower, if their spread stayed what it is.",
     "pairs": "Loss of the first minus loss of the second, seed by seed, negative where the first is better; scratch "
-    "at a budget of 1. The intervals are not corrected for the number of pairs, {}; the p-values are, by Holm's method, "
-    "and a star marks those below 0.05.",
+    "at a budget of 1. The intervals are not corrected for the number of pairs, {}; the p-values are, by Holm's "
+    "method, and a star marks those below 0.05.",
     "rates": "Mean loss over the tuning seeds at one unit of FLOPs.",
 }
 """How to read each table."""
