@@ -126,7 +126,7 @@ def headline(results: Results) -> str:
     rest = f"; no difference is shown for {listed(same)}" if same else ""
     beaten = beaten_baselines(results)
     findings = [
-        _finding(results, arm) + (f", itself {beaten[baseline]}" if baseline in beaten else "")
+        _finding(results, arm) + (f", a baseline that itself ends {beaten[baseline]}" if baseline in beaten else "")
         for arm in different
         for baseline in [str(results.arms[arm]["baseline"])]
     ]

@@ -52,8 +52,8 @@ MEANINGS = {
     "and standard deviation over seeds. x0.7 and the like are budgets, in units of what the recipe spends in FLOPs; "
     "all others spend one unit, or (equal time) the time that scratch needs for it.",
     "gains": "Nats by which an arm ends below the scratch arm beside it at the same cost, seed by seed, positive "
-    "where the arm is better; in brackets 95 % t-intervals. Scratch between two budgets is interpolated, its loss linear "
-    "in the logarithm of the cost; outside them nothing is claimed.",
+    "where the arm is better; in brackets 95 % t-intervals. Scratch between two budgets is interpolated, its loss "
+    "linear in the logarithm of the cost; outside them nothing is claimed.",
     "savings": "1 minus what an arm spends over what scratch would spend to end at the arm's loss. A mean is given "
     "only where every seed has a value, else the seeds one by one; “>” means that no budget of scratch reached the "
     "arm's loss in any seed. The last column is the smallest number of seeds whose interval would be ±5 percentage "
