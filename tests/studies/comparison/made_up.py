@@ -137,6 +137,6 @@ def _evaluations(summary: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 
 def change(path: Path, **fields: Any) -> None:
-    """Give fields of a JSON file other values; None takes one away."""
+    """Give fields of a JSON file other values; `...` takes one away."""
     content = json.loads(path.read_text()) | fields
-    path.write_text(json.dumps({name: value for name, value in content.items() if value is not None}))
+    path.write_text(json.dumps({name: value for name, value in content.items() if value is not ...}))
