@@ -8,18 +8,24 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from html import escape
 
+COLOURS = 10
+"""How many there are, c0 grey."""
 STYLE = """
 :root { color-scheme: light dark; --ground: #fff; --text: #1b1f24; --dim: #5b6470; --rule: #dfe3e8; --card: #f5f7f9;
-  --c0: #5b6470; --c1: #0072b2; --c2: #c24e00; --c3: #00805d; --c4: #a8518a; --c5: #946200; }
+  --c0: #5b6470; --c1: #0072b2; --c2: #c24e00; --c3: #00805d; --c4: #a8518a; --c5: #946200;
+  --c6: #c4254e; --c7: #0a7f8e; --c8: #6a4fc9; --c9: #5f7d00; }
 @media (prefers-color-scheme: dark) {
   :root { --ground: #14181d; --text: #e6eaef; --dim: #9aa5b1; --rule: #2d343c; --card: #1c2229;
-    --c0: #aeb8c2; --c1: #56b4e9; --c2: #ff8f4d; --c3: #34c79a; --c4: #e39ac8; --c5: #e6b23c; } }
+    --c0: #aeb8c2; --c1: #56b4e9; --c2: #ff8f4d; --c3: #34c79a; --c4: #e39ac8; --c5: #e6b23c;
+    --c6: #ff7a95; --c7: #45cddd; --c8: #ab9bff; --c9: #a9cf45; } }
 * { box-sizing: border-box; }
 body { margin: 0 auto; max-width: 1200px; padding: 1rem; background: var(--ground); color: var(--text);
   font: 16px/1.5 system-ui, sans-serif; }
 h1 { font-size: 1.5rem; margin: 0 0 .25rem; overflow-wrap: anywhere; }
 h2 { font-size: 1.15rem; margin: 2rem 0 .5rem; }
-p { max-width: 75ch; margin: .4rem 0; } .dim, figcaption { color: var(--dim); font-size: .875rem; }
+p { max-width: 75ch; margin: .4rem 0; overflow-wrap: anywhere; }
+.first { font-size: 1.2rem; font-weight: 600; margin: .6rem 0 .8rem; }
+.dim, figcaption { color: var(--dim); font-size: .875rem; }
 .cards, .charts { display: grid; gap: .75rem; }
 .cards { grid-template-columns: repeat(auto-fit, minmax(min(100%, 9.5rem), 1fr)); }
 .charts { grid-template-columns: repeat(auto-fit, minmax(min(100%, 21rem), 1fr)); }
@@ -40,7 +46,7 @@ text.middle { text-anchor: middle; } .grid { stroke: var(--rule); } .axis { stro
 .line.thin { stroke-width: 1; opacity: .55; } .line.dashed { stroke-dasharray: 5 4; stroke-width: 1.4; }
 .band { fill: var(--c); opacity: .16; } .dot { fill: var(--c); stroke: var(--card); stroke-width: 1.2; }
 pre { white-space: pre-wrap; overflow-wrap: anywhere; background: var(--card); border-radius: 8px; padding: .8rem; }
-""" + "".join(f".c{i} {{ --c: var(--c{i}); }}\n" for i in range(6))
+""" + "".join(f".c{i} {{ --c: var(--c{i}); }}\n" for i in range(COLOURS))
 
 
 def page(title: str, parts: Iterable[str]) -> str:
@@ -62,6 +68,11 @@ def heading(text: str) -> str:
 def paragraph(text: str, *, dim: bool = False) -> str:
     """A paragraph; `dim` for an explanation."""
     return f'<p class="dim">{escape(text)}</p>' if dim else f"<p>{escape(text)}</p>"
+
+
+def strong(text: str) -> str:
+    """The first thing to read on a page."""
+    return f'<p class="first">{escape(text)}</p>'
 
 
 def cards(figures: Iterable[tuple[str, str]]) -> str:

@@ -9,11 +9,15 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from html import escape
+from typing import Literal
 
 WIDTH, HEIGHT = 420, 270
 SMALLEST = 1e-12
 """Relative to the values, or absolute: what is shorter is no range that an axis could show."""
 LEFT, RIGHT, TOP, BOTTOM = 54, 12, 12, 40
+Shape = Literal["circle", "square", "diamond"]
+SHAPES = {"square": "m-4 -4h8v8h-8", "diamond": "m0 -5.5l5.5 5.5l-5.5 5.5l-5.5 -5.5"}
+"""Paths of dots that are no circles, from their middle."""
 Point = tuple[float, float]
 
 
@@ -33,6 +37,8 @@ class Line:
     """Mark the points with dots."""
     style: str = ""
     """A further class of the style sheet, such as `thin` or `dashed`."""
+    shape: Shape = "circle"
+    """What its dots are."""
 
 
 @dataclass(kw_only=True)
@@ -49,6 +55,8 @@ class Chart:
     """One unit of the horizontal axis in the data's units."""
     marks: Sequence[tuple[float, str]] = ()
     """Vertical lines: place and text."""
+    levels: Sequence[tuple[float, str]] = ()
+    """Horizontal lines, which the vertical axis reaches: place and text."""
     from_zero: bool = False
     """Whether the vertical axis begins at 0; else it is as long as the lines need without their first part."""
     _x: tuple[float, float] = field(init=False, default=(0.0, 1.0))
@@ -62,7 +70,8 @@ class Chart:
         widest = max(x for x, _ in points)
         self._x = (0.0, widest if widest > SMALLEST else 1.0)
         self._y = self._range(points)
-        inner = self._axes() + "".join(map(self._mark, self.marks)) + "".join(map(self._line, self.lines))
+        inner = self._axes() + "".join(map(self._mark, self.marks)) + "".join(map(self._level, self.levels))
+        inner += "".join(map(self._line, self.lines))
         return (
             f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(self.title)}">'
             f"<title>{escape(self.title)}</title>{inner}</svg>"
@@ -71,7 +80,8 @@ class Chart:
     def _range(self, points: Sequence[Point]) -> tuple[float, float]:
         """The vertical range: the first tenth of a curve, where a loss falls steeply, may lie above it."""
         later = [y for x, y in points if x >= 0.1 * self._x[1]] or [y for _, y in points]
-        low, high = (0.0 if self.from_zero else min(y for _, y in points)), max(later)
+        later += [y for y, _ in self.levels]
+        low, high = (0.0 if self.from_zero else min([*later, *(y for _, y in points)])), max(later)
         margin = 0.06 * (high - low)
         if margin <= SMALLEST * max(1.0, abs(high)):  # a flat line, or one that lies below 0 where 0 is the floor
             margin = 0.05 * abs(high) or 1.0
@@ -104,6 +114,13 @@ class Chart:
             f'<text x="{float(x) + 4:.1f}" y="{TOP + 10}" class="small">{escape(mark[1])}</text>'
         )
 
+    def _level(self, level: tuple[float, str]) -> str:
+        _, y = self._place(0, level[0]).split(",")
+        return (
+            f'<path class="mark" d="M{LEFT} {y}H{WIDTH - RIGHT}"/>'
+            f'<text x="{WIDTH - RIGHT}" y="{float(y) - 4:.1f}" class="small end">{escape(level[1])}</text>'
+        )
+
     def _line(self, line: Line) -> str:
         parts, places = [], [self._place(x, y) for x, y in line.points if math.isfinite(y)]
         if line.band:
@@ -116,7 +133,10 @@ class Chart:
             for place, (_, y) in zip(places, line.points, strict=False):
                 x, up = place.split(",")
                 title = f"<title>{escape(line.label)} {y:.4g}</title>"
-                parts.append(f'<circle class="dot c{line.colour}" cx="{x}" cy="{up}" r="4">{title}</circle>')
+                if line.shape == "circle":
+                    parts.append(f'<circle class="dot c{line.colour}" cx="{x}" cy="{up}" r="4">{title}</circle>')
+                else:
+                    parts.append(f'<path class="dot c{line.colour}" d="M{x} {up}{SHAPES[line.shape]}z">{title}</path>')
         return "".join(parts)
 
 

@@ -1,91 +1,38 @@
-"""Statistics of a comparison of arms: what each saves at equal loss, and gains at equal cost, against scratch.
+"""What a comparison's directory holds: its plan, where its runs ended, which failed, and whose times can be used.
 
-Only ends of runs whose learning rate has fallen to 0 are compared (No Train No Gain: Kaddour et al. 2023, 2307.06440).
-Scratch has one end for each of its budgets; between two of them its loss is taken to be linear in the logarithm of the
-cost, and outside them nothing is claimed. Differences are taken seed by seed, since equal seeds mean equal data.
+Only ends of runs whose learning rate has fallen to 0 are compared (No Train No Gain: Kaddour et al. 2023, 2307.06440),
+and only those on the data of the plan.
 """
 
 from __future__ import annotations
 
-import math
-import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from itertools import pairwise
 from pathlib import Path
-from typing import Annotated, Any, Literal, NotRequired, cast
-
-import numpy as np
-from pydantic import Field
-from scipy import stats
-from typing_extensions import TypedDict
+from typing import Any
 
 from ds_stacking.common.errors import UserError
-from ds_stacking.common.json_files import KEEP_OTHERS, read_json
+from ds_stacking.common.json_files import read_json
 from ds_stacking.common.own_files import read_inside
 from ds_stacking.common.words import plain, shown
-from ds_stacking.reports.run_files import Amount, Number, Text, Whole
+from ds_stacking.studies.comparison.shapes import (
+    LABELS,
+    PATH,
+    TUNING,
+    VERSION,
+    ArmPlan,
+    EndOfRun,
+    Plan,
+    Versioned,
+)
+from ds_stacking.studies.comparison.statistics import TOLERANCE, Frontier, off_median
 
-LEVEL = 0.95
-"""Level of the intervals."""
 SECONDS = {"wall": "training_seconds", "cpu": "cpu_seconds"}
 """The field of a summary that holds the seconds of a comparison's clock."""
-PATH = re.compile(
-    r"[A-Za-z][A-Za-z0-9_]{0,39}/(flops|time|x[0-9]{1,9}(\.[0-9]{1,9})?(e[+-][0-9]{2})?)/seed-[0-9]{1,10}"
-)
-"""What a run is called: arm, label and seed. Scratch's labels are its budgets, those of the others what they match."""
-Spent = Annotated[float, Field(allow_inf_nan=False, ge=1e-12, le=1e39)]
-"""What a run that ended has spent; it is divided by."""
-Frontier = Sequence[tuple[float, float]]
-"""Cost and loss of scratch's ends, by rising cost."""
-
-
-class Depth(TypedDict):
-    """A stage of the recipe."""
-
-    __pydantic_config__ = KEEP_OTHERS  # type: ignore[misc]
-    layers: Whole
-    steps: Whole
-
-
-class Width(TypedDict):
-    """The recipe's model."""
-
-    __pydantic_config__ = KEEP_OTHERS  # type: ignore[misc]
-    hidden_size: Whole
-
-
-class Recipe(TypedDict):
-    """The recipe that all arms share."""
-
-    __pydantic_config__ = KEEP_OTHERS  # type: ignore[misc]
-    stages: Annotated[list[Depth], Field(max_length=1000)]
-    model: Width
-    data: Text
-
-
-class Plan(TypedDict):
-    """comparison.json."""
-
-    __pydantic_config__ = KEEP_OTHERS  # type: ignore[misc]
-    recipe: Recipe
-    clock: Literal["wall", "cpu"]
-    arms: dict[Annotated[str, Field(pattern="^[A-Za-z][A-Za-z0-9_]{0,39}$")], Text]
-    runs: Annotated[dict[str, Any], Field(max_length=100_000)]
-
-
-class EndOfRun(TypedDict):
-    """summary.json of one of the runs."""
-
-    __pydantic_config__ = KEEP_OTHERS  # type: ignore[misc]
-    finished: bool
-    eval_loss_masked: NotRequired[Number | None]
-    steps: Whole
-    tokens: Amount
-    flops: Spent
-    training_seconds: Spent
-    cpu_seconds: Spent
-    data_fingerprint: Text
+CLOCKS = {"wall": "wall clock", "cpu": "processor time"}
+MEND = "restore it, or compare in another --output_dir"
+UNIT = "x1"
+"""Label of scratch's runs that spend as much as the arms."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,35 +42,36 @@ class End:
     arm: str
     """Name of the arm."""
     label: str
-    """`flops` or `time`, what it matches; for scratch its budget, such as x0.7."""
+    """`flops` or `time`, what it matches; for scratch its budget, such as x0.7; for a tuning run its rate."""
     seed: int
     """Its seed."""
     loss: float
     """Held-out loss on [MASK] positions, in nats."""
+    shuffled: float | None = None
+    """The same on shuffled blocks."""
+    unigram: float | None = None
+    """Loss at the same positions of a model that knows word frequencies only."""
+    cache: float | None = None
+    """The same of one that also knows which words stand in the block."""
     steps: int
     """Optimizer steps."""
     tokens: float
     """Tokens trained on."""
     flops: float
     """Model FLOPs."""
+    wall_seconds: float
+    """Seconds of training by wall clock: without start, evaluations and checkpoints."""
+    cpu_seconds: float
+    """The same as processor time."""
     seconds: float
-    """Seconds of training by the comparison's clock: without start, evaluations and checkpoints."""
+    """That of the two which the comparison's clock shows."""
     data: str
-    """Fingerprint of the data; only runs on the same data are compared."""
+    """Fingerprint of the data."""
 
-
-@dataclass(frozen=True, kw_only=True)
-class Effect:
-    """A quantity over seeds."""
-
-    values: list[float | None]
-    """One for each seed; None where scratch's ends do not enclose it."""
-    mean: float | None
-    """Mean; None where any seed has no value, since leaving seeds out would flatter."""
-    low: float | None
-    """Lower end of the paired t-interval; None with fewer than two seeds."""
-    high: float | None
-    """Its upper end."""
+    @property
+    def path(self) -> str:
+        """The run's name, which is that of its directory."""
+        return f"{self.arm}/{self.label}/seed-{self.seed}"
 
 
 @dataclass(kw_only=True)
@@ -132,78 +80,94 @@ class Results:
 
     folder: Path
     """The directory."""
-    plan: dict[str, Any]
+    plan: Plan
     """`comparison.json`."""
     ends: list[End] = field(default_factory=list)
-    """Ends of all finished runs."""
+    """Ends of all finished runs that count."""
+    tuning: list[End] = field(default_factory=list)
+    """Ends of those that tune learning rates."""
     failed: dict[str, str] = field(default_factory=dict)
     """Runs that failed, with the reason."""
     missing: list[str] = field(default_factory=list)
     """Planned runs that have not finished."""
+    foreign: dict[str, str] = field(default_factory=dict)
+    """Finished runs on other data, with its fingerprint; they are not compared."""
+    untimed: dict[str, str] = field(default_factory=dict)
+    """Finished runs whose times cannot be used, with the reason."""
     without_curve: dict[str, str] = field(default_factory=dict)
     """Runs whose metrics cannot be read, with the reason."""
 
+    @property
+    def arms(self) -> Mapping[str, ArmPlan]:
+        """The arms by name."""
+        return self.plan["arms"]
+
+    def of_kind(self, *kinds: str) -> list[str]:
+        """Names of the arms of these kinds."""
+        return [name for name, arm in self.arms.items() if arm["kind"] in kinds]
+
     def of(self, arm: str, label: str) -> dict[int, End]:
-        """Ends of an arm's runs by seed; what matches the time may be the run that matches the FLOPs."""
+        """Ends of an arm's runs by seed; where no run of equal time is planned, that of equal FLOPs matches both."""
         found = {end.seed: end for end in self.ends if (end.arm, end.label) == (arm, label)}
-        return self.of(arm, "flops") | found if label == "time" else found
+        if label == "time":
+            both = self.of(arm, "flops").items()
+            found |= {seed: end for seed, end in both if f"{arm}/time/seed-{seed}" not in self.plan["runs"]}
+        return dict(sorted(found.items()))
 
-    def frontier(self, end: End, cost: str) -> list[tuple[float, float]]:
-        """Scratch's ends with the seed and the data of `end`: `cost` (flops, tokens or seconds) and loss."""
-        like = [e for e in self.ends if e.arm == "scratch" and (e.seed, e.data) == (end.seed, end.data)]
-        return sorted((getattr(e, cost), e.loss) for e in like)
+    def at_unit(self, arm: str) -> dict[int, End]:
+        """Ends by seed of the runs of an arm, scratch too, that spend the recipe's FLOPs."""
+        return self.of(arm, UNIT if self.arms[arm]["kind"] == "scratch" else "flops")
 
-    def saving(self, arm: str, cost: str) -> Effect:
-        """Share of `cost` that the arm saves where scratch reaches the same loss."""
-        return effect(
-            [
-                None
-                if (same := cost_at(self.frontier(end, cost), end.loss)) is None
-                else 1 - getattr(end, cost) / same
-                for _, end in sorted(self.of(arm, label_of(cost)).items())
-            ]
-        )
+    def labels(self, arm: str) -> list[str]:
+        """Labels of an arm's finished runs: budgets of scratch by size, `flops` before `time`."""
+        found = {end.label for end in self.ends if end.arm == arm}
+        return sorted(found, key=lambda label: (float(label[1:]) if label[0] == "x" else 0.0, label))
 
-    def least_saving(self, arm: str, cost: str) -> float | None:
-        """What the arm saves at the least where in every seed no budget of scratch reached its loss, else None."""
-        bounds = []
-        for end in self.of(arm, label_of(cost)).values():
-            frontier = self.frontier(end, cost)
-            if not frontier or end.loss >= min(loss for _, loss in frontier):
-                return None
-            bounds.append(1 - getattr(end, cost) / frontier[-1][0])
-        return min(bounds, default=None)
+    def frontier(self, arm: str, seed: int, cost: str) -> Frontier:
+        """Ends of a scratch arm with a seed: `cost` (flops, tokens or seconds) and loss, by rising cost."""
+        return sorted((getattr(e, cost), e.loss) for e in self.ends if (e.arm, e.seed) == (arm, seed))
 
-    def gain(self, arm: str, cost: str) -> Effect:
-        """Nats by which the arm's loss lies below scratch's at the same `cost`."""
-        return effect(
-            [
-                None if (same := loss_at(self.frontier(end, cost), getattr(end, cost))) is None else same - end.loss
-                for _, end in sorted(self.of(arm, label_of(cost)).items())
-            ]
-        )
-
-
-def label_of(cost: str) -> str:
-    """Which of an arm's runs tells about a cost: that of equal time about seconds, that of equal FLOPs otherwise."""
-    return "time" if cost == "seconds" else "flops"
+    def is_timed(self, arm: str, seed: int) -> bool:
+        """Whether the times of all of an arm's runs with a seed can be used."""
+        return not any((end.arm, end.seed) == (arm, seed) and end.path in self.untimed for end in self.ends)
 
 
 def read_comparison(folder: str | Path) -> Results:
     """Read a comparison's directory. Raises UserError where it is none; a run whose files are damaged has failed."""
     folder = Path(folder)
+    path = folder / "comparison.json"
     try:
-        path = folder / "comparison.json"
-        plan = read_json(path, Plan, mend="restore it, or compare in another --output_dir", inside=folder)
+        version = read_json(path, Versioned, mend=MEND, inside=folder).get("version", 1)
+        if version != VERSION:
+            raise UserError(
+                f"{path} is of version {shown(version)}, and this program reads version {VERSION}; report it with the "
+                f"program that made it, or compare in another --output_dir."
+            )
+        plan = read_json(path, Plan, mend=MEND, inside=folder)
     except OSError:
         raise UserError(f"{folder} holds no comparison; give the output_dir of compare.py.") from None
-    for name in plan["runs"]:
-        if not PATH.fullmatch(name) or name.startswith("scratch/") != ("/x" in name):
-            raise UserError(f"{path}: runs names {shown(name)}, which is none of compare.py's; restore the file.")
-    results = Results(folder=folder, plan=cast(dict[str, Any], plan))
+    _check_plan(path, plan)
+    results = Results(folder=folder, plan=plan)
     for name in plan["runs"]:
         _read_run(results, name)
+    results.untimed = disturbed(results)
     return results
+
+
+def _check_plan(path: Path, plan: Plan) -> None:
+    """Raise UserError where runs or baselines of the plan are none of compare.py's."""
+    for name in plan["runs"]:
+        match = PATH.fullmatch(name)
+        arm = plan["arms"].get(match[1]) if match else None
+        if not (match and arm and (LABELS[arm["kind"]].fullmatch(match[2]) or TUNING.fullmatch(match[2]))):
+            raise UserError(f"{path}: runs names {shown(name)}, which is none of compare.py's; restore the file.")
+    scratch = [name for name, arm in plan["arms"].items() if arm["kind"] == "scratch"]
+    for name, arm in plan["arms"].items():
+        baseline = arm["baseline"]
+        if baseline is not None and baseline not in scratch:
+            raise UserError(
+                f"{path}: the baseline of {name} is {shown(baseline)}, no arm of kind scratch; restore it."
+            )
 
 
 def _read_run(results: Results, name: str) -> None:
@@ -221,10 +185,13 @@ def _read_run(results: Results, name: str) -> None:
     except UserError as error:
         results.failed[name] = plain(str(error)).rstrip(".")
     else:
-        if summary["finished"] and summary.get("eval_loss_masked") is not None:
-            results.ends.append(_end(name, summary, SECONDS[results.plan["clock"]]))
-        else:
+        if not summary["finished"] or summary.get("eval_loss_masked") is None:
             results.missing.append(name)
+        elif summary["data_fingerprint"] != results.plan["data_fingerprint"]:
+            results.foreign[name] = plain(summary["data_fingerprint"], 60)
+        else:
+            end = _end(name, summary, SECONDS[results.plan["clock"]])
+            (results.tuning if TUNING.fullmatch(end.label) else results.ends).append(end)
 
 
 def _failure(folder: Path, name: str) -> str | None:
@@ -244,39 +211,41 @@ def _end(path: str, summary: Mapping[str, Any], seconds: str) -> End:
         label=label,
         seed=int(seed.removeprefix("seed-")),
         loss=summary["eval_loss_masked"],
+        shuffled=summary.get("eval_loss_shuffled"),
+        unigram=summary.get("unigram_cross_entropy"),
+        cache=summary.get("cache_loss"),
         steps=summary["steps"],
         tokens=summary["tokens"],
         flops=summary["flops"],
+        wall_seconds=summary["training_seconds"],
+        cpu_seconds=summary["cpu_seconds"],
         seconds=summary[seconds],
         data=summary["data_fingerprint"],
     )
 
 
-def loss_at(frontier: Frontier, cost: float) -> float | None:
-    """Scratch's loss at a cost, or None outside its budgets."""
-    for (low, first), (high, last) in pairwise(frontier):
-        if low <= cost <= high:
-            return first + (last - first) * math.log(cost / low) / math.log(high / low) if high > low else first
-    return None
+def disturbed(results: Results) -> dict[str, str]:
+    """Runs whose seconds differ from the median of their shape by more than TOLERANCE, and by how much.
+
+    Of one shape are runs with the same stages, and the runs of an arm and label, whose stages may be drawn.
+    """
+    by_stages: dict[Any, list[End]] = {}
+    by_label: dict[Any, list[End]] = {}
+    for end in results.ends:
+        by_stages.setdefault(_stages(results, end), []).append(end)
+        by_label.setdefault((end.arm, end.label), []).append(end)
+    found = {}
+    for end in results.ends:
+        peers = {e.path: e.seconds for e in by_stages[_stages(results, end)] + by_label[end.arm, end.label]}
+        off = off_median(end.seconds, list(peers.values()))
+        if abs(off) > TOLERANCE:
+            clock = CLOCKS[results.plan["clock"]]
+            found[end.path] = (
+                f"its {clock}, {end.seconds:.1f} s, lies {100 * abs(off):.0f} % {'above' if off > 0 else 'below'} "
+                f"the median of the {len(peers)} runs of its shape"
+            )
+    return found
 
 
-def cost_at(frontier: Frontier, loss: float) -> float | None:
-    """What scratch spends to reach a loss, or None outside its ends, and where more cost did not lower its loss."""
-    if any(last >= first for (_, first), (_, last) in pairwise(frontier)):
-        return None
-    for (low, first), (high, last) in pairwise(frontier):
-        if last <= loss <= first:
-            return low * (high / low) ** ((first - loss) / (first - last))
-    return None
-
-
-def effect(values: list[float | None]) -> Effect:
-    """Mean and t-interval of values that stand for one seed each."""
-    known = [value for value in values if value is not None]
-    if not known or len(known) < len(values):
-        return Effect(values=values, mean=None, low=None, high=None)
-    mean = float(np.mean(known))
-    if len(known) < 2 or np.ptp(known) == 0:
-        return Effect(values=values, mean=mean, low=None, high=None)
-    interval = stats.ttest_1samp(known, 0.0).confidence_interval(LEVEL)
-    return Effect(values=values, mean=mean, low=float(interval.low), high=float(interval.high))
+def _stages(results: Results, end: End) -> tuple[tuple[int, ...], ...]:
+    return tuple(map(tuple, results.plan["runs"][end.path]))

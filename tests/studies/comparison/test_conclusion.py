@@ -1,0 +1,223 @@
+"""What a comparison's report says in words: the first line, what it refuses to say, and how the runs were made."""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ds_stacking.studies.comparison.conclusion import conclusion, headline, summary_lines
+from ds_stacking.studies.comparison.effects import depth_pays, pairs, power
+from ds_stacking.studies.comparison.provenance import provenance
+from ds_stacking.studies.comparison.results import Results, read_comparison
+from tests.studies.comparison.made_up import ARMS, arm, change, plan, write
+
+MORE = ARMS | {
+    "reset": arm("grown", [1, 2, 4], "scratch"),
+    "scratch_wsd": arm("scratch", [4], None),
+    "late": arm("grown", [1, 4], "scratch_wsd"),
+}
+
+
+def read(folder: Path, made: Mapping[str, Any] | None = None, noise: float = 0.01, **above: float) -> Results:
+    """A comparison whose arms end `above` scratch by so many nats, 0.2 for shallow ones."""
+    rng = random.Random(11)
+    losses = {"shallow_1": 0.2, "shallow_2": 0.2} | above
+
+    def loss(name: str, units: float, seed: int) -> float:
+        return 5.7 + losses.get(name, 0.0) - 0.5 * math.log(units) + 0.02 * seed + rng.gauss(0, noise)
+
+    return read_comparison(write(folder, made, loss))
+
+
+def test_depth_that_does_not_pay_comes_first(tmp_path: Path) -> None:
+    results = read(tmp_path / "c", shallow_1=-0.1, shallow_2=-0.3, stack=-0.1)
+    first, second, *others = conclusion(results)
+    assert depth_pays(results) is False
+    assert first.startswith("Depth does not pay here: 2 layers throughout (shallow_2) end 0.")
+    assert "nats below 4 layers from scratch at equal FLOPs (5 seeds, 95 % interval 0." in first
+    assert first.endswith("so a saving by stacking means nothing.")
+    assert second.startswith("1 layer throughout (shallow_1) ends 0.")
+    assert not any("saves" in sentence for sentence in others), "no saving is stated"
+    assert any(sentence.startswith("stack ends 0.") for sentence in others)
+
+
+def test_one_shallow_arm_as_good_is_enough(tmp_path: Path) -> None:
+    results = read(tmp_path / "c", shallow_1=0.3, shallow_2=0.0, noise=0.005)
+    assert depth_pays(results) is False
+    assert "less than the spread of the seeds" in conclusion(results)[0] or "below 4 layers" in conclusion(results)[0]
+
+
+def test_where_depth_pays_the_arms_come_first(tmp_path: Path) -> None:
+    results = read(tmp_path / "c", plan(arms=MORE), stack=-0.1, late=-0.08, noise=0.005)
+    first, second, *_ = conclusion(results)
+    assert depth_pays(results) is True
+    assert first.startswith("stack saves 1") and "of scratch's FLOPs at equal loss; late saves 1" in first
+    assert first.endswith("no difference is shown for reset.")
+    assert second.startswith("Depth pays: 4 layers from scratch end 0.")
+
+
+def test_no_difference_says_how_many_seeds_would_be_needed(tmp_path: Path) -> None:
+    results = read(tmp_path / "c", noise=0.03)
+    need = power(results, "stack")
+    assert need is not None and need.of_saving and need.seeds
+    seeds = f"an interval of ±5 points of the saving needs about {need.seeds} seeds"
+    assert headline(results) == f"No arm is shown to differ from scratch; {seeds}."
+    assert f"about {need.seeds} for stack." in " ".join(conclusion(results))
+
+
+@pytest.mark.parametrize(
+    ("made", "reason"),
+    [
+        (plan(seeds=[1]), "have one seed in common, which shows no spread"),
+        (plan(arms={name: made for name, made in ARMS.items() if "shallow" not in name}), "no arm stays shallow"),
+        (plan(budgets=[0.5, 0.9, 1.4]), "has no budget of 1, which the arms spend"),
+        (
+            plan(arms={n: dict(a, baseline=None) for n, a in ARMS.items() if n != "scratch"}),
+            "scratch was left out",
+        ),
+    ],
+    ids=["one seed", "no shallow arm", "no budget of 1", "no scratch"],
+)
+def test_whether_depth_pays_may_not_be_known(tmp_path: Path, made: dict[str, Any], reason: str) -> None:
+    results = read(tmp_path / "c", made, stack=-0.1)
+    first, *others = conclusion(results)
+    assert depth_pays(results) is None
+    assert first.startswith("Whether depth pays cannot be told: ") and reason in first
+    assert first.endswith("savings are not to be believed until it can.")
+    assert not any("saves" in sentence for sentence in others)
+
+
+def test_a_shallow_arm_without_runs_leaves_depth_unknown_unless_another_decides(tmp_path: Path) -> None:
+    for name, loss, expected in (("a", 0.2, None), ("b", -0.2, False)):
+        results = read(tmp_path / name, shallow_1=loss)
+        results.ends = [end for end in results.ends if end.arm != "shallow_2"]
+        assert depth_pays(results) is expected
+    results.ends = [end for end in results.ends if end.arm != "shallow_1"]
+    assert "have no finished seed in common" in conclusion(results)[0]
+
+
+def test_close_calls_are_not_decided(tmp_path: Path) -> None:
+    results = read(tmp_path / "c", plan(seeds=[1, 2]), shallow_1=0.05, shallow_2=0.3, noise=0.02)
+    assert depth_pays(results) is None and "which is too close to decide" in conclusion(results)[0]
+
+
+def test_losses_that_no_seed_moves_decide_nothing(tmp_path: Path) -> None:
+    folder = write(tmp_path / "c", None, lambda name, units, seed: 5.0 + 0.5 * (name != "scratch") - math.log(units))
+    assert "differ by the same in every seed, which no chance would give" in conclusion(read_comparison(folder))[0]
+
+
+def test_arms_without_any_scratch_are_compared_with_each_other(tmp_path: Path) -> None:
+    arms = {name: dict(made, baseline=None) for name, made in MORE.items() if made["kind"] != "scratch"}
+    results = read(tmp_path / "c", plan(arms=arms), stack=-0.1)
+    assert {(pair.first, pair.second) for pair in pairs(results)} >= {("shallow_1", "stack"), ("stack", "reset")}
+    assert len(pairs(results)) == 10 and all(pair.difference.low is not None for pair in pairs(results))
+
+
+def test_what_lies_outside_the_budgets_is_said(tmp_path: Path) -> None:
+    for name, loss, sentence in (
+        ("a", -0.3, "below that of scratch at 1.4 times the FLOPs in 5 of 5 seeds: add larger budgets."),
+        ("b", 0.5, "above that of scratch at 0.5 times the FLOPs in 5 of 5 seeds: add smaller budgets."),
+    ):
+        assert sentence in " ".join(conclusion(read(tmp_path / name, stack=loss)))
+    assert "The saving of stack is more than 2" in " ".join(conclusion(read(tmp_path / "c", stack=-0.3)))
+    folder = write(tmp_path / "d")
+    change(folder / "scratch/x0.7/seed-3/summary.json", eval_loss_masked=9.0)
+    for path in folder.glob("scratch/*/seed-2/summary.json"):
+        path.unlink()
+    said = " ".join(conclusion(read_comparison(folder)))
+    assert "the losses of scratch do not fall with its budget in 1 of 5 seeds" in said
+    assert "scratch has fewer than two finished budgets in 1 of 5 seeds" in said
+
+
+def test_a_baseline_that_another_scratch_beats_is_said(tmp_path: Path) -> None:
+    results = read(tmp_path / "c", plan(arms=MORE), scratch_wsd=0.15)
+    said = conclusion(results)
+    assert any("scratch_wsd, the baseline of late, itself ends 0.1" in sentence for sentence in said)
+    assert "a baseline that itself ends 0.1" in said[0], "in the first line too"
+
+
+def test_holms_correction_is_for_the_arms_asked_about(tmp_path: Path) -> None:
+    """One of many arms without effect has an interval without 0 now and then; that alone is no difference."""
+    arms = ARMS | {f"own_{i}": arm("own", [1, 2, 4], "scratch") for i in range(12)}
+    results = read(tmp_path / "c", plan(arms=arms), noise=0.03)
+    assert headline(results).startswith("No arm is shown to differ")
+    several = [sentence for sentence in conclusion(results) if "Holm's correction for 13 arms" in sentence]
+    assert len(several) < 4
+
+
+def test_incomplete_comparisons_say_so(tmp_path: Path) -> None:
+    folder = write(tmp_path / "c")
+    for path in folder.glob("*/*/seed-5/summary.json"):
+        path.unlink()
+    (folder / "stack/flops/seed-5.failed").write_text("out of memory")
+    assert "28 of 35 runs have finished, 1 failed; all figures are of these." in conclusion(read_comparison(folder))
+    for path in folder.glob("*/*/*/summary.json"):
+        path.unlink()
+    assert conclusion(read_comparison(folder)) == ["Nothing can be said yet: none of the 35 runs has finished."]
+    assert depth_pays(read_comparison(folder)) is None
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({}, "4 arms tried: 1 from scratch, 2 shallow and 1 grown."),
+        ({}, "Seeds 1, 2, 3, 4 and 5 fixed before the first run."),
+        ({"seeds": [1, 2, 3], "added_seeds": [4, 5]}, "Seeds 4 and 5 were added after first results"),
+        ({}, "All arms share one learning rate, 0.002, that was tuned for none of them."),
+        (
+            {"arms": ARMS | {"stack": arm("grown", [1], "scratch", lr=0.001)}},
+            "shallow_2 0.002 and stack 0.001) and tun",
+        ),
+        ({}, "Commit c7241b8aa012; torch 2.11.0, deepspeed 0.18.2."),
+        ({"commit": "c7241b8-dirty"}, "Commit c7241b8 with changes that were not committed"),
+        ({"commit": None}, "The commit of the code is not known"),
+        ({}, "Data docs, fingerprint abc."),
+        ({}, "Seconds are processor time of training and growth;"),
+        ({"parallel": 2}, "training and growth, 2 runs at a time;"),
+    ],
+)
+def test_the_report_says_how_it_was_made(tmp_path: Path, fields: dict[str, Any], words: str) -> None:
+    folder = write(tmp_path / "c")
+    change(folder / "comparison.json", **fields)
+    assert words in " ".join(provenance(read_comparison(folder)))
+
+
+def test_tuning_is_counted_apart_and_rates_at_the_edge_are_flagged(tmp_path: Path) -> None:
+    made = plan(tuned={"scratch": [0.001, 0.002, 0.004], "stack": [0.001, 0.002, 0.004]})
+    made["tuning"]["arms"]["stack"]["chosen"] = 0.004
+    made["tuning"]["seeds"] = [100001, 3]
+    said = " ".join(provenance(read_comparison(write(tmp_path / "c", made))))
+    # six runs of a unit beside 5 seeds of 3 arms and of scratch's 0.5 + 0.7 + 1 + 1.4 units
+    assert f"Beside them 6 runs for tuning, which took 30.0 TFLOP and 12:01 min, {600 / 39:.0f} % of all FLOPs" in said
+    assert "It was not tuned for shallow_1 and shallow_2." in said
+    assert "lies at the edge of those tried for stack (0.004)" in said
+    assert "The chosen rate is not the best of those tried for stack." in said
+    assert "Learning rates were tuned on seed 3, which count too" in said
+
+
+@pytest.mark.parametrize(
+    ("cache", "words"),
+    [
+        (4.0, "No arm passes the cache line: none has learnt to use its context"),
+        (9.0, "All arms pass the cache line"),
+        (5.65, "Only scratch passes the cache line (best scratch 5.5"),
+        (..., "whether any arm uses its context is not known"),
+    ],
+)
+def test_the_cache_line_tells_whether_context_is_used(tmp_path: Path, cache: Any, words: str) -> None:
+    folder = write(tmp_path / "c", None, lambda name, units, seed: 5.7 + 0.01 * seed - 0.5 * math.log(units))
+    for path in folder.glob("*/*/*/summary.json"):
+        change(path, cache_loss=cache)
+    assert words in " ".join(provenance(read_comparison(folder)))
+
+
+def test_several_comparisons_have_a_line_each(tmp_path: Path) -> None:
+    both = [read(tmp_path / "a", shallow_1=-0.1), read(tmp_path / "b", noise=0.03)]
+    first, second = summary_lines(both)
+    assert first.startswith("a: Depth does not pay here: ") and second.startswith("b: No arm is shown to differ")
+    assert summary_lines([]) == []
