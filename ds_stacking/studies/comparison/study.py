@@ -2,7 +2,7 @@
 
 A study is a JSON file, a list of comparisons in the order in which they run:
 
-    [{"name": "docs", "options": ["--recipe", "quickstart", "--tune", "--seeds", "5"]}, ...]
+    [{"name": "docs", "options": ["--recipe=quickstart", "--tune", "--seeds=5"]}, ...]
 
 Options are those of compare.py but --output_dir: each has a folder of its name in that of the study.
 """
@@ -18,8 +18,13 @@ from pydantic import Field
 from typing_extensions import TypedDict
 
 from ds_stacking.common.errors import UserError
+from ds_stacking.common.files import write_text
 from ds_stacking.common.json_files import read_json
+from ds_stacking.common.outputs import writing
 from ds_stacking.common.words import shown
+from ds_stacking.studies.comparison.conclusion import summary_lines
+from ds_stacking.studies.comparison.plan import PLAN
+from ds_stacking.studies.comparison.results import read_comparison
 
 OWN = ("output_dir", "study", "task", "parallel", "launch")
 """Options of compare.py that hold for the whole study, or have no meaning in one."""
@@ -47,8 +52,19 @@ def read_study(path: Path) -> dict[str, list[str]]:
     return {entry["name"]: entry["options"] for entry in entries}
 
 
+def write_study(folder: Path, names: Sequence[str]) -> str:
+    """Write `folder`/study.md, the first line of each comparison's conclusion; returns it as text."""
+    there = [read_comparison(folder / name) for name in names if (folder / name / PLAN).exists()]
+    text = "\n".join(summary_lines(there))
+    with writing(folder):
+        write_text(folder / "study.md", f"{text}\n", inside=folder)
+    return text
+
+
 def _check_options(path: Path, name: str, options: Sequence[str]) -> None:
     for option in options:
         found = re.match(r"--(\w+)", option)
         if found and found[1] in OWN:
-            raise UserError(f"study {path}: {name} gives --{found[1]}, which is one for the whole study; leave it out.")
+            raise UserError(
+                f"study {path}: {name} gives --{found[1]}, which is one for the whole study; leave it out."
+            )
