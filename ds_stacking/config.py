@@ -193,11 +193,26 @@ class CorpusConfig(SourceConfig):
     """Where prepared data are kept; default $DS_STACKING_CACHE, else ~/.cache/ds_stacking."""
     verify: bool = False
     """Compare every byte of the prepared data with its hash before the first step, not the sizes of files alone."""
+    max_leak: float = 1.0
+    """Largest share, in percent, of held-out 13-grams that may stand in the training split too; a prepared folder has
+    its own."""
+    fingerprint: str | None = None
+    """Fingerprint that the prepared data must have; they are then taken from the cache as they are, whatever has
+    become of their source."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.cache_dir is not None:
             require_text("corpus.cache_dir", self.cache_dir)
+        require(
+            0 <= self.max_leak <= 100,
+            f"corpus.max_leak is {self.max_leak}; it is in percent, and must lie between 0 and 100.",
+        )
+        require(
+            self.fingerprint is None or re.fullmatch("[0-9a-f]{16}", self.fingerprint),
+            f"corpus.fingerprint is {shown(str(self.fingerprint))}; it must be the 16 digits of data_fingerprint in a "
+            f"run's config.json.",
+        )
         require(self.sequence_length >= 8, f"corpus.sequence_length is {self.sequence_length}; it must be 8 or more.")
         for name in ("masking_rate", "masking_rate_end"):
             rate = getattr(self, name)

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 from ds_stacking.common.errors import RunFailed, UserError
 from ds_stacking.config import SourceConfig
-from ds_stacking.data.documentation import documentation, installed_versions
+from ds_stacking.data.documentation import READER, documentation, installed_versions
 from ds_stacking.data.documents import cut
 from ds_stacking.data.mediawiki import clean_wikitext
 from ds_stacking.data.names import first_line, named_path, printable
@@ -82,7 +82,7 @@ def identify_source(source: str, config: SourceConfig) -> dict[str, Any]:
     """
     shared = {"source": printable(source), "max_documents": config.max_documents}
     if source == "docs":
-        return {**shared, "versions": installed_versions()}
+        return {**shared, "reader": READER, "versions": installed_versions()}
     if files := local_files(source, config):
         stats = [(printable(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns) for path in files]
         return {**shared, "column": config.column, "files": stats}

@@ -10,15 +10,23 @@ import importlib.metadata
 import inspect
 import os
 import platform
+import re
 import sysconfig
 import warnings
 from collections.abc import Iterator
-from hashlib import blake2b
 from pathlib import Path
+
+from ds_stacking.data.documents import clean_text
+from ds_stacking.data.duplicates import Passages
+
+READER = 2
+"""To be raised when the same packages no longer give the same documents."""
 
 CORPUS_CHARACTERS = 8_000_000
 """Characters after which the corpus ends: enough for minutes of training and read in seconds."""
 
+_RULER = re.compile(r"([^\w\s])\1{3,}")
+"""A line under a heading or around a table: no prose, and everywhere the same."""
 _SHORTEST_DOCSTRING = 60
 _SHORTEST_DOCUMENT = 200
 _LEFT_OUT_FOLDERS = {"test", "tests", "site-packages", "dist-packages", "lib2to3", "__pycache__"}
@@ -28,13 +36,15 @@ _DEFINITIONS = (ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
 def documentation() -> Iterator[str]:
     """Yield one document per module: its docstrings in the order of the source, a blank line between two.
 
-    The standard library comes first, then the distributions by name. Short docstrings and exact repetitions are
-    dropped.
+    The standard library comes first, then the distributions by name. Short docstrings are dropped, and paragraphs that
+    repeat a passage of an earlier one: packages describe the same parameters again and again, in one module after
+    another, and what is held out would stand in the training split.
     """
-    seen: set[bytes] = set()
+    passages = Passages()
     characters = 0
     for path in _modules():
-        document = "\n\n".join(text for text in _docstrings(path) if _is_new(text, seen))
+        cleaned = clean_text("\n\n".join(_RULER.sub("", text) for text in _docstrings(path)))
+        document = "\n\n".join(paragraph for paragraph in cleaned.split("\n\n") if passages.add(paragraph))
         if len(document) < _SHORTEST_DOCUMENT:
             continue
         yield document
@@ -63,13 +73,6 @@ def _modules() -> Iterator[Path]:
     for dist in _distributions():
         files = [file for file in dist.files or [] if file.suffix == ".py"]
         yield from (Path(str(file.locate())) for file in sorted(files) if _LEFT_OUT_FOLDERS.isdisjoint(file.parts))
-
-
-def _is_new(text: str, seen: set[bytes]) -> bool:
-    digest = blake2b(text.encode(), digest_size=16).digest()
-    new = digest not in seen
-    seen.add(digest)
-    return new
 
 
 def _docstrings(path: Path) -> list[str]:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from ds_stacking.common.errors import UserError
 from ds_stacking.data.random_numbers import random_bits
 from ds_stacking.data.token_file import Split, TokenFile
 
@@ -38,6 +39,15 @@ class Leak:
     def percent(self) -> float:
         """Share of n-grams found, in percent."""
         return 100 * self.found / max(1, self.ngrams)
+
+
+def refuse_leak(percent: float, limit: float, *, name: str, mend: str) -> None:
+    """Raise UserError for a leak above `limit` percent; `name` is the setting that holds the limit."""
+    if percent > limit:
+        raise UserError(
+            f"{percent:.1f} % of the held-out {LENGTH}-grams stand in the training split too, more than {name} "
+            f"({limit:g} %); {mend}."
+        )
 
 
 def find_leak(train: Split, held_out: Split, sep: int) -> Leak:

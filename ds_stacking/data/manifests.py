@@ -16,6 +16,7 @@ from ds_stacking.config import LARGEST_VOCABULARY
 from ds_stacking.data.arrays import Damaged
 
 MANIFEST = "manifest.json"
+COUNTS = "counts.npy"
 SPLITS: tuple[Literal["train"], Literal["eval"]] = ("train", "eval")
 
 _SHARD = re.compile("shard-[0-9]{5}")
@@ -70,16 +71,12 @@ class ShardManifest(TypedDict):
     examples: list[str]
 
 
-class CacheManifest(TypedDict):
-    """manifest.json of a cache entry."""
+class FoundLeak(TypedDict):
+    """How much of the held-out split was found in the training split, as leaks.py counts it."""
 
     __pydantic_config__ = KEEP_OTHERS  # type: ignore[misc]
-    dtype: Dtype
-    vocab_size: Rows
-    train: Arrays
-    eval: Arrays
-    unigram_entropy: Number
-    tokenizer_sha256: Digest
+    ngrams: Count
+    found: Count
 
 
 class Trained(TypedDict):
@@ -96,6 +93,21 @@ class Identity(TypedDict):
     __pydantic_config__ = KEEP_OTHERS  # type: ignore[misc]
     eval_percent: Finite
     tokenizer: str | Trained
+
+
+class CacheManifest(TypedDict):
+    """manifest.json of a cache entry."""
+
+    __pydantic_config__ = KEEP_OTHERS  # type: ignore[misc]
+    dtype: Dtype
+    vocab_size: Rows
+    train: Arrays
+    eval: Arrays
+    unigram_entropy: Number
+    tokenizer_sha256: Digest
+    counts_sha256: Digest
+    leak: FoundLeak
+    identity: Identity
 
 
 class Begun(TypedDict):

@@ -19,8 +19,16 @@ from ds_stacking.common.own_files import refuse_links
 from ds_stacking.config import CorpusConfig
 from ds_stacking.data.arrays import Damaged, hash_inside
 from ds_stacking.data.cache import cache_root, locked
-from ds_stacking.data.leaks import find_leak
-from ds_stacking.data.manifests import SPLITS, CacheManifest, FolderManifest, read_manifest, read_shards
+from ds_stacking.data.leaks import find_leak, refuse_leak
+from ds_stacking.data.manifests import (
+    COUNTS,
+    SPLITS,
+    CacheManifest,
+    FolderManifest,
+    Identity,
+    read_manifest,
+    read_shards,
+)
 from ds_stacking.data.mixture import Mixture, read_mixture
 from ds_stacking.data.prepared_folder import (
     TOKENIZER,
@@ -33,6 +41,10 @@ from ds_stacking.data.prepared_folder import (
 from ds_stacking.data.token_file import Split, TokenFile, hashes, unigram_entropy
 from ds_stacking.data.tokenizer import SpecialIds, continuing_tokens, load_tokenizer, special_ids, tokenizer_hash
 
+_MEND_LEAK = (
+    "prepare a folder without near duplicates (prepare_data.py --near_duplicates 0.7) and give it as --data, or raise "
+    "--corpus.max_leak"
+)
 STRETCHES, STRETCH = 32, 1024
 """How many places of a split are read to tell it from another, and tokens at each."""
 
@@ -58,9 +70,20 @@ class PreparedData:
     continuing: np.ndarray | None
     """Which tokens go on with a word, [vocab_size] bool; None where single tokens are masked."""
     fingerprint: str
-    """Digest of the arrays and the tokenizer: equal on two machines exactly if they hold the same data."""
+    """What `fingerprint` makes of them; of a mixture, of its parts and their weights."""
     manifest: dict[str, Any]
     """What manifest.json holds: counts, digests, the source and the files that were left out."""
+
+
+def fingerprint(manifest: FolderManifest | CacheManifest, *, sentences: bool = False) -> str:
+    """16 hexadecimal digits of the tokenizer and of the token ids of both splits, as their shards hold them.
+
+    Equal on two machines exactly if they hold the same data. Documents need no digest of their own, for each ends with
+    [SEP], nor do sentences, which a rule finds in the text, but for whether they are known. The source, its place and
+    the reader's settings do not count.
+    """
+    digests = [manifest["tokenizer_sha256"], *(manifest[split]["sha256"] for split in SPLITS)]
+    return sha256("".join([*digests, *["sentences"] * sentences]).encode()).hexdigest()[:16]
 
 
 def sampled_fingerprint(data: PreparedData) -> str:
@@ -84,10 +107,14 @@ def open_cached(folder: Path, config: CorpusConfig) -> PreparedData:
     refuse_links(folder.parent, (folder.name,))
     manifest = read_manifest(folder, CacheManifest)
     if config.verify:
+        expected = {COUNTS: manifest["counts_sha256"]}
         for split in SPLITS:
-            for name, digest in hashes(split, manifest).items():
-                if hash_inside(folder, name) != digest:
-                    raise Damaged(f"{folder / name} is not what was written; remove {folder}.")
+            expected |= hashes(split, manifest)
+        for name, digest in expected.items():
+            if hash_inside(folder, name) != digest:
+                raise Damaged(f"{folder / name} is not what was written; remove {folder}.")
+    leak = 100 * manifest["leak"]["found"] / max(1, manifest["leak"]["ngrams"])
+    refuse_leak(leak, config.max_leak, name="corpus.max_leak", mend=_MEND_LEAK)
     splits: dict[str, Split] = {
         split: Split(files=[TokenFile.open(folder, split, manifest, whole=config.verify)]) for split in SPLITS
     }
@@ -104,14 +131,18 @@ def open_prepared(folder: Path, tokenizer: str, config: CorpusConfig, log: Calla
             f"{folder} was tokenised with {manifest['tokenizer']!r}, not with {tokenizer!r}; "
             f"give --tokenizer train to take the folder's, or prepare the data anew."
         )
-    identity = manifest["identity"]
+    say_decided(folder, manifest["identity"], config, log)
+    return _prepared(folder, manifest, splits, config)
+
+
+def say_decided(folder: Path, identity: Identity, config: CorpusConfig, log: Callable[[str], None]) -> None:
+    """Say where data that were prepared before have decided something otherwise than the configuration."""
     decided = {"eval_percent": identity["eval_percent"]}
     if isinstance(identity["tokenizer"], dict):
         decided |= {name: identity["tokenizer"][name] for name in ("vocab_size", "lowercase")}
     for name, value in decided.items():
         if getattr(config, name) != value:
             log(f"corpus.{name} is {value} in {folder}; the configuration's {getattr(config, name)} has no effect.")
-    return _prepared(folder, manifest, splits, config)
 
 
 def open_mixture(path: Path, tokenizer: str, config: CorpusConfig, log: Callable[[str], None]) -> PreparedData:
@@ -195,7 +226,6 @@ def _prepared(
 ) -> PreparedData:
     for split in SPLITS:
         _require_one_block(split, manifest[split]["tokens"], config)
-    digests = [manifest["tokenizer_sha256"], *(manifest[split]["sha256"] for split in SPLITS)]
     tokenizer_dir = folder / TOKENIZER
     tokenizer = own_tokenizer(folder, manifest["vocab_size"])
     return PreparedData(
@@ -207,7 +237,7 @@ def _prepared(
         train=splits["train"],
         eval=splits["eval"],
         unigram_entropy=manifest["unigram_entropy"],
-        fingerprint=sha256("".join(digests).encode()).hexdigest()[:16],
+        fingerprint=fingerprint(manifest, sentences=splits["train"].files[0].sentences is not None),
         manifest=dict(manifest),
     )
 

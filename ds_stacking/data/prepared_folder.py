@@ -33,7 +33,7 @@ from ds_stacking.data.build import Build, ahead, in_batches
 from ds_stacking.data.card import write_card
 from ds_stacking.data.claim import BEGUN, TOKENIZER, claimed, stopped
 from ds_stacking.data.corpus import identify_source, raw_documents
-from ds_stacking.data.leaks import Leak, find_leak
+from ds_stacking.data.leaks import find_leak, refuse_leak
 from ds_stacking.data.manifests import (
     MANIFEST,
     SPLITS,
@@ -62,6 +62,10 @@ from ds_stacking.data.tokenizer import (
     train_tokenizer,
 )
 
+_MEND_LEAK = (
+    "drop near duplicates (--near_duplicates 0.7, a new --output_dir), or raise --max_leak: the finished shards are "
+    "kept"
+)
 _FORMAT = 1
 
 
@@ -222,13 +226,25 @@ def _training_texts(config: PreparationConfig) -> list[str]:
 
 
 def _worker_config(config: PreparationConfig, tokenizer: PreTrainedTokenizerBase) -> worker.WorkerConfig:
+    return worker_config(
+        tokenizer,
+        config.corpus.eval_percent,
+        sentences=config.sentences,
+        near_duplicates=bool(config.near_duplicates),
+    )
+
+
+def worker_config(
+    tokenizer: PreTrainedTokenizerBase, eval_percent: float, *, sentences: bool = False, near_duplicates: bool = False
+) -> worker.WorkerConfig:
+    """What decides a document's tokens and its side."""
     return worker.WorkerConfig(
         tokenizer=text_encoder(tokenizer).to_str(),
         sep=special_ids(tokenizer).sep,
         dtype=token_type(count_vocabulary(tokenizer)).name,
-        eval_percent=config.corpus.eval_percent,
-        sentences=config.sentences,
-        near_duplicates=bool(config.near_duplicates),
+        eval_percent=eval_percent,
+        sentences=sentences,
+        near_duplicates=near_duplicates,
     )
 
 
@@ -239,7 +255,7 @@ def _finish(build: Build, identity: dict[str, Any], seconds: float) -> dict[str,
     splits, names = _splits(folder, shards), list(shards)
     special = special_ids(build.tokenizer)
     leak = find_leak(splits["train"], splits["eval"], special.sep)
-    _refuse_leak(leak, config)
+    refuse_leak(leak.percent, config.max_leak, name="max_leak", mend=_MEND_LEAK)
     totals: Counter[str] = Counter()
     for shard in build.shards:
         totals.update(shard["totals"])
@@ -265,12 +281,3 @@ def _finish(build: Build, identity: dict[str, Any], seconds: float) -> dict[str,
         f"Prepared {tokens:,} tokens in {seconds:.0f} s: {len(names)} shards in {folder}, read {folder}/card.md."
     )
     return manifest
-
-
-def _refuse_leak(leak: Leak, config: PreparationConfig) -> None:
-    if leak.percent > config.max_leak:
-        raise UserError(
-            f"{leak.percent:.1f} % of the held-out {leak.length}-grams stand in the training split too, more than "
-            f"max_leak ({config.max_leak:g} %); drop near duplicates (--near_duplicates 0.7, a new --output_dir), or "
-            f"raise --max_leak: the finished shards are kept."
-        )

@@ -10,26 +10,20 @@ from __future__ import annotations
 
 import os
 from array import array
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from hashlib import sha256
-from itertools import chain
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-from tokenizers import Tokenizer
 
 from ds_stacking.data.arrays import Damaged, hash_inside, map_array, map_values
-from ds_stacking.data.documents import is_held_out
 from ds_stacking.data.manifests import MANIFEST, SPLITS, CacheManifest, ShardManifest
-from ds_stacking.data.tokenizer import SpecialIds
 
-__all__ = ["MANIFEST", "SPLITS", "Split", "SplitWriter", "TokenFile", "write_token_files"]
+__all__ = ["MANIFEST", "SPLITS", "Split", "SplitWriter", "TokenFile"]
 
-_BATCH_CHARACTERS = 2_000_000
-_BATCH_DOCUMENTS = 50_000
 _LOOKED_AT = 2**18
 """Values of a larger array that are looked at when it is opened."""
 _PART = 2**14
@@ -106,33 +100,6 @@ class Split:
         return sum(map(len, self.files))
 
 
-def write_token_files(
-    folder: Path,
-    documents: Iterable[str],
-    encoder: Tokenizer,
-    special: SpecialIds,
-    vocab_size: int,
-    eval_percent: float,
-) -> dict[str, Any]:
-    """Tokenise documents into `folder`, batches in parallel on all cores; return the manifest's part on the arrays."""
-    dtype = token_type(vocab_size)
-    with split_writers(folder, dtype, vocab_size) as writers:
-        for texts in _in_batches(documents):
-            encodings = encoder.encode_batch_fast(texts, add_special_tokens=False)
-            held_out = [is_held_out(text, eval_percent) for text in texts]
-            for split, writer in writers.items():
-                ids = [
-                    [*encoding.ids, special.sep]
-                    for encoding, out in zip(encodings, held_out, strict=True)
-                    if out == (split == "eval") and encoding.ids
-                ]
-                tokens = np.fromiter(chain.from_iterable(ids), dtype)
-                writer.add(tokens, np.fromiter(map(len, ids), np.int64, len(ids)))
-        splits: dict[str, Any] = {split: writer.close() for split, writer in writers.items()}
-    entropy = unigram_entropy(writers["train"].counts, special.every)
-    return {"dtype": dtype.name, "vocab_size": vocab_size, **splits, "unigram_entropy": entropy}
-
-
 @contextmanager
 def split_writers(
     folder: Path, dtype: np.dtype, vocab_size: int
@@ -190,19 +157,6 @@ def _parts(values: np.ndarray, whole: bool) -> Iterator[np.ndarray]:
         begins = np.linspace(0, len(values) - _PART, _LOOKED_AT // _PART).astype(np.int64)  # type: ignore[assignment]
     for begin in begins:
         yield values[begin : begin + _PART + 1]
-
-
-def _in_batches(documents: Iterable[str]) -> Iterator[list[str]]:
-    batch: list[str] = []
-    characters = 0
-    for text in documents:
-        batch.append(text)
-        characters += len(text)
-        if characters >= _BATCH_CHARACTERS or len(batch) >= _BATCH_DOCUMENTS:
-            yield batch
-            batch, characters = [], 0
-    if batch:
-        yield batch
 
 
 class SplitWriter:

@@ -86,7 +86,7 @@ def start(config: WorkerConfig | None) -> None:
 
 
 def load(config: WorkerConfig) -> None:
-    """Make the tokenizer."""
+    """Make the tokenizer: of a worker, or of a process that prepares a small corpus by itself."""
     global _worker, _encoder, _ascii_encoder, _lowercase
     _worker, _encoder = config, _load(config.tokenizer)
     state = json.loads(config.tokenizer)
@@ -127,13 +127,13 @@ def _said_in_words(documents: Sequence[RawDocument]) -> Iterator[None]:
     """Turn an error into RunFailed; an error of its own class may not reach the parent."""
     try:
         yield
-    except RunFailed:
+    except (RunFailed, KeyboardInterrupt, SystemExit):
         raise
     except BaseException as error:  # a panic of `tokenizers` is no Exception
         raise RunFailed(
             f"A worker failed with {type(error).__name__} ({first_line(error)}) in documents, the first of which "
-            f"begins {documents[0].text[:60]!r}. Finished shards are kept; mend or remove the document, or "
-            f"give another tokenizer, and run the command again."
+            f"begins {documents[0].text[:60]!r}; mend or remove the document, or give another tokenizer, and run the "
+            f"command again: finished shards are kept."
         ) from None
 
 

@@ -41,6 +41,20 @@ def test_a_module_that_does_not_parse_has_none(tmp_path: Path):
     assert _docstrings(path) == []
 
 
+def test_a_paragraph_that_repeats_a_passage_is_dropped(tmp_path: Path, monkeypatch):
+    """Whatever surrounds the passage, in other signs of case, with a ruler in between, in another module."""
+    words = "the interval between two looks at the file in seconds, or none"
+    new = "Nothing of this was said before, " * 6 + "in neither of the two other modules."
+    first = f"Head of one.\n\nParameters\n----------\nfirst : {words}; a default is taken.\n\n{new}"
+    second = f"Head of two.\n\n{new.replace('this', 'that')}\n\nSECOND: {words.upper()}.\n\n{'Also new words. ' * 15}"
+    for name, text in (("a", first), ("b", second)):
+        (tmp_path / f"{name}.py").write_text(f'"""{text}"""\n')
+    monkeypatch.setattr(documentation, "_modules", lambda: iter(sorted(tmp_path.glob("*.py"))))
+    one, two = documentation.documentation()
+    assert one == first.replace("----------", "")
+    assert two.split("\n\n") == ["Head of two.", ("Also new words. " * 15).strip()]
+
+
 def test_repetitions_are_dropped_and_the_corpus_ends(tmp_path: Path, monkeypatch):
     for name in ("a", "b", "c"):
         (tmp_path / f"{name}.py").write_text(f'"""{"Words of a licence that every file repeats. " * 6}"""\n')

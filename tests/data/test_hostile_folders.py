@@ -250,7 +250,7 @@ def test_a_whole_folder_is_verified_without_its_source(finished: Path):
 def test_a_damaged_cache_entry_is_made_again(
     source: Path, tokenizer: Path, tmp_path: Path, name: str, damage: Callable
 ):
-    config = CorpusConfig(cache_dir=str(tmp_path), sequence_length=32, eval_percent=30)
+    config = CorpusConfig(cache_dir=str(tmp_path), sequence_length=32, eval_percent=30, max_leak=100)
     first = prepare(str(source), str(tokenizer), config, log=print)
     damage(first.folder / name)
     lines: list[str] = []
@@ -261,7 +261,7 @@ def test_a_damaged_cache_entry_is_made_again(
 
 
 def test_hashes_of_a_cache_entry_are_compared_on_request(source: Path, tokenizer: Path, tmp_path: Path):
-    config = CorpusConfig(cache_dir=str(tmp_path), sequence_length=32, eval_percent=30, verify=True)
+    config = CorpusConfig(cache_dir=str(tmp_path), sequence_length=32, eval_percent=30, max_leak=100, verify=True)
     first = prepare(str(source), str(tokenizer), config, log=print)
     path = first.folder / "train.bin"
     written = path.read_bytes()

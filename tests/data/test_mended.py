@@ -177,7 +177,7 @@ def test_a_full_disk_below_the_cache_is_one_sentence(
     def full(handle: int) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    config = CorpusConfig(cache_dir=str(tmp_path / "cache"), sequence_length=32, eval_percent=30)
+    config = CorpusConfig(cache_dir=str(tmp_path / "cache"), sequence_length=32, eval_percent=30, max_leak=100)
     with monkeypatch.context() as patch:
         patch.setattr(os, "fsync", full)
         with pytest.raises(RunFailed, match="No space left on device; make room, or set corpus.cache_dir"):
@@ -300,7 +300,7 @@ def test_names_that_are_no_text_are_prepared(documents: list[str], tokenizer: Pa
     manifest = prepare_folder(options(folder, tmp_path / "out", tokenizer), print)
     assert list(manifest["skipped"]) == [f"{folder}/bad\\udce9.txt"]
     assert "caf\\udce9" in (tmp_path / "out" / "card.md").read_text()
-    config = CorpusConfig(cache_dir=str(tmp_path / "cache"), sequence_length=32, eval_percent=30)
+    config = CorpusConfig(cache_dir=str(tmp_path / "cache"), sequence_length=32, eval_percent=30, max_leak=100)
     assert prepare(str(folder), str(tokenizer), config, log=print).fingerprint
     assert prepare(str(tmp_path / "out"), "train", config, log=print).fingerprint
 

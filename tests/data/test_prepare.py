@@ -13,9 +13,11 @@ import pytest
 from transformers import AutoTokenizer
 
 from ds_stacking.common.errors import UserError
-from ds_stacking.config import CorpusConfig
+from ds_stacking.config import CorpusConfig, SourceConfig
+from ds_stacking.data.preparation_config import PreparationConfig
 from ds_stacking.data.prepare import prepare
 from ds_stacking.data.prepared_data import PreparedData
+from ds_stacking.data.prepared_folder import prepare_folder
 from ds_stacking.data.token_file import SPLITS
 
 FORK = """
@@ -25,7 +27,7 @@ from ds_stacking.data import token_file
 from ds_stacking.data.prepare import prepare
 
 source, cache = sys.argv[1:3]
-config = CorpusConfig(cache_dir=cache, vocab_size=300, eval_percent=30, sequence_length=16)
+config = CorpusConfig(cache_dir=cache, vocab_size=300, eval_percent=30, sequence_length=16, max_leak=100)
 
 def child(log=lambda message: None):
     pid = os.fork()
@@ -68,7 +70,7 @@ def folder(documents: list[str], tmp_path_factory: pytest.TempPathFactory) -> Pa
 
 
 def config(cache: Path, **fields: object) -> CorpusConfig:
-    base = {"cache_dir": str(cache), "vocab_size": 300, "eval_percent": 30.0, "sequence_length": 16}
+    base = {"cache_dir": str(cache), "vocab_size": 300, "eval_percent": 30.0, "sequence_length": 16, "max_leak": 100.0}
     return CorpusConfig(**{**base, **fields})
 
 
@@ -179,3 +181,75 @@ def test_a_killed_preparation_is_never_taken_for_finished(prepared: PreparedData
     for split in SPLITS:
         digest = sha256((finished / f"{split}.bin").read_bytes()).hexdigest()
         assert digest == prepared.manifest[split]["sha256"]
+
+
+def test_the_cache_holds_what_a_prepared_folder_does(prepared: PreparedData, folder: Path, tmp_path: Path):
+    """The same documents in the same splits, cleaned and without duplicates: one pipeline, two ways to call it."""
+    options = PreparationConfig(
+        data=str(folder),
+        output_dir=str(tmp_path / "out"),
+        tokenizer=str(prepared.tokenizer_dir),
+        max_leak=100,
+        workers=1,
+        corpus=SourceConfig(eval_percent=30.0),
+    )
+    manifest = prepare_folder(options, print)
+    for split in SPLITS:
+        shard = tmp_path / "out" / "shard-00000"
+        for name in (f"{split}.bin", f"{split}_offsets.npy", "counts.npy"):
+            assert (prepared.folder / name).read_bytes() == (shard / name).read_bytes()
+    assert manifest["leak"] == prepared.manifest["leak"]
+    assert manifest["unigram_entropy"] == prepared.unigram_entropy
+
+
+def test_what_was_there_before_is_left_out_and_sides_are_taken_by_the_cleaned_text(
+    documents: list[str], prepared: PreparedData, tmp_path: Path
+):
+    """The same words in other signs and blanks: once; a text and its uncleaned twin lie on the same side."""
+    texts = [*documents, documents[3].upper(), documents[5].replace(" ", "\t \u200b"), "\x00 \x7f"]
+    (tmp_path / "docs.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    data = prepare(str(tmp_path / "docs.jsonl"), str(prepared.tokenizer_dir), config(tmp_path), log=print)
+    assert data.fingerprint == prepared.fingerprint and data.manifest["totals"]["equal"] == 2
+
+
+def test_a_leak_is_refused_by_its_sentence(documents: list[str], tmp_path: Path):
+    """Every document twice, once with another end: nearly all that is held out stands in the training split."""
+    texts = [text + end for text in documents for end in ("", " And another end.")]
+    (tmp_path / "docs.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    lines: list[str] = []
+    for _ in range(2):  # what was prepared is kept, and refused again without being made again
+        with pytest.raises(
+            UserError, match=r"^[0-9.]+ % of the held-out 13-grams stand in .* corpus.max_leak \(1 %\)"
+        ):
+            prepare(str(tmp_path / "docs.jsonl"), "train", config(tmp_path, max_leak=1.0), log=lines.append)
+    assert len([line for line in lines if line.startswith("Reading")]) == 1
+    assert prepare(str(tmp_path / "docs.jsonl"), "train", config(tmp_path), log=print).manifest["leak"]["found"] > 0
+
+
+def test_data_are_pinned_by_their_fingerprint(folder: Path, cache: Path, prepared: PreparedData, tmp_path: Path):
+    """From the cache whatever became of the source; prepared anew they must be the same, or one sentence says so."""
+    pinned = config(cache, fingerprint=prepared.fingerprint, eval_percent=20.0)
+    lines: list[str] = []
+    data = prepare(str(tmp_path / "gone.txt"), "gone", pinned, log=lines.append)
+    assert (data.folder, data.fingerprint) == (prepared.folder, prepared.fingerprint)
+    assert lines == [f"corpus.eval_percent is 30.0 in {data.folder}; the configuration's 20.0 has no effect."]
+
+    elsewhere = config(tmp_path / "other", fingerprint=prepared.fingerprint)
+    assert prepare(str(folder), "train", elsewhere, log=print).folder.is_relative_to(tmp_path)
+    (tmp_path / "changed.txt").write_text("\n\n".join(f"Document {i} of other words." * 9 for i in range(99)))
+    with pytest.raises(
+        UserError, match=f"have the fingerprint .* not corpus.fingerprint .{prepared.fingerprint}"
+    ) as e:
+        prepare(str(tmp_path / "changed.txt"), "train", config(tmp_path, fingerprint=prepared.fingerprint), log=print)
+    assert "\n" not in str(e.value)
+    with pytest.raises(UserError, match=r"corpus.fingerprint is 'x'; it must be the 16 digits"):
+        config(cache, fingerprint="x")
+
+
+def test_a_pinned_entry_that_is_damaged_is_made_again(prepared: PreparedData, folder: Path, tmp_path: Path):
+    pinned = config(tmp_path, fingerprint=prepared.fingerprint)
+    first = prepare(str(folder), "train", pinned, log=print)
+    os.truncate(first.folder / "train.bin", 9)
+    (tmp_path / ("0" * 24)).mkdir()  # of nobody
+    assert prepare(str(folder), "train", pinned, log=print).fingerprint == prepared.fingerprint
+    assert len(prepare(str(folder), "train", pinned, log=print).train) == prepared.manifest["train"]["tokens"]

@@ -9,10 +9,12 @@ import pytest
 from scipy.stats import entropy
 
 from ds_stacking.common.errors import UserError
-from ds_stacking.data import token_file
-from ds_stacking.data.documents import is_held_out
-from ds_stacking.data.token_file import SplitWriter, TokenFile, unigram_entropy, write_token_files
-from ds_stacking.data.tokenizer import special_ids, text_encoder, train_tokenizer
+from ds_stacking.data import prepare, prepared_folder
+from ds_stacking.data.corpus import RawDocument
+from ds_stacking.data.documents import clean_text, is_held_out
+from ds_stacking.data.prepare import write_token_files
+from ds_stacking.data.token_file import SplitWriter, TokenFile, unigram_entropy
+from ds_stacking.data.tokenizer import train_tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -20,20 +22,20 @@ def trained(documents: list[str]):
     return train_tokenizer(documents, 600, True)
 
 
-def write(folder: Path, documents: list[str], tokenizer, vocab_size: int = 600) -> dict:
-    return write_token_files(
-        folder, documents, text_encoder(tokenizer), special_ids(tokenizer), vocab_size, eval_percent=30
-    )
+def write(folder: Path, documents: list[str], tokenizer) -> dict:
+    batches = [[RawDocument(text) for text in documents[i : i + 7]] for i in range(0, len(documents), 7)]
+    return write_token_files(folder, batches, tokenizer, eval_percent=30)
 
 
 @pytest.mark.parametrize("vocab_size", [600, 70_000])
 def test_documents_come_back(tmp_path: Path, documents: list[str], trained, vocab_size: int, monkeypatch):
-    monkeypatch.setattr(token_file, "_BATCH_CHARACTERS", 20_000)
-    manifest = write(tmp_path, ["\x00 \x7f", *documents], trained, vocab_size)  # the first has no tokens
+    monkeypatch.setattr(prepare, "count_vocabulary", lambda _: vocab_size)
+    monkeypatch.setattr(prepared_folder, "count_vocabulary", lambda _: vocab_size)
+    manifest = write(tmp_path, ["\x00 \x7f", *documents], trained)  # the first has no tokens
     assert manifest["dtype"] == ("uint16" if vocab_size == 600 else "uint32")
     for split in ("train", "eval"):
         file = TokenFile.open(tmp_path, split, manifest)
-        texts = [text for text in documents if is_held_out(text, 30) == (split == "eval")]
+        texts = [text for text in map(clean_text, documents) if is_held_out(text, 30) == (split == "eval")]
         expected = [[*trained(text, add_special_tokens=False).input_ids, trained.sep_token_id] for text in texts]
         pieces = [file.tokens[a:b].tolist() for a, b in zip(file.offsets[:-1], file.offsets[1:], strict=True)]
         assert pieces == expected
