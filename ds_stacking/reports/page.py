@@ -36,7 +36,8 @@ figure > b { font-size: .9375rem; }
 .table { overflow-x: auto; }
 table { border-collapse: collapse; font-size: .875rem; font-variant-numeric: tabular-nums; }
 th, td { padding: .35rem .7rem; text-align: right; border-bottom: 1px solid var(--rule); white-space: nowrap; }
-th { color: var(--dim); font-weight: 600; } th:first-child, td:first-child { text-align: left; padding-left: 0; }
+th { color: var(--dim); font-weight: 600; } th:first-child, td:first-child { text-align: left; padding-left: 0;
+  position: sticky; left: 0; background: var(--ground); }
 .legend { display: flex; flex-wrap: wrap; gap: .25rem 1.1rem; font-size: .875rem; margin: .5rem 0; }
 .legend i { display: inline-block; width: 1.1em; height: 4px; border-radius: 2px; margin-right: .45em;
   vertical-align: .2em; background: var(--c); }

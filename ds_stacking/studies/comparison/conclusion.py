@@ -60,7 +60,7 @@ def progress(results: Results) -> list[str]:
     if finished == planned:
         return []
     failed = f", {lost} failed" if lost else ""
-    return [f"{finished} of {planned} runs have finished{failed}; all figures are of these."]
+    return [f"{finished} of {planned} runs have finished{failed}."]
 
 
 def depth_sentences(results: Results) -> list[str]:
@@ -74,7 +74,7 @@ def depth_sentences(results: Results) -> list[str]:
         until = "savings are not to be believed until it can"
         return [f"Whether depth pays cannot be told: {listed(reasons)}; {until}."]
     if pays:
-        return [f"Depth pays: {listed(_difference(results, check) for check in checks)}."]
+        return [f"Depth pays: {'; '.join(_difference(results, check) for check in checks)}."]
     worst = min((c for c in checks if c.pays is False), key=lambda c: c.advantage.mean or 0.0)
     others = [c for c in checks if c is not worst and c.advantage.mean is not None]
     found = [f"Depth does not pay here: {_difference(results, worst)}, so a saving by stacking means nothing."]
@@ -138,10 +138,14 @@ def _baselines(results: Results, arms: Sequence[str]) -> str:
 
 
 def _finding(results: Results, arm: str) -> str:
-    """What an arm saves; where that lies outside the budgets, its gain."""
-    saved, baseline = saving(results, arm, "flops"), results.arms[arm]["baseline"]
+    """What an arm saves, with the interval; where that lies outside the budgets, its gain."""
+    saved, gained = saving(results, arm, "flops"), gain(results, arm, "flops")
+    baseline = results.arms[arm]["baseline"]
     if saved.mean is None or saved.low is None or saved.high is None:
-        return _gain(gain(results, arm, "flops"), arm, str(baseline))
+        low, high = sorted((abs(gained.low or 0.0), abs(gained.high or 0.0)))
+        where = "below" if (gained.mean or 0.0) >= 0 else "above"
+        share = f"{number(abs(gained.mean or 0.0))} nats [{number(low)}, {number(high)}]"
+        return f"{arm} ends {share} {where} {baseline} at equal FLOPs"
     low, high = (saved.low, saved.high) if saved.mean >= 0 else (-saved.high, -saved.low)
     what, more = ("saves", "") if saved.mean >= 0 else ("needs", " more")
     share = f"{percent(abs(saved.mean))} % [{percent(low)}, {percent(high)}]{more}"
@@ -200,7 +204,7 @@ def beaten_baselines(results: Results) -> dict[str, str]:
         if pair.first in scratch and pair.second in scratch and pair.difference.excludes_zero:
             mean = pair.difference.mean or 0.0
             worse, better = (pair.first, pair.second) if mean > 0 else (pair.second, pair.first)
-            found[worse] = f"{number(abs(mean))} nats above {better} ({evidence(pair.difference)})"
+            found[worse] = f"{number(abs(mean))} nats above {better}"
     return found
 
 

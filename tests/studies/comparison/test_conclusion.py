@@ -155,7 +155,7 @@ def test_incomplete_comparisons_say_so(tmp_path: Path) -> None:
     for path in folder.glob("*/*/seed-5/summary.json"):
         path.unlink()
     (folder / "stack/flops/seed-5.failed").write_text("out of memory")
-    assert "28 of 35 runs have finished, 1 failed; all figures are of these." in conclusion(read_comparison(folder))
+    assert "28 of 35 runs have finished, 1 failed." in conclusion(read_comparison(folder))
     for path in folder.glob("*/*/*/summary.json"):
         path.unlink()
     assert conclusion(read_comparison(folder)) == ["Nothing can be said yet: none of the 35 runs has finished."]
