@@ -2,8 +2,9 @@
 
 fairseq 0.6 divides by sqrt(v) + eps and multiplies the rate by sqrt(1 - beta2^t) / (1 - beta1^t); PyTorch and
 DeepSpeed divide by sqrt(v / (1 - beta2^t)) + eps. The two are the same where step t of the latter has
-eps / sqrt(1 - beta2^t). All of them read "eps" of a parameter group at each step. A group has one step count, which is kept in it beside the
-one that the optimizer keeps with its moments: on the device, where to read it would make every step wait.
+eps / sqrt(1 - beta2^t). All of them read "eps" of a parameter group at each step. A group has one step count, which is
+kept in it beside the one that the optimizer keeps with its moments: on the device, where to read it would make every
+step wait.
 """
 
 from __future__ import annotations

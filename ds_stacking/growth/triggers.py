@@ -5,7 +5,7 @@ tokens:1e9,3e9                   when the run has seen so many tokens, one numbe
 flops:1e18,5e18                  when it has spent so many model FLOPs
 prop:1                           stage i gets a share i^1 of all steps (MIDAS, Saunshi et al., NeurIPS 2024)
 gstack                           the formula of G_stack for the one growth of two stages (Du et al., NeurIPS 2024)
-plateau:0.0575                   when the slope of ln loss on ln FLOPs has risen to -0.0575 (Shen et al. 2022)
+plateau:0.0575                   when the slope of ln held-out loss on ln FLOPs has risen to -0.0575 (Shen et al. 2022)
 trial:stack,interleave:20        after the stages' steps; operators are tried for 20 steps each, the best is kept
                                  (LAG, 2406.02469)
 """
@@ -26,8 +26,16 @@ MOST_STEPS = 10**12
 """Optimizer steps of a stage, at most: what no run can make must be a slip of the pen."""
 STEEPEST = 20.0
 """Exponent of prop, at most: beyond it all steps fall to the last stage anyway."""
-LINES = 8
-"""Log lines that a slope is measured over at the least."""
+WINDOW = 8
+"""Evaluations that a slope is measured over at the least."""
+EVALUATIONS = 2 * WINDOW - 1
+"""Evaluations whose later half is a window: fewer tell nothing."""
+SURE = 3.0
+"""Standard errors by which a slope must differ from the threshold, since it is asked for after every evaluation."""
+SPIKE = 0.01
+"""Rise of the loss, as a share of it, that makes a point a spike (remove_loss_spikes of Shen et al.)."""
+Point = tuple[float, float]
+"""FLOPs of the run so far, and a loss."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -131,16 +139,41 @@ def gstack_tokens(parameters: float, tokens: float) -> float:
     return 10 ** (0.88 * math.log10(parameters) + 163.27 / math.log10(flops) - 5.74)
 
 
-def loss_slope(points: Sequence[tuple[float, float]]) -> float:
-    """Least-squares slope of ln loss on ln FLOPs, the exponent of a power law; points are (FLOPs, loss)."""
+def without_spikes(points: Sequence[Point]) -> list[Point]:
+    """The points but those whose loss lies more than SPIKE above the last one kept; two in a row are no spike."""
+    kept: list[Point] = []
+    dropped = False
+    for point in points:
+        dropped = bool(kept) and not dropped and point[1] > (1 + SPIKE) * kept[-1][1]
+        if not dropped:
+            kept.append(point)
+    return kept
+
+
+def loss_slope(points: Sequence[Point]) -> tuple[float, float]:
+    """Least-squares slope of ln loss on ln FLOPs, the exponent of a power law, and its standard error."""
     places = [math.log(flops) for flops, _ in points]
     heights = [math.log(loss) for _, loss in points]
     middle, level = sum(places) / len(points), sum(heights) / len(points)
     spread = sum((place - middle) ** 2 for place in places)
-    return sum((x - middle) * (y - level) for x, y in zip(places, heights, strict=True)) / spread
+    slope = sum((x - middle) * (y - level) for x, y in zip(places, heights, strict=True)) / spread
+    left = sum((y - level - slope * (x - middle)) ** 2 for x, y in zip(places, heights, strict=True))
+    return slope, math.sqrt(left / (len(points) - 2) / spread)
 
 
-def has_plateaued(points: Sequence[tuple[float, float]], slope: float) -> bool:
-    """Whether the loss falls more slowly than FLOPs^-slope over the later half of a stage's lines."""
-    later = points[len(points) // 2 :]
-    return len(later) >= LINES and loss_slope(later) > -slope
+def has_plateaued(points: Sequence[Point], slope: float, *, must_fall: bool) -> bool:
+    """Whether the loss surely falls more slowly than FLOPs^-slope over the later half of a stage's evaluations.
+
+    Sure is what holds for the fitted slope less SURE of its standard errors. With `must_fall`, as in a run's first
+    stage, the loss must surely have fallen faster before: else it has not begun to fall.
+    """
+    kept = without_spikes(points)
+    later = kept[len(kept) // 2 :]
+    if len(later) < WINDOW:
+        return False
+    found, error = loss_slope(later)
+    if found - SURE * error <= -slope:
+        return False
+    starts = range(len(kept) - WINDOW + 1) if must_fall else ()
+    windows = (loss_slope(kept[start : start + WINDOW]) for start in starts)
+    return not must_fall or any(steepest + SURE * off < -slope for steepest, off in windows)

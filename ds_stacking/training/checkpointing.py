@@ -177,7 +177,7 @@ def save(run: Pretraining, *, stage_end: bool = False, required: bool = False) -
             "growths": [asdict(record) for record in run.growths],
             "evaluated": run.evaluated and [*run.evaluated[0], asdict(run.evaluated[1])],
             "stage_steps": [stage.steps for stage in run.stages],
-            "logged_losses": run.logged_losses,
+            "held_out_losses": run.held_out_losses,
             "loss_sum": [float(part) for part in parts],
             "steps_in_loss": run.steps_in_loss,
             "health": run.health.to_dict(),
@@ -223,7 +223,7 @@ def restore(run: Pretraining, found: Found) -> bool:
     run.health.load(dict(saved["health"]))
     run.settled = run.position.step
     _settle_stages(run, saved["stage_steps"], found)
-    run.logged_losses = list(saved["logged_losses"])
+    run.held_out_losses = list(saved.get("held_out_losses", []))
     generators = reader.generators(run.rank, run.world_size)
     if generators is None:
         run.seed_dropout()

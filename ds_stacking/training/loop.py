@@ -114,7 +114,7 @@ class Pretraining:
         self.settled = 0
         self.growing = self.told = False
         self.evaluated: tuple[tuple[int, int], HeldOutLoss] | None = None
-        self.logged_losses: list[tuple[float, float]] = []  # FLOPs and training loss of the stage's log lines
+        self.held_out_losses: list[tuple[float, float]] = []  # FLOPs and loss of the stage's evaluations, for plateau
 
     @property
     def stages(self) -> list[StageConfig]:
@@ -176,7 +176,7 @@ class Pretraining:
         """Build the first engine, or grow into the stage's."""
         self.ledger.start_stage(stage.layers)
         self.position.stage, self.position.stage_step = index, 0
-        self.logged_losses = []
+        self.held_out_losses = []
         if index == 0:
             self.manager.start(self.spec(0))
             self.seed_dropout()
@@ -269,19 +269,25 @@ class Pretraining:
         last = position.stage_step == stage.steps
         if position.step % config.log_every == 0 or last:
             log_training(self)
-            last = last or end_on_plateau(self, stage)
-        self.evaluate_if_due(stage)
+        last = self.evaluate_if_due(stage) or last
         if config.checkpoint_every and position.step % config.checkpoint_every == 0 and not last:
             save(self)
         self.stop_if_asked(self.told)
 
-    def evaluate_if_due(self, stage: StageConfig) -> None:
-        """Evaluate every `eval_every` steps and once after a growth; a stage's end is evaluated when it closes."""
+    def evaluate_if_due(self, stage: StageConfig) -> bool:
+        """Evaluate every `eval_every` steps and once after a growth; a stage's end is evaluated when it closes.
+
+        Returns whether the loss has ended the stage by the trigger `plateau`.
+        """
         every, position = self.config.eval_every, self.position
         regular = every and position.step % every == 0
         after_growth = position.stage and position.stage_step == self.config.eval_after_growth
-        if (regular or after_growth) and position.stage_step < stage.steps:
-            self.evaluate()
+        if not (regular or after_growth) or position.stage_step >= stage.steps:
+            return False
+        ended = end_on_plateau(self, stage, self.evaluate().every)
+        if ended and self.steps_in_loss:
+            log_training(self)  # a stage ends with a line
+        return ended
 
     def poll(self) -> None:
         """Between the micro-batches of an evaluation: a sign of life, and the same question."""

@@ -68,7 +68,7 @@ class Saved(TypedDict):
     growths: list[GrowthRecord]
     evaluated: tuple[int, int, HeldOutLoss] | None
     stage_steps: list[Bounded]
-    logged_losses: list[tuple[float, float]]
+    held_out_losses: NotRequired[list[tuple[float, float]]]
     loss_sum: list[float]
     steps_in_loss: Bounded
     health: SavedHealth

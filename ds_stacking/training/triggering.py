@@ -14,6 +14,7 @@ from ds_stacking.common.errors import UserError
 from ds_stacking.config import RunConfig, StageConfig
 from ds_stacking.engine.factory import EngineSpec
 from ds_stacking.growth.triggers import (
+    EVALUATIONS,
     Trigger,
     gstack_tokens,
     has_plateaued,
@@ -38,8 +39,28 @@ def triggered_stages(config: RunConfig) -> list[StageConfig]:
     assert isinstance(stages, list)
     if trigger.kind == "plateau" and any(stage.lr is not None for stage in stages):
         raise UserError("trigger plateau moves the ends of stages, so give the run's schedule and no lr in stages.")
+    if trigger.kind == "plateau":
+        _check_evaluations(config, stages)
     steps = _steps(config, stages, trigger)
     return [replace(stage, steps=count) for stage, count in zip(stages, steps, strict=True)]
+
+
+def _check_evaluations(config: RunConfig, stages: list[StageConfig]) -> None:
+    """Raise UserError where a stage ends before its evaluations could tell of a plateau."""
+    every, begin = config.eval_every, 0
+    for stage in stages[:-1]:
+        after = max(begin, config.warmup_steps)
+        begin += stage.steps
+        last = begin - 1  # the stage's last step is its end anyway
+        found = last // every - after // every if every else 0
+        if found >= EVALUATIONS:
+            continue
+        most = max(0, last - after) // EVALUATIONS
+        mend = f"--eval_every {most} or less" if most else "the stage more steps"
+        raise UserError(
+            f"trigger plateau needs {EVALUATIONS} evaluations in a stage after warm-up, but stage "
+            f"{stage.layers}:{stage.steps} has {max(0, found)} with --eval_every {every}; give {mend}."
+        )
 
 
 def _steps(config: RunConfig, stages: list[StageConfig], trigger: Trigger) -> list[int]:
@@ -78,18 +99,20 @@ def _gstack(config: RunConfig, stages: list[StageConfig], tokens: list[int]) -> 
     return [first, steps - first]
 
 
-def end_on_plateau(run: Pretraining, stage: StageConfig) -> bool:
-    """After a logged line: where the loss has come to a plateau, end the stage; the next one gets its steps."""
-    loss = run.ledger.stage.train_loss_end
-    if loss is not None and math.isfinite(loss):
-        run.logged_losses.append((run.ledger.flops, loss))
+def end_on_plateau(run: Pretraining, stage: StageConfig, loss: float) -> bool:
+    """After an evaluation: where the held-out loss has come to a plateau, end the stage; the next gets its steps."""
     position, trigger = run.position, parse_trigger(run.config.trigger)
-    waiting = position.stage + 1 < len(run.stages) and position.step > run.config.warmup_steps
-    if trigger.kind != "plateau" or not waiting or not has_plateaued(run.logged_losses, trigger.numbers[0]):
+    if trigger.kind != "plateau" or position.stage + 1 == len(run.stages):
+        return False
+    settle(run)
+    new = not run.held_out_losses or run.held_out_losses[-1][0] < run.ledger.flops  # else asked again by a resumption
+    if new and math.isfinite(loss) and position.step > run.config.warmup_steps:
+        run.held_out_losses.append((run.ledger.flops, loss))
+    if not has_plateaued(run.held_out_losses, trigger.numbers[0], must_fall=position.stage == 0):
         return False
     run.stages[position.stage + 1].steps += stage.steps - position.stage_step
     stage.steps = position.stage_step
-    run.console.line(f"the loss has come to a plateau; the stage ends at step {position.step}")
+    run.console.line(f"the held-out loss has come to a plateau; the stage ends at step {position.step}")
     return True
 
 

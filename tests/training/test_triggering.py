@@ -6,20 +6,41 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from ds_stacking.checkpoint.store import CheckpointReader
 from ds_stacking.command_line import parse_run
 from ds_stacking.common.errors import RunAgain, UserError
 from ds_stacking.config import ModelConfig, RunConfig, StageConfig
+from ds_stacking.evaluation.masked_lm import HeldOutLoss
 from ds_stacking.growth.state import KINDS, TensorSlice
 from ds_stacking.training.triggering import triggered_stages
 from tests.corpus import small_options, write_corpus
+from tests.engine.tiny import replaced
 from tests.ranks import run_ranks
 
 TRIAL = "trial:stack,interleave,middle:3"
-PLATEAU = "plateau:40"
-"""Any loss has come to a plateau by a slope so steep."""
+PLATEAU = "plateau:0.0575"
+FALLS = 20
+"""Steps in which the held-out loss of the runs with that trigger falls; then it stays."""
+WARMUP = 4
+
+
+def made_up_loss(step: int) -> float:
+    return 5.0 * min(step, FALLS) ** -0.5
+
+
+def ends_at() -> int:
+    """The first step whose later half of evaluations has a slope above -0.0575 by three standard errors."""
+    for step in range(WARMUP + 16, 100):
+        evaluated = np.arange(WARMUP + 1, step + 1)
+        later = evaluated[len(evaluated) // 2 :]
+        losses = np.log([made_up_loss(int(s)) for s in later])
+        (slope, _), covariance = np.polyfit(np.log(later), losses, 1, cov=True)
+        if slope - 3 * covariance[0, 0] ** 0.5 > -0.0575:
+            return step
+    raise AssertionError
 
 
 def steps(trigger: str, stages: str = "2:100,4:100,8:100", **fields: Any) -> list[int]:
@@ -28,7 +49,7 @@ def steps(trigger: str, stages: str = "2:100,4:100,8:100", **fields: Any) -> lis
 
 
 def test_stages_follow_the_trigger() -> None:
-    assert steps("steps") == steps("plateau:1") == steps("trial:stack,interleave:5") == [100, 100, 100]
+    assert steps("steps") == steps("plateau:1", eval_every=3) == steps("trial:stack,interleave:5") == [100, 100, 100]
     assert steps("tokens:20480,61440") == [10, 20, 100]
     assert steps("prop:1") == [50, 100, 150]
     by_flops = steps("flops:1e11,3e11")
@@ -39,6 +60,23 @@ def test_stages_follow_the_trigger() -> None:
         steps("gstack", "2:100,4:100")
     with pytest.raises(UserError, match="no lr in stages"):
         triggered_stages(RunConfig(trigger="plateau:1", stages=[StageConfig(layers=2, steps=5, lr=0.1)]))
+
+
+@pytest.mark.parametrize(
+    ("stages", "every", "part"),
+    [
+        ("2:100,4:100", 4, "stage 2:100 has 12 with --eval_every 4; give --eval_every 3 or less"),
+        ("2:100,4:100", 0, "has 0 with --eval_every 0; give --eval_every 3 or less"),
+        ("2:92,4:100", 3, "2:92 has 14 with --eval_every 3; give --eval_every 2 or less"),
+        ("2:1000,4:15,8:1000", 1, "stage 4:15 has 14 with --eval_every 1; give the stage more steps"),
+        ("2:40,4:100", 1, "stage 2:40 has 0 with --eval_every 1; give the stage more steps"),
+    ],
+)
+def test_a_plateau_that_could_not_be_seen_is_refused(stages: str, every: int, part: str) -> None:
+    """Warm-up takes 50 steps; the evaluation at a stage's last step is its end."""
+    with pytest.raises(UserError, match=part):
+        steps("plateau:1", stages, eval_every=every)
+    assert steps("plateau:1", "2:95,4:100", eval_every=3) == [95, 100]
 
 
 def train(folder: str, output: str, *options: str, cut: int = 0) -> None:
@@ -61,7 +99,13 @@ def train(folder: str, output: str, *options: str, cut: int = 0) -> None:
     pretrain(parse_run(config))
 
 
+def fake_loss(run: Any, **_: Any) -> HeldOutLoss:
+    return HeldOutLoss(every=made_up_loss(run.position.step), masked=1.0)
+
+
 def case(folder: str) -> None:
+    from ds_stacking.training.loop import Pretraining
+
     train(folder, "trial", f"--trigger={TRIAL}")
     chosen = [growth["operator"] for growth in json.loads(Path(folder, "trial/summary.json").read_text())["growths"]]
     stages = [
@@ -69,8 +113,10 @@ def case(folder: str) -> None:
         *({"layers": 2 * i, "steps": 8, "operator": o} for i, o in enumerate(chosen, 1)),
     ]
     train(folder, "chosen", f"--stages={json.dumps(stages)}")
-    train(folder, "plateau", f"--trigger={PLATEAU}", "--stages=1:40,2:8")
-    train(folder, "cut", f"--trigger={PLATEAU}", "--stages=1:40,2:8", cut=12)
+    plateau = (f"--trigger={PLATEAU}", "--stages=1:70,2:8", "--eval_every=1", "--log_every=3", "--checkpoint_every=5")
+    with replaced(Pretraining, "held_out_loss", fake_loss):
+        train(folder, "plateau", *plateau)
+        train(folder, "cut", *plateau, cut=24)
 
 
 @pytest.fixture(scope="module")
@@ -118,6 +164,10 @@ def test_a_trial_keeps_the_best_and_leaves_no_trace_but_its_cost(runs: Path) -> 
 def test_a_plateau_ends_a_stage_and_the_next_one_gets_its_steps(runs: Path) -> None:
     summary = json.loads((runs / "plateau" / "summary.json").read_text())
     counts = [stage["steps"] for stage in summary["stages"]]
-    assert counts == [15, 33], "15 lines are the first whose later half has eight; the run is as long as it was to be"
-    assert [record["step"] for record in records(runs / "plateau", "growth")] == [15]
+    end = ends_at()
+    assert FALLS < end < 60 and end % 3, "not where a line is due"
+    assert counts == [end, 78 - end], "the run is as long as it was to be"
+    assert [record["step"] for record in records(runs / "plateau", "growth")] == [end]
+    lines = [record["step"] for record in records(runs / "plateau", "train")]
+    assert end in lines and len(lines) == len(set(lines)), "a stage ends with a line, and no line comes twice"
     assert_equal_to_the_bit(runs / "plateau", runs / "cut")
