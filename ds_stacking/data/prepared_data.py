@@ -17,7 +17,7 @@ from ds_stacking.common.files import write_json
 from ds_stacking.common.json_files import KEEP_OTHERS, Finite, read_json
 from ds_stacking.common.own_files import refuse_links
 from ds_stacking.config import CorpusConfig
-from ds_stacking.data.arrays import Damaged, hash_inside
+from ds_stacking.data.arrays import Damaged, hash_inside, map_array
 from ds_stacking.data.cache import cache_root, locked
 from ds_stacking.data.leaks import find_leak, refuse_leak
 from ds_stacking.data.manifests import (
@@ -66,7 +66,9 @@ class PreparedData:
     eval: Split | Mixture
     """Held-out split."""
     unigram_entropy: float
-    """Entropy in nats of the ordinary train tokens: the loss of guessing by frequency alone."""
+    """Entropy in nats of the ordinary train tokens: what guessing by frequency alone loses on that very text."""
+    unigram: np.ndarray
+    """Frequencies of the ordinary train tokens, one added to each count, [vocab_size] float64; 0 for special ones."""
     continuing: np.ndarray | None
     """Which tokens go on with a word, [vocab_size] bool; None where single tokens are masked."""
     fingerprint: str
@@ -118,7 +120,8 @@ def open_cached(folder: Path, config: CorpusConfig) -> PreparedData:
     splits: dict[str, Split] = {
         split: Split(files=[TokenFile.open(folder, split, manifest, whole=config.verify)]) for split in SPLITS
     }
-    return _prepared(folder, manifest, splits, config)
+    counts = map_array(folder, COUNTS, np.int64)
+    return _prepared(folder, manifest, splits, counts, config)
 
 
 def open_prepared(folder: Path, tokenizer: str, config: CorpusConfig, log: Callable[[str], None]) -> PreparedData:
@@ -132,7 +135,8 @@ def open_prepared(folder: Path, tokenizer: str, config: CorpusConfig, log: Calla
             f"give --tokenizer train to take the folder's, or prepare the data anew."
         )
     say_decided(folder, manifest["identity"], config, log)
-    return _prepared(folder, manifest, splits, config)
+    counts = token_counts(folder, read_shards(folder, manifest))
+    return _prepared(folder, manifest, splits, counts, config)
 
 
 def say_decided(folder: Path, identity: Identity, config: CorpusConfig, log: Callable[[str], None]) -> None:
@@ -170,6 +174,7 @@ def open_mixture(path: Path, tokenizer: str, config: CorpusConfig, log: Callable
         train=Mixture(splits=[cast(Split, part.train) for part in parts], weights=shares),
         eval=Mixture(splits=[cast(Split, part.eval) for part in parts], weights=shares),
         unigram_entropy=unigram_entropy(np.sum(frequencies, axis=0), ()),
+        unigram=np.average([part.unigram for part in parts], axis=0, weights=shares),
         fingerprint=fingerprint.hexdigest()[:16],
         manifest={"mixture": {str(part.folder): part.manifest for part in parts}},
     )
@@ -222,24 +227,39 @@ def _known_leak(path: Path) -> float | None:
 
 
 def _prepared(
-    folder: Path, manifest: FolderManifest | CacheManifest, splits: dict[str, Split], config: CorpusConfig
+    folder: Path,
+    manifest: FolderManifest | CacheManifest,
+    splits: dict[str, Split],
+    counts: np.ndarray,
+    config: CorpusConfig,
 ) -> PreparedData:
+    if len(counts) != manifest["vocab_size"] or counts.min() < 0 or counts.sum() != manifest["train"]["tokens"]:
+        raise Damaged(f"{COUNTS} in {folder} holds the counts of other tokens; prepare these data again.")
     for split in SPLITS:
         _require_one_block(split, manifest[split]["tokens"], config)
     tokenizer_dir = folder / TOKENIZER
     tokenizer = own_tokenizer(folder, manifest["vocab_size"])
+    special = special_ids(tokenizer)
     return PreparedData(
         folder=folder,
         tokenizer_dir=tokenizer_dir,
         vocab_size=manifest["vocab_size"],
-        special=special_ids(tokenizer),
+        special=special,
         continuing=None if config.masking == "token" else continuing_tokens(tokenizer),
         train=splits["train"],
         eval=splits["eval"],
         unigram_entropy=manifest["unigram_entropy"],
+        unigram=smoothed(counts, special),
         fingerprint=fingerprint(manifest, sentences=splits["train"].files[0].sentences is not None),
         manifest=dict(manifest),
     )
+
+
+def smoothed(counts: np.ndarray, special: SpecialIds) -> np.ndarray:
+    """Shares of the ordinary tokens after one was added to each count, [vocab_size]; 0 for special ones."""
+    shares = counts + 1.0
+    shares[list(special.every)] = 0
+    return shares / shares.sum()
 
 
 def _require_one_block(split: str, tokens: int, config: CorpusConfig) -> None:

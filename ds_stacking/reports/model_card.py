@@ -11,6 +11,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from ds_stacking.common.errors import UserError
 from ds_stacking.common.files import write_text
 from ds_stacking.common.json_files import read_json
+from ds_stacking.reports.closing import CLOSING, verdict
 from ds_stacking.reports.table import count, duration, flops, loss, stage_markdown
 
 PAPER = "Gong et al., *Efficient Training of BERT by Progressively Stacking*, ICML 2019"
@@ -123,18 +124,9 @@ def _training(summary: Mapping[str, Any], config: Mapping[str, Any]) -> str:
 
 
 def _results(summary: Mapping[str, Any]) -> str:
-    rows = (
-        ("held-out loss", "eval_loss"),
-        ("held-out loss, [MASK] positions only", "eval_loss_masked"),
-        ("the same on shuffled blocks", "eval_loss_shuffled"),
-        ("unigram entropy", "unigram_entropy"),
-    )
-    table = "\n".join(f"| {title} | {loss(summary.get(field))} |" for title, field in rows)
-    return (
-        f"| figure | nats |\n| --- | ---: |\n{table}\n\n"
-        "A model that knows word frequencies only reaches the unigram entropy; one that ignores word order does "
-        "equally well on shuffled blocks."
-    )
+    rows = [("eval_loss", "held-out loss on all predicted positions"), *CLOSING]
+    table = "\n".join(f"| {title} | {loss(summary.get(field))} |" for field, title in rows)
+    return f"| figure | nats |\n| --- | ---: |\n{table}\n\n{verdict(summary)}".rstrip()
 
 
 def _limitations(config: Mapping[str, Any]) -> str:

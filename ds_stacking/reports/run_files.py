@@ -78,7 +78,8 @@ class Summary(TypedDict):
     seconds: NotRequired[Amount | None]
     eval_loss_masked: NotRequired[Number | None]
     eval_loss_shuffled: NotRequired[Number | None]
-    unigram_entropy: NotRequired[Number | None]
+    unigram_cross_entropy: NotRequired[Number | None]
+    cache_loss: NotRequired[Number | None]
     stages: NotRequired[Annotated[list[Stage], Field(max_length=1000)]]
     growths: NotRequired[Annotated[list[Growth], Field(max_length=1000)]]
 

@@ -17,6 +17,7 @@ from ds_stacking.common.files import write_text
 from ds_stacking.common.outputs import writing
 from ds_stacking.common.own_files import make_inside
 from ds_stacking.common.words import shown
+from ds_stacking.reports.closing import verdict
 from ds_stacking.reports.curves import CURVES, UNITS, Records, axis_unit, growth_name
 from ds_stacking.reports.page import cards, charts, heading, legend, page, paragraph, table
 from ds_stacking.reports.run_files import read_metrics, read_run_name, read_summary
@@ -85,6 +86,7 @@ def html(records: Records, name: str, summary: Mapping[str, Any]) -> str:
         f"<h1>{escape(name)}</h1>",
         paragraph(_state(records, summary), dim=True),
         cards(_figures(records, summary)),
+        *([paragraph(words)] if (words := verdict(summary)) else []),
     ]
     parts += [heading("Loss"), legend((colour, label) for label, colour in LOSS_COLOURS.items())]
     names = {"flops": "FLOPs"}
@@ -118,8 +120,9 @@ def _figures(records: Records, summary: Mapping[str, Any]) -> list[tuple[str, st
     latest = {**(records[-1] if records else {}), **(evaluated[-1] if evaluated else {}), **summary}
     figures = [
         (loss(latest.get("eval_loss_masked")), "held-out loss on [MASK] (nats)"),
-        (loss(latest.get("eval_loss_shuffled")), "the same on shuffled blocks"),
-        (loss(latest.get("unigram_entropy")), "unigram entropy"),
+        (loss(latest.get("unigram_cross_entropy")), "unigram line: word frequencies only"),
+        (loss(latest.get("cache_loss")), "cache line: and the words of the sequence"),
+        (loss(latest.get("eval_loss_shuffled")), "sensitivity to order: on shuffled sequences"),
         (count(latest.get("parameters")), "parameters"),
         (count(latest.get("tokens")), "tokens"),
         (flops(latest.get("flops")), "model FLOPs"),

@@ -9,6 +9,7 @@ from typing import Any
 from ds_stacking.checkpoint.share import side_by_side
 from ds_stacking.common.files import write_json
 from ds_stacking.common.own_files import make_inside
+from ds_stacking.evaluation.controls import measure_controls
 from ds_stacking.evaluation.masked_lm import HeldOutLoss
 from ds_stacking.growth.exchange import make_exchange
 from ds_stacking.training.checkpointing import tell_reports
@@ -61,6 +62,7 @@ def _write_reports(run: Pretraining, loss: HeldOutLoss, shuffled: HeldOutLoss) -
         "eval_loss_masked": loss.masked,
         "eval_loss_shuffled": shuffled.masked,
         "unigram_entropy": run.data.unigram_entropy,
+        **asdict(measure_controls(run.held_out, run.training_text, run.data.unigram)),
         "data_fingerprint": run.data.fingerprint,
         "eval_fingerprint": run.held_out.fingerprint(),
         "stages": ledger.stage_rows(),

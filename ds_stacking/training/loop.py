@@ -81,6 +81,8 @@ class Pretraining:
     batches: dict[int, MaskedBatches]
     """Training batches by sequence length."""
     held_out: EvalBatches
+    training_text: EvalBatches
+    """Blocks of the training split, masked as the held-out ones: what the controls are fitted on."""
     plans: list[BatchPlan]
     """Batch arithmetic by stage."""
     ledger: Ledger

@@ -17,14 +17,8 @@ from rich import box
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn
 from rich.table import Table
 
+from ds_stacking.reports.closing import CLOSING, verdict
 from ds_stacking.reports.table import count, duration, loss, stage_table
-
-CLOSING = (
-    ("eval_loss_masked", "held-out loss on [MASK] positions"),
-    ("unigram_entropy", "unigram entropy (knows word frequencies only)"),
-    ("eval_loss_shuffled", "the same loss on shuffled blocks (knows no order)"),
-)
-"""The figures that tell a model that reads its context from one that does not: fields of the summary, in nats."""
 
 
 class StageConsole(Protocol):
@@ -144,6 +138,8 @@ class Console:
         self.out.print(stage_table(summary["stages"]))
         for name, meaning in CLOSING:
             self.line(f"{loss(summary.get(name)):>8}  {meaning}")
+        if words := verdict(summary):
+            self.line(words)
 
     def close(self) -> None:
         if self._bar is not None:

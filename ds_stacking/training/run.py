@@ -22,8 +22,10 @@ from ds_stacking.common.explain import keep_tracebacks
 from ds_stacking.config import ModelConfig, RunConfig, StageConfig
 from ds_stacking.data.batches import EvalBatches, MaskedBatches
 from ds_stacking.data.masking import Masker
+from ds_stacking.data.mixture import Mixture
 from ds_stacking.data.prepare import prepare
 from ds_stacking.data.prepared_data import PreparedData, sampled_fingerprint
+from ds_stacking.data.token_file import Split
 from ds_stacking.engine.ds_config import load_ds_config, resolve_ds_config
 from ds_stacking.engine.factory import EngineFactory, device, init_distributed, native_bf16
 from ds_stacking.engine.host import keep_freed_memory, limit_threads
@@ -66,6 +68,9 @@ from ds_stacking.training.same_data import check_same_data
 from ds_stacking.training.tracking import NullTracker, check_run_id, make_tracker
 from ds_stacking.training.triggering import triggered_stages
 from ds_stacking.training.watchdog import Watchdog, collective_limit
+
+FITTED_BLOCKS = 1024
+"""Training blocks that the one weight of the controls is fitted on: some thousand predicted positions."""
 
 
 def pretrain(config: RunConfig) -> None:
@@ -283,6 +288,17 @@ def _batches(config: RunConfig, data: PreparedData, plans: list[BatchPlan]) -> d
     }
 
 
+def _evaluation(config: RunConfig, data: PreparedData, split: Split | Mixture, blocks: int) -> EvalBatches:
+    """Blocks of a split with masks that stay: those of the evaluation, and training text for its controls."""
+    return EvalBatches(
+        split,
+        blocks=blocks,
+        sequence_length=config.corpus.sequence_length,
+        masking_rate=config.corpus.masking_rate_end or config.corpus.masking_rate,
+        **_blocks(config, data),
+    )
+
+
 def _micro_batches(
     config: RunConfig,
     data: PreparedData,
@@ -328,19 +344,13 @@ def _build(
         layer_by_layer=True,
     )
     batches = _batches(config, data, plans)
-    held_out = EvalBatches(
-        data.eval,
-        blocks=config.eval_blocks,
-        sequence_length=config.corpus.sequence_length,
-        masking_rate=config.corpus.masking_rate_end or config.corpus.masking_rate,
-        **_blocks(config, data),
-    )
     return Pretraining(
         config=config,
         data=data,
         manager=StageManager(factory, seed=config.seed, growth_memory=config.growth_memory),
         batches=batches,
-        held_out=held_out,
+        held_out=_evaluation(config, data, data.eval, config.eval_blocks),
+        training_text=_evaluation(config, data, data.train, FITTED_BLOCKS),
         plans=plans,
         ledger=Ledger(peak=_peak()),
         console=make_console(dist.get_rank()),

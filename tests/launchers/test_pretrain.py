@@ -65,7 +65,16 @@ def test_the_run_directory_is_complete(finished: tuple[Path, str]) -> None:
     assert summary["stages"][0]["flops"] < summary["stages"][1]["flops"] < summary["stages"][2]["flops"]
     assert sum(summary["seconds_by_phase"].values()) == pytest.approx(summary["seconds"], rel=1e-6)
     assert summary["seconds_by_phase"]["training"] > 0 and summary["seconds_by_phase"]["growth"] > 0
-    for name in ("eval_loss", "eval_loss_shuffled", "unigram_entropy", "parameters", "seconds", "flops"):
+    for name in (
+        "eval_loss",
+        "eval_loss_shuffled",
+        "unigram_entropy",
+        "unigram_cross_entropy",
+        "cache_loss",
+        "parameters",
+        "seconds",
+        "flops",
+    ):
         assert summary[name] > 0, name
     assert json.loads((run / "config.json").read_text())["model"]["hidden_size"] == 32
     assert (run / "report" / "curves.png").stat().st_size > 10_000
@@ -107,7 +116,8 @@ def test_the_export_loads_and_fills_a_mask(finished: tuple[Path, str]) -> None:
 def test_a_person_sees_what_happens(finished: tuple[Path, str]) -> None:
     output = finished[1]
     for text in ("2 on cpu", "ZeRO stage 2", "fp32 (as asked)", "growth 1 -> 2 layers", "growth 2 -> 4 layers",
-                 "tensors verified", "unigram entropy", "shuffled blocks"):  # fmt: skip
+                 "tensors verified", "unigram line", "cache line",
+                 "sensitivity to order", "The model has passed "):  # fmt: skip
         assert text in output, text
     assert output.count("growth 1 -> 2") == 1, "only rank 0 speaks"
 

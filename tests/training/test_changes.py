@@ -111,7 +111,16 @@ def test_a_checkpoint_of_an_older_version_is_read_by_its_configuration(tmp_path:
     }
     left_out |= {"checkpoint_async", "kernels", "compile", "growth_memory", "max_skipped_steps", "hang_timeout"}
     decisive = json.loads(json.dumps({name: value for name, value in config.items() if name not in left_out}))
-    for name in ("cache_dir", "verify", "max_document", "max_expansion", "zstd_window", "follow_links"):
+    for name in (
+        "cache_dir",
+        "verify",
+        "max_document",
+        "max_expansion",
+        "zstd_window",
+        "follow_links",
+        "max_leak",
+        "fingerprint",
+    ):
         del decisive["corpus"][name]
     for entry in decisive["stages"]:
         del entry["micro_batch_size"], entry["zero_stage"]

@@ -19,7 +19,7 @@ SUMMARY = {
         {"layers": 2, "steps": 450, "tokens": 921_600, "seconds": 185.2, "flops": 2.5e12, "train_loss_end": 5.5}
     ],
     "eval_loss_masked": 3.25,
-    "unigram_entropy": 6.125,
+    "unigram_cross_entropy": 6.125,
 }
 
 
@@ -91,8 +91,8 @@ def test_closing_table_and_figures():
     assert row.split() == ["2", "450", "921.6", "k", "3:05", "min", "2.5", "TFLOP", "5.500", "-", "-"]
     assert "on [MASK] only" in text
     assert "3.250  held-out loss on [MASK] positions" in text
-    assert "6.125  unigram entropy" in text
-    assert "-  the same loss on shuffled blocks" in text
+    assert "6.125  unigram line" in text
+    assert "-  sensitivity to order" in text
 
 
 def test_growth_line():
