@@ -2,6 +2,7 @@
 # make test       set up, then all tests but the longest
 # make test-long  the longest
 # make soak       200 kills at random times, each survived; a quarter of an hour
+# make study      a list of comparisons as one plan, stopped and continued by the same command; STUDY=file, PARALLEL=2
 # make check      format, lint and types, as CI runs them
 # make gpu-check  on a GPU host, in its own Python: every kernel's correctness and speed beside its peers; OUT=folder;
 #                 PART=model: training steps of BERT-base and -large in engines beside transformers' instead
@@ -15,6 +16,8 @@ TORCH_PIP ?=
 RANKS ?= 2
 ARGS ?=
 VENV ?= .venv
+STUDY ?= launchers/studies/documentation.json
+PARALLEL ?= 2
 
 BIN := $(CURDIR)/$(VENV)/bin
 INSTALLED := $(VENV)/.installed
@@ -23,7 +26,7 @@ export PATH := $(BIN):$(PATH)
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export DS_BUILD_OPS := 0
 
-.PHONY: install pretrain test test-long soak check format bench gpu-check clean
+.PHONY: install pretrain test test-long soak study check format bench gpu-check clean
 
 install: $(INSTALLED)
 
@@ -48,6 +51,9 @@ test-long: $(INSTALLED)
 
 soak: $(INSTALLED)
 	PYTHONPATH=. $(BIN)/python tests/soak.py --kills 200
+
+study: $(INSTALLED)
+	$(BIN)/python launchers/compare.py --study $(STUDY) --parallel $(PARALLEL) $(ARGS)
 
 check: $(INSTALLED)
 	$(BIN)/ruff format --check .
