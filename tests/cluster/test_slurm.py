@@ -202,17 +202,17 @@ def test_a_comparison_is_an_array_whose_tasks_stop_and_go_on(cluster: Cluster, f
     arguments += ["--arms=scratch,stack", "--seeds=1"]
     output = f"--output={folder}/compare-%a.log"
     number = cluster.submit(
-        ["--array=0-1", "--ntasks=1", output], arguments, script="compare.sbatch", RUN_DIR=str(compared)
+        ["--array=0-2", "--ntasks=1", output], arguments, script="compare.sbatch", RUN_DIR=str(compared)
     )
-    task = f"{number}_1"
-    wait_for(lambda: last_step(compared / "stack" / "flops" / "seed-1") > 20, "steps of the second task", START)
+    task = f"{number}_2"  # after scratch and shallow_1
+    wait_for(lambda: last_step(compared / "stack" / "flops" / "seed-1") > 20, "steps of the last task", START)
     cluster.run("scancel", "--batch", "--signal=USR1", task)  # as --signal=B:USR1@120 does before the time limit
     wait_for(lambda: cluster.job(task)["Restarts"] == "1", "the requeue", START)
-    for job in (f"{number}_0", task):
+    for job in (f"{number}_0", f"{number}_1", task):
         wait_for(lambda job=job: cluster.job(job)["JobState"] in ("COMPLETED", "FAILED"), "the end of a task", START)
         assert cluster.job(job)["JobState"] == "COMPLETED", (folder / f"compare-{job[-1]}.log").read_text()
     log = (compared / "stack" / "flops" / "seed-1.log").read_text()
     assert len(re.findall(r"^resumed at step \d+", log, re.MULTILINE)) == 1
     report = json.loads((compared / "report" / "report.json").read_text())
     assert not report["missing"] and not report["failed"]
-    assert {end["arm"] for end in report["ends"]} == {"scratch", "stack"}
+    assert {end["arm"] for end in report["ends"]} == {"scratch", "shallow_1", "stack"}
