@@ -1,7 +1,9 @@
 """Masked batches as a pure function of (seed, samples consumed).
 
 Sample number s is block `permutation_e(s mod n)` of epoch e = s div n, masked with random numbers of its own. So a
-batch depends neither on the number of ranks nor on how its samples are grouped, and a run is resumed by one integer.
+batch depends neither on the number of ranks nor on how its samples are grouped, and a run is resumed by one integer;
+or two, where the length of blocks changes: each length has blocks and epochs of its own, and samples of other lengths
+are taken from s before that.
 
 Shapes: B blocks of a batch, T tokens of a block, M masked positions of a batch, S documents in it.
 """
@@ -112,9 +114,12 @@ class MaskedBatches:
     def __len__(self) -> int:
         return sum(map(len, self._readers))
 
-    def blocks_of(self, sample_indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Return source and block of every sample number, [B] int64 each; in constant time for any number."""
-        sources, numbers = self._interleaving.locate(np.asarray(sample_indices, np.int64))
+    def blocks_of(self, sample_indices: np.ndarray, others: int = 0) -> tuple[np.ndarray, np.ndarray]:
+        """Return source and block of every sample number, [B] int64 each; in constant time for any number.
+
+        `others` of the samples before them were of another length, and are none of these blocks' epochs.
+        """
+        sources, numbers = self._interleaving.locate(np.asarray(sample_indices, np.int64) - others)
         blocks = np.empty_like(numbers)
         for source, reader in enumerate(self._readers):
             chosen = np.flatnonzero(sources == source)
@@ -123,10 +128,10 @@ class MaskedBatches:
             blocks[chosen] = permute(places, len(reader), derive_keys(self._seed, purpose, epochs))
         return sources, blocks
 
-    def batch(self, sample_indices: np.ndarray) -> Batch:
-        """Return the samples with these numbers, [B] int64, counted from 0 over all epochs."""
+    def batch(self, sample_indices: np.ndarray, others: int = 0) -> Batch:
+        """Return the samples with these numbers, [B] int64, counted from 0 over all epochs and lengths."""
         samples = np.asarray(sample_indices, np.int64)
-        blocks = read_mixed(self._readers, *self.blocks_of(samples), derive_keys(self._seed, _PAIRS, samples))
+        blocks = read_mixed(self._readers, *self.blocks_of(samples, others), derive_keys(self._seed, _PAIRS, samples))
         return _masked(blocks, self._masker, derive_keys(self._seed, _MASKING, samples), self._rates(samples))
 
     def _rates(self, samples: np.ndarray) -> np.ndarray:

@@ -41,8 +41,11 @@ class BlockReader:
     With `next_sentence` a block is [CLS] A [SEP] B [SEP] with C = T - 3: A is the first part of the next C tokens,
     between a quarter and three quarters of them. In half of the blocks B is the rest of them, in the others it comes
     from another block drawn at random (Devlin et al. 2019, section 3.1, task 2). Where the split knows its sentences,
-    A ends with one and B begins with one, if any begins there; else they are pieces of the stream. The end of a
-    document, a [SEP], may fall inside either. An epoch shows every A part once, but not every B part.
+    A ends with one and B begins with one, if any begins there; else they are pieces of the stream. Where a document
+    ends inside those C tokens they are moved into one of the two, each with the probability of its share, so that A
+    and what follows it come from one document. Documents of fewer than C tokens have no room for that: their ends, a
+    [SEP], may fall inside A or B, but never between them where B follows. An epoch shows every A part once, but for
+    those that were moved, and not every B part.
 
     With `separate_documents` plain blocks come with the bounds of the documents inside them.
     """
@@ -75,7 +78,8 @@ class BlockReader:
         self._windows = [sliding_window_view(np.asarray(file.tokens), self._places) for file in files]  # [.., C]
         self._last = np.array([len(windows) - 1 for windows in self._windows])
         self._sentences = [file.sentences for file in files]
-        self._offsets = [file.offsets for file in files] if separate_documents else None
+        self._separate = separate_documents
+        self._offsets = [file.offsets for file in files]
 
     def __len__(self) -> int:
         return self._count
@@ -114,7 +118,7 @@ class BlockReader:
 
     def _document_bounds(self, shards: np.ndarray, begins: np.ndarray) -> np.ndarray | None:
         """Bounds of blocks and of the documents inside them; [CLS] belongs to the first document of its block."""
-        if self._offsets is None:
+        if not self._separate:
             return None
         bounds = [np.arange(len(shards) + 1) * self.sequence_length]
         for shard, chosen in self._by_shard(shards):
@@ -136,10 +140,14 @@ class BlockReader:
         lengths = quarter + below(length_bits, self._places - 2 * quarter + 1)  # [B], of A
         random = np.flatnonzero(labels)
         shards, begins = self._locate(np.concatenate((indices, others[random])))  # A's blocks, then those of other Bs
+        begins = self._into_documents(
+            shards, begins, random_bits(np.concatenate((keys, ~keys[random])), np.array([3]))
+        )
         size, places = len(indices), np.concatenate((lengths, lengths[random]))
         least = np.repeat([quarter, 0], [size, len(random)])
-        places = self._to_sentence(shards, begins, places, least, self._places - least)
-        lengths = places[:size].copy()
+        most = np.concatenate((np.full(size, self._places - quarter), lengths[random]))  # B ends with its C tokens
+        places = self._to_sentence(shards, begins, places, least, most)
+        lengths = self._off_document_starts(shards[:size], begins[:size], places[:size])
         places[size:] -= lengths[random]
         places[:size] = 0
         content = self._gather(shards, begins + places)
@@ -155,6 +163,27 @@ class BlockReader:
         input_ids[rows, lengths + 1] = self._sep
         token_type_ids = (np.arange(self.sequence_length) > lengths[:, None] + 1).astype(np.int64)
         return Blocks(input_ids=input_ids, token_type_ids=token_type_ids, next_sentence_labels=labels)
+
+    def _into_documents(self, shards: np.ndarray, begins: np.ndarray, bits: np.ndarray) -> np.ndarray:
+        """Move the C tokens from each place on, [B], into the document of one of them drawn at random, if it has C."""
+        moved = begins.copy()
+        drawn = begins + below(bits, self._places)
+        for shard, chosen in self._by_shard(shards):
+            offsets = self._offsets[shard]
+            document = np.clip(np.searchsorted(offsets, drawn[chosen], side="right") - 1, 0, len(offsets) - 2)
+            first, last = offsets[document], offsets[document + 1] - self._places
+            inside = np.minimum(np.maximum(begins[chosen], first), last)
+            moved[chosen] = np.where(first <= last, inside, begins[chosen])
+        return moved
+
+    def _off_document_starts(self, shards: np.ndarray, begins: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+        """A's lengths, [B], one more where A would end with its document and B begin with the next."""
+        lengths = lengths.copy()
+        for shard, chosen in self._by_shard(shards):
+            offsets, seams = self._offsets[shard], (begins + lengths)[chosen]
+            place = np.minimum(np.searchsorted(offsets, seams), len(offsets) - 1)
+            lengths[chosen[offsets[place] == seams]] += 1
+        return lengths
 
     def _to_sentence(
         self, shards: np.ndarray, begins: np.ndarray, places: np.ndarray, least: np.ndarray, most: np.ndarray

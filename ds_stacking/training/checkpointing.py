@@ -207,6 +207,8 @@ def restore(run: Pretraining, found: Found) -> bool:
     reader = CheckpointReader(found.path)
     saved = saved_state(reader)
     run.position = type(run.position)(**saved["position"])
+    if not run.position.by_length:  # of an older version, which counted all lengths as one
+        run.position.by_length = {str(run.plans[run.position.stage].sequence_length): run.position.samples}
     run.manager.restore(run.spec(run.position.stage), reader.parameters, reader, stage=run.position.stage)
     _refuse_diverged(run, found)
     run.ledger = Ledger.from_dict(ledger_values(saved["ledger"]), peak=run.ledger.peak)

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Generator, Iterator
 from contextlib import closing
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +60,8 @@ class Position:
     """Optimizer steps made in it."""
     samples: int = 0
     """Training samples consumed."""
+    by_length: dict[str, int] = field(default_factory=dict)
+    """The same by the length of their sequences: each length has epochs of its own."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -224,6 +227,8 @@ class Pretraining:
         self.position.stage_step += 1
         plan = self.plans[stage]
         self.position.samples += plan.sequences
+        length, counted = str(plan.sequence_length), self.position.by_length
+        self.position.by_length = counted | {length: counted.get(length, 0) + plan.sequences}
         self.ledger.add_step(tokens=plan.sequences * plan.sequence_length)
         if before is not None:
             look(self, before, taken=taken)
@@ -386,16 +391,18 @@ class Pretraining:
     def stream(self, steps: int) -> Generator[StepBatches]:
         """This rank's micro-batches of the next `steps` steps, made ahead in the background."""
         plan, start = self.plans[self.position.stage], self.position.samples
+        others = start - self.position.by_length.get(str(plan.sequence_length), 0)
         samples = (plan.samples(start + i * plan.sequences, self.rank) for i in range(steps))
-        return prefetch(self._make_step, samples)
+        return prefetch(partial(self._make_step, others=others), samples)
 
     def _next(self, steps: Iterator[StepBatches]) -> StepBatches | None:
         with self.ledger.clock("data wait"):
             return next(steps, None)
 
-    def _make_step(self, samples: list[np.ndarray]) -> StepBatches:
+    def _make_step(self, samples: list[np.ndarray], *, others: int) -> StepBatches:
+        """A step's batches, after so many samples of other lengths."""
         source = self.batches[self.plans[self.position.stage].sequence_length]
-        batches = [source.batch(indices) for indices in samples]
+        batches = [source.batch(indices, others) for indices in samples]
         counts = torch.tensor([(len(batch.labels), *batch.pairs, 0) for batch in batches]).sum(0)
         if self.device.type == "cuda":  # from page-locked memory a copy need not block
             batches, counts = [batch.pin_memory() for batch in batches], counts.pin_memory()

@@ -30,6 +30,7 @@ class SavedPosition(TypedDict):
     stage: Bounded
     stage_step: Bounded
     samples: Bounded
+    by_length: NotRequired[dict[Annotated[str, Field(pattern="^[0-9]{1,8}$")], Bounded]]
 
 
 class SavedLedger(TypedDict):

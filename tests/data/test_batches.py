@@ -183,3 +183,24 @@ def test_the_masking_rate_follows_its_schedule():
 def test_settings_that_mask_nothing_are_refused():
     with pytest.raises(UserError, match="masking_rate"):
         make(500, sequence_length=8, masking_rate=0.05)
+
+
+@given(taken=st.integers(1, 300))
+@settings(deadline=None)  # time on a busy machine proves nothing
+def test_each_length_has_whole_epochs_of_its_own(taken: int):
+    """After so many samples of one length an epoch of another holds every token once; then the first goes on."""
+    short, long = make(900, 16), make(900, 32)
+    n = len(long)
+    seen = Counter(unmask(long.batch(np.arange(taken, taken + n), taken)).flatten().tolist())
+    assert seen == Counter(range(5, 5 + n * 30))
+    left = -taken % len(short)
+    rest = short.batch(np.arange(taken + n, taken + n + left), n)
+    begun = short.batch(np.arange(taken - taken % len(short), taken))
+    seen = Counter(torch.cat([unmask(begun), unmask(rest)]).flatten().tolist())
+    assert not left or seen == Counter(range(5, 5 + len(short) * 14))
+
+
+def test_the_test_of_lengths_sees_one_count_for_all():
+    """As it was before: the epoch of the new length is over too early, or begins in its middle."""
+    long = make(900, 32)
+    assert max(Counter(unmask(long.batch(np.arange(17, 17 + len(long)))).flatten().tolist()).values()) > 1

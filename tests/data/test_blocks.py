@@ -141,3 +141,49 @@ def test_document_bounds_are_those_of_the_stream(lengths: list[int], sequence_le
 
 def test_blocks_are_one_sequence_unless_asked_otherwise():
     assert read(100, 12).cu_seqlens is None
+
+
+def documents_of(lengths: list[int], sentences: bool) -> tuple[Split, np.ndarray]:
+    """A stream in which every token tells its own place, and the document of each place."""
+    ends = np.cumsum(lengths)
+    starts = np.unique(np.concatenate([np.arange(0, ends[-1], 4), ends[:-1]])).astype(np.uint32) if sentences else None
+    tokens = np.arange(5, ends[-1] + 5, dtype=np.uint32)
+    file = TokenFile(tokens=tokens, offsets=np.concatenate(([0], ends)), sentences=starts)
+    return Split(files=[file]), np.repeat(np.arange(len(lengths)), lengths)
+
+
+def crossings(lengths: list[int], sentences: bool, key: int) -> tuple[int, int, int]:
+    """Pairs, segments with tokens of two documents, and pairs said to follow whose seam is a document's end."""
+    split, owner = documents_of(lengths, sentences)
+    reader = BlockReader(split, sequence_length=19, special=SPECIAL, next_sentence=True)
+    indices = np.arange(len(reader))
+    blocks = reader.read(indices, derive_keys(key, 0, indices))
+    assert blocks.next_sentence_labels is not None
+    mixed = seams = 0
+    for row, label in zip(blocks.input_ids.tolist(), blocks.next_sentence_labels, strict=True):
+        middle = row.index(3)
+        first, second = np.array(row[1:middle]) - 5, np.array(row[middle + 1 : -1]) - 5
+        parts = [first, second] if label else [np.concatenate((first, second))]
+        mixed += sum(len(set(owner[part])) > 1 for part in parts)
+        if not label:
+            assert second[0] == first[-1] + 1 and 16 // 4 <= len(first) <= 16 - 16 // 4 + 1
+            seams += owner[first[-1]] != owner[second[0]]
+    return len(indices), mixed, seams
+
+
+@pytest.mark.parametrize("sentences", [False, True])
+def test_pairs_stay_inside_documents(sentences: bool):
+    """With documents of a block or more no pair crosses an end; of shorter ones none meets at one."""
+    rng = np.random.default_rng(0)
+    for key in range(5):
+        long, short = rng.integers(16, 90, 60).tolist(), rng.integers(2, 12, 300).tolist()
+        assert crossings(long, sentences, key)[1:] == (0, 0)
+        assert crossings(short, sentences, key)[2] == 0
+
+
+def test_the_test_of_documents_sees_pairs_that_cross(monkeypatch: pytest.MonkeyPatch):
+    rng = np.random.default_rng(0)
+    monkeypatch.setattr(BlockReader, "_into_documents", lambda self, shards, begins, bits: begins)
+    assert crossings(rng.integers(16, 90, 60).tolist(), False, 0)[1] > 5
+    monkeypatch.setattr(BlockReader, "_off_document_starts", lambda self, shards, begins, lengths: lengths.copy())
+    assert crossings(rng.integers(2, 12, 300).tolist(), True, 0)[2] > 5

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from scipy.stats import chisquare
 
-from ds_stacking.data.masking import Masker
+from ds_stacking.data.masking import _SPAN_LENGTHS, Masker
 from ds_stacking.data.random_numbers import derive_keys
 
 VOCAB = 105
@@ -149,3 +149,16 @@ def test_shuffling_is_uniform(masker: Masker):
     shuffled = masker.shuffle(ids, derive_keys(1, 0, np.arange(12_000)))
     orders = np.unique(shuffled, axis=0, return_counts=True)[1]
     assert len(orders) == 6 and chisquare(orders).pvalue > 1e-4
+
+
+def test_span_lengths_are_those_of_the_paper():
+    """Joshi et al. 2020, section 3.1: geometric with p = 0.2, at most 10, mean 3.8; clipped they would have 4.46."""
+    chances = 0.2 * 0.8 ** np.arange(10)
+    renormalised = chances / chances.sum()
+    clipped = np.append(chances[:9], 0.8**9)
+    lengths = np.arange(1, 11)
+    assert renormalised @ lengths == pytest.approx(3.797, abs=1e-3) and clipped @ lengths == pytest.approx(
+        4.463, abs=1e-3
+    )
+    shares = np.bincount(_SPAN_LENGTHS, minlength=11)[1:] / len(_SPAN_LENGTHS)
+    assert len(shares) == 10 and shares == pytest.approx(renormalised, abs=1 / 4096)
