@@ -122,7 +122,7 @@ class EndOfRun(TypedDict):
     unigram_cross_entropy: NotRequired[Number | None]
     cache_loss: NotRequired[Number | None]
     steps: Whole
-    tokens: Amount
+    tokens: Spent
     flops: Spent
     training_seconds: Spent
     cpu_seconds: Spent

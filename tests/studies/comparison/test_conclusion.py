@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import math
 import random
+import statistics
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
+from scipy import stats
 
 from ds_stacking.studies.comparison.conclusion import conclusion, headline, summary_lines
-from ds_stacking.studies.comparison.effects import depth_pays, pairs, power
+from ds_stacking.studies.comparison.effects import depth_pays, pairs, power, shallow_arms
 from ds_stacking.studies.comparison.provenance import provenance
 from ds_stacking.studies.comparison.results import Results, read_comparison
 from tests.studies.comparison.made_up import ARMS, arm, change, plan, write
@@ -142,12 +144,26 @@ def test_a_baseline_that_another_scratch_beats_is_said(tmp_path: Path) -> None:
 
 
 def test_holms_correction_is_for_the_arms_asked_about(tmp_path: Path) -> None:
-    """One of many arms without effect has an interval without 0 now and then; that alone is no difference."""
+    """One of many arms has an interval without 0 now and then; that alone is no difference, and it is said."""
     arms = ARMS | {f"own_{i}": arm("own", [1, 2, 4], "scratch") for i in range(12)}
-    results = read(tmp_path / "c", plan(arms=arms), noise=0.03)
+    results = read(tmp_path / "c", plan(arms=arms), noise=0.03, own_0=-0.06)
+    scratch = [end.loss for end in results.of("scratch", "x1").values()]
+    names = ["stack", *(f"own_{i}" for i in range(12))]
+    p = {n: stats.ttest_rel(scratch, [end.loss for end in results.of(n, "flops").values()]).pvalue for n in names}
+    chance = {name for name in names if p[name] < 0.05}
+    assert chance and 13 * min(p.values()) >= 0.05, "the numbers of this test"
     assert headline(results).startswith("No arm is shown to differ")
-    several = [sentence for sentence in conclusion(results) if "Holm's correction for 13 arms" in sentence]
-    assert len(several) < 4
+    told = [s for s in conclusion(results) if s.endswith("after Holm's correction for 13 arms that is no difference.")]
+    assert {sentence.split()[0] for sentence in told} == chance
+
+
+def test_the_spread_is_that_of_the_arm_that_spreads_more(tmp_path: Path) -> None:
+    folder = write(
+        tmp_path / "c", None, lambda name, units, seed: 5.7 - math.log(units) + 0.1 * seed * ("low" in name)
+    )
+    for check in shallow_arms(read_comparison(folder)):
+        assert check.spread == pytest.approx(statistics.stdev([0.1, 0.2, 0.3, 0.4, 0.5]))
+        assert check.advantage.mean == pytest.approx(0.3) and check.pays is True
 
 
 def test_incomplete_comparisons_say_so(tmp_path: Path) -> None:

@@ -133,7 +133,7 @@ def test_failed_and_missing_runs_are_named_and_the_rest_is_reported(tmp_path: Pa
 @pytest.mark.parametrize(
     ("field", "value"),
     [("finished", "x"), ("flops", 0), ("flops", None), ("training_seconds", -1), ("steps", "x"), ("tokens", 1e308)]
-    + [("cache_loss", "x"), ("eval_loss_masked", 1e300), ("data_fingerprint", 1)],
+    + [("cache_loss", "x"), ("tokens", 0), ("eval_loss_masked", 1e300), ("data_fingerprint", 1)],
 )
 def test_a_run_whose_summary_is_damaged_has_failed(tmp_path: Path, field: str, value: object) -> None:
     folder = write(tmp_path / "c", plan(seeds=[1, 2]))
@@ -145,11 +145,11 @@ def test_a_run_whose_summary_is_damaged_has_failed(tmp_path: Path, field: str, v
 @pytest.mark.parametrize(
     ("field", "value"),
     [("eval_loss_masked", -1e39), ("eval_loss_masked", 1e39), ("flops", 1e39), ("flops", 1e-12), ("cpu_seconds", 1e39)]
-    + [("tokens", 0), ("cache_loss", 1e39), ("steps", 2**53)],
+    + [("tokens", 1e-12), ("cache_loss", 1e39), ("steps", 2**53)],
 )
 def test_extreme_ends_do_not_break_the_report(tmp_path: Path, field: str, value: object) -> None:
     folder = write(tmp_path / "c", plan(seeds=[1, 2]))
-    for path in (STACK, "scratch/x1/seed-1"):
+    for path in (STACK, "scratch/x0.5/seed-1", "scratch/x1/seed-1"):
         change(folder / path / "summary.json", **{field: value})
     write_comparison(folder)
     report_of(folder)
