@@ -1,9 +1,9 @@
 """What a step's collective calls send and wait for: which calls DeepSpeed makes, and how NCCL would run them.
 
 NCCL's own model (src/graph/tuning.cc, protocol Simple): a call costs BASE and a latency for each hop that the data
-must take one after the other. Gathers and scatters are rings over all GPUs, whose hops grow with the GPUs. An all-reduce
-is two such rings, or a chain in each node and a tree over the nodes up and down, whose hops grow with the logarithm of
-the nodes: whichever waits less. Each sends what a ring sends. No NVLink SHARP, no SHARP in the network.
+must take one after the other. Gathers and scatters are rings over all GPUs, whose hops grow with the GPUs. An
+all-reduce is two such rings, or a chain in each node and a tree over the nodes up and down, whose hops grow with the
+logarithm of the nodes: whichever waits less. Each sends what a ring sends. No NVLink SHARP, no SHARP in the network.
 """
 
 from __future__ import annotations
