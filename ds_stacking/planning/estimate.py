@@ -1,17 +1,18 @@
 """Seconds of a stage: arithmetic, communication, optimizer, growth.
 
 A rate (model FLOPs per second and GPU, all but communication and optimizer included) is assumed as an MFU, or taken
-from a finished run by `Calibration`. Collectives are rings over all GPUs: each moves (n - 1)/n of its bytes through
-the slower of a GPU's link and the network of its node, and waits a hop's latency n - 1 times.
+from a finished run by `Calibration`. Collectives are in collectives.py.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from ds_stacking.common.errors import UserError
 from ds_stacking.config import RunConfig, StageConfig
 from ds_stacking.models.flops import training_flops
+from ds_stacking.planning.collectives import Collective, bytes_sent, calls_of_step, gather, latency
 from ds_stacking.planning.memory import (
     Memory,
     activation_bytes,
@@ -22,8 +23,6 @@ from ds_stacking.planning.memory import (
 )
 from ds_stacking.planning.parts import Part
 
-LATENCY = 5e-6
-"""Seconds of one hop of a ring."""
 REBUILD = 3.0
 """Seconds in which a growth builds a model and an engine, whatever their size."""
 HOST = 30e-6
@@ -57,13 +56,16 @@ class Cluster:
         """GPUs in all."""
         return self.nodes * self.gpus_per_node
 
-    def ring_seconds(self, volume: float, collectives: float) -> float:
-        """Seconds in which every GPU's `volume` bytes go around, in `collectives` calls."""
+    def seconds(self, collectives: Iterable[Collective]) -> float:
+        """Seconds of collective calls over all GPUs, one after the other."""
         if self.gpus == 1:
             return 0.0
         speed = min(self.part.link, self.part.network) if self.nodes > 1 else self.part.link
-        hops = self.gpus - 1
-        return volume * hops / self.gpus / speed + collectives * hops * LATENCY
+        seconds = 0.0
+        for calls in collectives:
+            wait = latency(calls.kind, nodes=self.nodes, gpus_per_node=self.gpus_per_node, link=self.part.link)
+            seconds += bytes_sent(calls, self.gpus) / speed + calls.calls * wait
+        return seconds
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -131,8 +133,8 @@ def plan_stage(config: RunConfig, stage: StageConfig, cluster: Cluster, *, zero_
         length=length,
         masked=share * length * config.corpus.masking_rate,
     )
-    sent, collectives = _communication(parameters, zero_stage, accumulation, cluster)
-    talking = cluster.ring_seconds(sent, collectives)
+    collectives = calls_of_step(parameters, zero_stage=zero_stage, accumulation=accumulation, bucket=cluster.bucket)
+    talking = cluster.seconds(collectives)
     host = HOST * (12 * stage.layers + 10)  # tensors of a block, and of embeddings and heads
     computing = max(flops / (cluster.mfu * cluster.part.bf16), accumulation * host)
     updated = parameters / (cluster.gpus if zero_stage else 1)
@@ -148,10 +150,12 @@ def plan_stage(config: RunConfig, stage: StageConfig, cluster: Cluster, *, zero_
         accumulation=accumulation,
         memory={s: _memory(config, stage, parameters, cluster, micro, s, sums=accumulation > 1) for s in range(4)},
         flops=flops,
-        communication_bytes=sent * (cluster.gpus - 1) / cluster.gpus,
+        communication_bytes=sum(bytes_sent(call, cluster.gpus) for call in collectives),
         communication_seconds=talking,
         step_seconds=together + updating + host,
-        growth_seconds=0.0 if first else REBUILD + moved / cluster.part.bandwidth + cluster.ring_seconds(moved, 1),
+        growth_seconds=0.0
+        if first
+        else REBUILD + moved / cluster.part.bandwidth + cluster.seconds([gather(moved, 1)]),
     )
 
 
@@ -200,14 +204,6 @@ def _micro_batch(bytes_of: dict[int, float], limit: int | str, cluster: Cluster)
     """The largest micro-batch within the limit that leaves a tenth of the memory free, or the smallest of all."""
     fits = [size for size, total in bytes_of.items() if total <= 0.9 * cluster.part.memory]
     return max((size for size in fits if limit == "auto" or size <= int(limit)), default=1)
-
-
-def _communication(parameters: int, zero_stage: int, accumulation: int, cluster: Cluster) -> tuple[float, float]:
-    """Bytes of one step on the ring, and collective calls: gradients reduced once per step, weights gathered."""
-    weights, calls = 2.0 * parameters, -(-parameters // cluster.bucket)
-    if zero_stage == 3:
-        return 3 * weights * accumulation, 3 * calls * accumulation
-    return 2 * weights, 2 * calls
 
 
 def _divisors(number: int) -> list[int]:

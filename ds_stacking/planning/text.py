@@ -58,7 +58,8 @@ def plan_table(config: RunConfig, plans: list[StagePlan], cluster: Cluster) -> s
     lines += [
         "",
         f"in all {_hours(seconds)}, {seconds / 3600 * cluster.gpus:,.1f} GPU hours{_saved(plans)}",
-        f"assumed, not measured on this part: MFU {cluster.mfu:.0%} of the arithmetic; links and network as sold",
+        f"assumed, not measured on this part: MFU {cluster.mfu:.0%} of the arithmetic; links and network as sold, "
+        f"latencies as in NCCL's own model",
     ]
     return "\n".join(lines)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ from ds_stacking.common.errors import UserError
 from ds_stacking.config import ModelConfig, RunConfig
 from ds_stacking.models.flops import training_flops
 from ds_stacking.planning.calibration import calibrate
+from ds_stacking.planning.collectives import bytes_sent, calls_of_step, latency
 from ds_stacking.planning.estimate import plan_run, saved_share
 from ds_stacking.planning.parts import PARTS, part_named, part_of
 from ds_stacking.planning.text import calibration_table, complete, make_cluster, plan_table
@@ -44,6 +46,63 @@ def test_1024_gpus_are_slower_each_but_faster_together() -> None:
 def test_a_higher_zero_stage_never_takes_more_memory(zero_stage: int) -> None:
     plan = plan_run(run(), cluster(1), zero_stage=2)[1]
     assert plan.memory[zero_stage].total <= plan.memory[zero_stage - 1].total
+
+
+def parameters_sent(zero_stage: int, accumulation: int = 1) -> float:
+    calls = calls_of_step(1_000_000, zero_stage=zero_stage, accumulation=accumulation, bucket=50_000_000)
+    return sum(bytes_sent(call, 4) for call in calls) / 1_000_000 / (3 / 4)
+
+
+def test_bytes_sent_per_parameter_are_those_of_deepspeeds_calls() -> None:
+    """An all-reduce of 2 bytes sends 4, a gather or a scatter 2."""
+    assert [parameters_sent(stage) for stage in range(4)] == pytest.approx([4, 6, 6, 6])
+    assert [parameters_sent(stage, 5) for stage in range(4)] == pytest.approx([4, 6, 6, 30])
+
+
+def test_latencies_are_those_of_nccls_own_model() -> None:
+    """By hand, in microseconds: 128 nodes of 8 have 896 hops inside and 127 between nodes in a ring, log2(128) = 7."""
+    many, one = {"nodes": 128, "gpus_per_node": 8, "link": 450e9}, {"nodes": 1, "gpus_per_node": 8, "link": 450e9}
+    assert latency("gather", **many) == pytest.approx((8.4 + 896 * 3.4 + 127 * 14) * 1e-6)
+    assert latency("all-reduce", **many) == pytest.approx((8.4 + 2 * (7 * 4 + 7 * 14)) * 1e-6)
+    assert latency("scatter", **one) == pytest.approx((8.4 + 7 * 3.4) * 1e-6)
+    assert latency("all-reduce", **one) == pytest.approx((8.4 + 2 * 7 * 3.4) * 1e-6), (
+        "in a node the ring is the shorter"
+    )
+    assert latency("gather", nodes=1, gpus_per_node=4, link=32e9) == pytest.approx((8.4 + 3 * 5.7) * 1e-6)
+
+
+def test_a_step_at_scale_by_hand() -> None:
+    """ZeRO-2 on 128 x 8: P weights in 7 buckets; 6 P bytes through 400 GB/s; 7 all-reduces and 2 gathers wait."""
+    plan = plan_run(run(), cluster(128), zero_stage=2)[1]
+    weights = plan.parameters
+    assert 6 < weights / 50e6 < 7
+    moving = 6 * weights * 1023 / 1024 / 400e9
+    waiting = 7 * (8.4 + 2 * 126) * 1e-6 + 2 * (8.4 + 896 * 3.4 + 127 * 14) * 1e-6
+    assert plan.communication_seconds == pytest.approx(moving + waiting)
+    assert plan.communication_bytes == pytest.approx(6 * weights * 1023 / 1024)
+
+
+@pytest.mark.parametrize(
+    ("zero_stage", "once", "accumulated"),
+    [
+        (0, 2 + 2 + 12, 2 + 4 + 12),
+        (1, 2 + 2 + 12 / 8, 2 + 4 + 12 / 8),
+        (2, 2 + 14 / 8, 2 + 4 + 12 / 8),
+        (3, 2, 18 / 8),
+    ],
+)
+def test_gradients_of_all_weights_are_held_while_they_accumulate(
+    zero_stage: int, once: float, accumulated: float
+) -> None:
+    """Bytes per weight on one of 8 GPUs: weights, gradients or their fp32 sums, masters and moments."""
+    found = []
+    for micro in (2**13, 2**12):
+        config = RunConfig(model=LARGE, stages="24:100", tokens_per_step=2**22, micro_batch_size=micro)
+        big = replace(cluster(1), part=replace(part_named("h100"), memory=1e15))
+        (plan,) = plan_run(config, big, zero_stage=zero_stage)
+        assert plan.accumulation == 2**13 // micro
+        found.append(plan.memory[zero_stage].states / plan.parameters)
+    assert found == pytest.approx([once, accumulated])
 
 
 def test_shallow_stages_take_larger_micro_batches() -> None:

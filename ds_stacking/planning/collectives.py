@@ -1,0 +1,74 @@
+"""What a step's collective calls send and wait for: which calls DeepSpeed makes, and how NCCL would run them.
+
+NCCL's own model (src/graph/tuning.cc, protocol Simple): a call costs BASE and a latency for each hop that the data
+must take one after the other. Gathers and scatters are rings over all GPUs, whose hops grow with the GPUs. An
+all-reduce is two such rings, or a chain in each node and a tree over the nodes up and down, whose hops grow with the
+logarithm of the nodes: whichever waits less. Each sends what a ring sends. No NVLink SHARP, no SHARP in the network.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+BASE = 8.4e-6
+"""Seconds of a call before its first hop."""
+NVLINK = 100e9
+"""Bytes/s each way from which a link between the GPUs of a node is NVLink or its like, and not PCIe."""
+RING_HOPS, TREE_HOPS = (3.4e-6, 5.7e-6, 14e-6), (4e-6, 4e-6, 14e-6)
+"""Seconds of a hop by NVLink, by PCIe, and by the network between nodes."""
+GROUPS = 2
+"""Parameter groups, each gathered by a call of its own: decayed or not. A growth may add two."""
+BUFFER = 500_000_000
+"""Elements of a call under ZeRO 0 (elements_per_buffer of DeepSpeed's buffered_allreduce_fallback)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Collective:
+    """Calls of one kind in a step."""
+
+    kind: Literal["all-reduce", "gather", "scatter"]
+    """Sum on every GPU; parts of all GPUs to every GPU; sum, each GPU keeping its part."""
+    volume: float
+    """Bytes of the whole tensors, all calls together."""
+    calls: float
+
+
+def gather(volume: float, calls: float) -> Collective:
+    """All-gathers."""
+    return Collective(kind="gather", volume=volume, calls=calls)
+
+
+def calls_of_step(parameters: int, *, zero_stage: int, accumulation: int, bucket: int) -> list[Collective]:
+    """The calls of one optimizer step of DeepSpeed 0.19.8 in bf16, 2 bytes a weight.
+
+    ZeRO 0 reduces gradients once a step. So do 1 and 2, and though each GPU needs its part only, they all-reduce every
+    bucket and copy the part out (`use_multi_rank_bucket_allreduce`, the default, in `average_tensor` of
+    stage_1_and_2.py; `reduce_scatter` does not change that); then they gather the weights. Stage 3 scatters, and
+    gathers for the forward and for the backward pass, for every micro-batch.
+    """
+    weights, buckets = 2.0 * parameters, math.ceil(parameters / bucket)
+    if zero_stage == 0:
+        return [Collective(kind="all-reduce", volume=weights, calls=math.ceil(parameters / BUFFER))]
+    if zero_stage < 3:
+        return [Collective(kind="all-reduce", volume=weights, calls=buckets), gather(weights, GROUPS)]
+    scattered = Collective(kind="scatter", volume=accumulation * weights, calls=accumulation * buckets)
+    return [scattered, gather(2 * accumulation * weights, 2 * accumulation * buckets)]
+
+
+def bytes_sent(collective: Collective, gpus: int) -> float:
+    """By one GPU, all calls together."""
+    times = 2 if collective.kind == "all-reduce" else 1
+    return times * collective.volume * (gpus - 1) / gpus
+
+
+def latency(kind: str, *, nodes: int, gpus_per_node: int, link: float) -> float:
+    """Seconds that one call waits, whatever it sends; `link` is bytes/s between the GPUs of a node."""
+    inside = 0 if link >= NVLINK else 1
+    within, between = gpus_per_node * nodes - nodes, nodes - 1
+    ring = within * RING_HOPS[inside] + between * RING_HOPS[2]
+    if kind != "all-reduce":
+        return BASE + ring
+    tree = (gpus_per_node - 1) * TREE_HOPS[inside] + math.ceil(math.log2(nodes)) * TREE_HOPS[2]
+    return BASE + 2 * min(ring, tree)
