@@ -72,8 +72,8 @@ class Outcome:
     """Development set -> metric -> percent."""
     predictions: dict[str, list[float]]
     """Test set -> number of the class, or score, of every row."""
-    train_loss: float
-    """Mean loss of the last pass over the training set."""
+    train_loss: float | None = None
+    """Mean loss of the last pass over the training set; None of a baseline."""
     test_scores: dict[str, dict[str, float]] = field(default_factory=dict)
     """Test set with labels -> metric -> percent."""
 
