@@ -326,7 +326,7 @@ def glue_run(tmp_path_factory: pytest.TempPathFactory) -> GlueRun:
         ("results/RTE-bag_of_words.json", {"scores": {}}, "is not the result of that training"),
         ("results/RTE-bag_of_words.json", {"choosing": True}, "is not the result of that training"),
         ("results/RTE-bag_of_words.json", {"test_scores": {"RTE": {"accuracy": 1}}}, "is not the result of that"),
-        ("results/RTE-bag_of_words.json", {"choice": {"setting": 3}}, "choice.setting: input should be a valid"),
+        ("results/RTE-bag_of_words.json", {"choice": {"task": 3}}, "choice.task: input should be a valid string"),
         ("results/RTE-bag_of_words.json", {"task": "CoLA"}, "is not the result of that training"),
         ("results/RTE-bag_of_words.json", {"scores": {"dev": {"accuracy": float("nan")}}}, "scores.dev.accuracy"),
         ("results/RTE-bag_of_words.json", {"failed": 7}, "failed: input should be a valid string"),
