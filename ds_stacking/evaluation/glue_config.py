@@ -71,12 +71,13 @@ class GlueConfig:
     output_dir: str = "runs/glue"
     """Results, report and submission; the same command goes on where it was stopped."""
     seeds: int = 5
-    """Trainings of each task and setting, with seeds 1, 2, ...; the report gives their median and range."""
+    """Trainings of each task and setting; the report gives the median and range of the final ones, seeds 1, 2, ..."""
     beside: str = ""
     """What is measured beside the model: untrained (the same model with fresh weights), bag_of_words (word counts),
     naive_bayes (the same with naive-Bayes weights), or several."""
     choose_on: float = 0.1
-    """Share of the training set that a grid's settings are chosen on; at least 250 examples, at most half."""
+    """Share of the training set that a grid's settings are chosen on, at least 250 examples, at most half; the chosen
+    one is trained on all of it and scored once."""
     test_labels: bool = False
     """The test files have a column of labels: score them too, once."""
     epochs: str = ""
