@@ -21,8 +21,9 @@ def main() -> None:
     from ds_stacking.evaluation.glue import run_glue
     from ds_stacking.reports.glue import write_glue_report, write_submission
 
-    if run_glue(config):
-        report = write_glue_report(config.output_dir, [job.name for job in config.jobs()])
+    jobs = run_glue(config)
+    if jobs is not None:
+        report = write_glue_report(config.output_dir, jobs)
         print(report.text)
         print(write_submission(config.output_dir, report))
         if report.failed:

@@ -12,60 +12,44 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from functools import lru_cache
-from pathlib import Path
-from typing import Any, NotRequired
+from typing import Any
 
 from filelock import FileLock, Timeout
-from typing_extensions import TypedDict
 
 from ds_stacking.common.environment import rank
 from ds_stacking.common.errors import UserError
 from ds_stacking.common.files import write_json, write_text
-from ds_stacking.common.json_files import KEEP_OTHERS, Finite, read_json
 from ds_stacking.common.outputs import writing
-from ds_stacking.common.own_files import make_inside, refuse_links
-from ds_stacking.common.words import plain, shown
+from ds_stacking.common.own_files import make_inside
+from ds_stacking.common.words import plain
 from ds_stacking.engine.ds_config import load_ds_config
 from ds_stacking.engine.factory import init_distributed, native_bf16
 from ds_stacking.engine.host import keep_freed_memory, limit_threads
-from ds_stacking.evaluation.glue_baseline import bag_of_words
-from ds_stacking.evaluation.glue_config import GlueConfig, Job
+from ds_stacking.evaluation.glue_baseline import linear_words
+from ds_stacking.evaluation.glue_choice import divide
+from ds_stacking.evaluation.glue_config import BASELINES, GlueConfig, Job
 from ds_stacking.evaluation.glue_data import TaskData, load_task
 from ds_stacking.evaluation.glue_finetune import Encoder, Outcome, finetune, load_encoder
+from ds_stacking.evaluation.glue_results import GlueResults
 from ds_stacking.evaluation.glue_tasks import TASKS, select_tasks
 
-COMPARABLE = ("model", "tokenizer", "data", "max_length", "precision", "dropout")
-"""Fields of the configuration that all results of one folder share."""
 POLL_SECONDS = 1.0
 
 
-class Result(TypedDict):
-    """results/<job>.json: what is read of it to go on."""
-
-    __pydantic_config__ = KEEP_OTHERS  # type: ignore[misc]
-    arm: str
-    task: str
-    epochs: int
-    batch_size: int
-    lr: float
-    seed: int
-    failed: NotRequired[str]
-    scores: NotRequired[dict[str, dict[str, Finite]]]
-
-
-class GlueRun:
-    """The jobs of a configuration on one rank, and what they have left in the output folder."""
+class GlueRun(GlueResults):
+    """The jobs of a configuration on one rank, done and written into the output folder."""
 
     def __init__(self, config: GlueConfig) -> None:
-        self.config = config
+        super().__init__(config)
         self.rank = rank()
-        self.folder = Path(config.output_dir)
         self.ds_config = load_ds_config(config.deepspeed_config)
         self.encoder: Encoder = load_encoder(config.model, config.tokenizer, config.max_length, config.dropout)
         self.bf16 = config.precision == "bf16" or (config.precision == "auto" and native_bf16()[0])
         # of the last task only: jobs come task by task
-        self.data = lru_cache(maxsize=1)(lambda name: load_task(TASKS[name], config.data))
-        self.started = time.time()
+        self.data = lru_cache(maxsize=1)(
+            lambda name: load_task(TASKS[name], config.data, test_labels=config.test_labels)
+        )
+        self.divided = lru_cache(maxsize=1)(lambda name: divide(self.data(name), config.choose_on))
 
     def check_data(self) -> None:
         """Read every task before any is trained. Raises UserError for what is missing or wrong."""
@@ -73,74 +57,23 @@ class GlueRun:
             for note in self.data(task.name).notes:
                 self.say(note)
 
-    def check_results(self) -> None:
-        """Read what is there. Raises UserError for what is damaged, or what these results could not stand beside."""
-        path = self.folder / "config.json"
-        try:
-            other = read_json(path, dict[str, Any], mend="choose another --output_dir", inside=self.folder)
-        except FileNotFoundError:
-            if (self.folder / "results").is_dir() and any((self.folder / "results").glob("*.json")):
-                raise UserError(f"{self.folder} has results and no config.json; restore it.") from None
-            for name in ("metrics.jsonl", "comparison.json", "attention.json", "manifest.json"):
-                if (self.folder / name).is_file():
-                    raise UserError(
-                        f"{self.folder} holds {name} of another command; choose another --output_dir."
-                    ) from None
-            return
-        if not other.keys() >= {"model", "max_length"} or "stages" in other or "hidden_size" in other:
-            raise UserError(f"{path} is that of another command; choose another --output_dir.")
-        for name, value in self.comparable().items():
-            if other.get(name) != value:
-                raise UserError(
-                    f"{self.folder} holds results with {name} {shown(other.get(name))}, not {shown(value)}; "
-                    f"choose another --output_dir."
-                )
-        for job in self.config.jobs():
-            self.result(job)
-
-    def comparable(self) -> dict[str, Any]:
-        """What all results of the folder share."""
-        return {name: value for name, value in asdict(self.config).items() if name in COMPARABLE}
-
-    def claim(self) -> None:
-        """Make the output folder. Raises UserError where it holds results that these could not stand beside."""
-        self.folder.mkdir(parents=True, exist_ok=True)
-        make_inside(self.folder, "results")
-        refuse_links(self.folder / "results", (".config.lock", *(f".{job.name}.lock" for job in self.config.jobs())))
-        with FileLock(self.folder / "results" / ".config.lock"):
-            self.check_results()
-            write_json(self.folder / "config.json", self.comparable(), inside=self.folder)
-
     def work(self) -> None:
-        """Take jobs until none is free; rank 0 stays until all are settled, and takes those of ranks that died."""
-        jobs = self.config.jobs()
+        """Take jobs until none is free; a choice is waited for, since it brings more.
+
+        Rank 0 stays until all are settled, and takes those of ranks that died.
+        """
+        known: list[Job] = []
         while True:
-            for job in jobs:
+            before, known = known, self.jobs()
+            for job in known:
                 with self.take(job) as mine:
                     if mine:
                         self.do(job)
-            if self.rank != 0 or all(self.settled(job) for job in jobs):
+            awaited = [job for job in known if self.rank == 0 or job.choosing]
+            if all(self.settled(job) for job in awaited) and self.jobs() == known:
                 return
-            time.sleep(POLL_SECONDS)
-
-    def settled(self, job: Job) -> bool:
-        """Whether the job is done, or failed since this process began."""
-        result = self.result(job)
-        return result is not None and ("failed" not in result or self.path(job).stat().st_mtime >= self.started)
-
-    def result(self, job: Job) -> Result | None:
-        """What the job left; None where it has not been done. Raises UserError for what is no result of this job."""
-        path, mend = self.path(job), "delete it, and the same command does that training again"
-        try:
-            result = read_json(path, Result, mend=mend, inside=self.folder)
-        except FileNotFoundError:
-            return None
-        task, found = TASKS[job.task], result.get("scores", {})
-        expected = {name: set(task.metrics) for name in task.dev}
-        whole = "failed" in result or {name: set(scores) for name, scores in found.items()} == expected
-        if not whole or any(result.get(name) != value for name, value in asdict(job).items()):
-            raise UserError(f"{path} is not the result of that training; {mend}.")
-        return result
+            if known == before:
+                time.sleep(POLL_SECONDS)
 
     @contextmanager
     def take(self, job: Job) -> Iterator[bool]:
@@ -160,7 +93,9 @@ class GlueRun:
         """Train and evaluate one job and write its result; what fails at run time is its result, and others go on."""
         start = time.monotonic()
         try:
-            outcome = self.compute(job)
+            # a job that chooses is given no development set
+            data = self.divided(job.task) if job.choosing else self.data(job.task)
+            outcome, more = self.compute(job, data)
         except UserError:  # a model without all its weights, say: the other jobs would meet it too
             raise
         except Exception as error:
@@ -170,20 +105,23 @@ class GlueRun:
             return
         seconds = time.monotonic() - start
         self.write_predictions(job, outcome)
-        result = {"scores": outcome.scores, "train_loss": outcome.train_loss, "seconds": round(seconds, 1)}
-        write_json(self.path(job), asdict(job) | result, inside=self.folder)
+        result = {"scores": outcome.scores, "test_scores": outcome.test_scores, "train_loss": outcome.train_loss}
+        examples = {name: len(split) for name, split in (data.dev | data.test).items() if split.labels}
+        more |= {"examples": examples, "seconds": round(seconds, 1)}
+        write_json(self.path(job), asdict(job) | result | more, inside=self.folder)
         shown = "; ".join(
             f"{name} " + ", ".join(f"{metric} {value:.1f}" for metric, value in values.items())
-            for name, values in outcome.scores.items()
+            for name, values in (outcome.scores | outcome.test_scores).items()
         )
         self.say(f"{job.name}: {shown} ({seconds:.0f} s)")
 
-    def compute(self, job: Job) -> Outcome:
-        """Train and evaluate one job."""
-        data: TaskData = self.data(job.task)
-        if job.arm == "bag_of_words":
-            return Outcome(scores=bag_of_words(TASKS[job.task], data), predictions={}, train_loss=float("nan"))
-        return finetune(job, data, self.encoder, self.ds_config, bf16=self.bf16)
+    def compute(self, job: Job, data: TaskData) -> tuple[Outcome, dict[str, Any]]:
+        """Train and evaluate one job; what a baseline chose."""
+        if job.arm not in BASELINES:
+            return finetune(job, data, self.encoder, self.ds_config, bf16=self.bf16), {}
+        weighted = job.arm == "naive_bayes"
+        scores, test_scores, choice = linear_words(TASKS[job.task], data, self.config.choose_on, weighted=weighted)
+        return Outcome(scores=scores, predictions={}, test_scores=test_scores), {"choice": choice}
 
     def write_predictions(self, job: Job, outcome: Outcome) -> None:
         """Write the answers to the test sets in the format of the official server: index, tab, prediction."""
@@ -196,17 +134,13 @@ class GlueRun:
             rows = [f"{index}\t{word}\n" for index, word in zip(ids, words, strict=True)]
             write_text(path, "".join(["index\tprediction\n", *rows]), inside=self.folder)
 
-    def path(self, job: Job) -> Path:
-        """The file of a job's result."""
-        return self.folder / "results" / f"{job.name}.json"
-
     def say(self, text: str) -> None:
         """One line for a person."""
         print(f"[rank {self.rank}] {text}", flush=True)
 
 
-def run_glue(config: GlueConfig) -> bool:
-    """Run all jobs of `config`; every rank calls it. True on rank 0, when all jobs are settled."""
+def run_glue(config: GlueConfig) -> list[str] | None:
+    """Run all jobs of `config`; every rank calls it. Rank 0 gets their names, when all jobs are settled."""
     limit_threads()
     keep_freed_memory()
     run = GlueRun(config)
@@ -216,4 +150,4 @@ def run_glue(config: GlueConfig) -> bool:
         run.claim()
         init_distributed(alone=True)
         run.work()
-    return run.rank == 0
+        return run.finish() if run.rank == 0 else None

@@ -31,7 +31,7 @@ class Examples:
     texts: tuple[list[str], ...]
     """One list of sentences, or the two lists of a task on pairs."""
     labels: list[float] = field(default_factory=list)
-    """Numbers of the classes, or scores; none in a test set."""
+    """Numbers of the classes, or scores; none in a test set, unless its labels were asked for."""
     ids: list[str] = field(default_factory=list)
     """What the official server calls each row of a test set."""
 
@@ -52,23 +52,30 @@ class TaskData:
     """What was left out, a sentence for each file."""
 
 
-def load_task(task: Task, source: str) -> TaskData:
+NEVER_LABELLED = "AX"
+"""The diagnostic set, which another task's model answers."""
+
+
+def load_task(task: Task, source: str, *, test_labels: bool = False) -> TaskData:
     """Read a task from a folder (`source`/RTE/train.tsv and so on) or from the hub's data set `source`.
 
-    Raises UserError for what is missing or wrong; torn lines of train and dev are left out and noted.
+    With `test_labels` the test files must have labels too. Raises UserError for what is missing or wrong; torn lines
+    of train and dev are left out and noted.
     """
     if os.path.isdir(source):
-        return _from_folder(task, Path(source))
+        return _from_folder(task, Path(source), test_labels)
     if os.path.lexists(source):
         raise UserError(f"--data {shown(source)} is no folder; give a folder with GLUE's tasks, or a hub name.")
     if source.startswith((".", "/", "~")) or not re.fullmatch(r"[\w.-]{1,96}(/[\w.-]{1,96})?", source):
         raise UserError(
             f"The folder {shown(source)} does not exist; give --data a folder with GLUE's tasks, or a hub name."
         )
+    if test_labels:
+        raise UserError("The hub's test sets have no labels; leave --test_labels out, or give --data a folder.")
     return _from_hub(task, source)
 
 
-def _from_folder(task: Task, root: Path) -> TaskData:
+def _from_folder(task: Task, root: Path, test_labels: bool) -> TaskData:
     folder = root / task.name
     if not folder.is_dir():
         raise UserError(f"{root} has no folder {task.name}; add it, or leave {task.name} out of --tasks.")
@@ -79,18 +86,28 @@ def _from_folder(task: Task, root: Path) -> TaskData:
             raise UserError(f"{folder} has no {file}; add it, or leave {task.name} out of --tasks.")
     tests = {name: folder / file for name, (file, _) in task.test.items()}
     missing = [name for name, path in tests.items() if not path.is_file()]
+    if test_labels and any(name != NEVER_LABELLED for name in missing):
+        raise UserError(f"--test_labels: {tests[missing[0]]} is missing; add it, or leave --test_labels out.")
     if missing:
         notes.append(f"{task.name}: no test file for {', '.join(missing)}, so nothing to submit for it.")
     return TaskData(
         train=read_tsv(folder / "train.tsv", task, notes),
         dev={name: read_tsv(folder / file, task, notes) for name, (file, _) in task.dev.items()},
-        test={name: read_tsv(path, task, notes, test=True) for name, path in tests.items() if path.is_file()},
+        test={
+            name: read_tsv(path, task, notes, test=True, labelled=test_labels and name != NEVER_LABELLED)
+            for name, path in tests.items()
+            if path.is_file()
+        },
         notes=notes,
     )
 
 
-def read_tsv(path: Path, task: Task, notes: list[str], *, test: bool = False) -> Examples:
+def read_tsv(
+    path: Path, task: Task, notes: list[str], *, test: bool = False, labelled: bool | None = None
+) -> Examples:
     """Read one of GLUE's TSV files: fields are split at tabs, quotes are ordinary characters.
+
+    All but the test sets have labels, unless `labelled` says otherwise.
 
     A line with too few or too many fields is left out, with a note; in a test set, where every row counts, and
     where there are many it raises UserError.
@@ -99,12 +116,14 @@ def read_tsv(path: Path, task: Task, notes: list[str], *, test: bool = False) ->
     header = list(task.header or ()) if not test else []
     if not header:
         header = next(lines, (1, ""))[1].split("\t")
-    wanted = [*task.columns, *(() if test else (task.label_column,))]
+    labelled = not test if labelled is None else labelled
+    wanted = [*task.columns, *((task.label_column,) if labelled else ())]
     for column in wanted:
         if header.count(column) != 1:
             problem = "names twice the column" if column in header else "has no column"
             raise UserError(
-                f"{path} {problem} {column!r}; its first line must name the columns of GLUE's file, each once."
+                f"{path} {problem} {column!r}; its first line must name the columns of GLUE's file, each once"
+                + (", and with --test_labels that of the labels." if test and labelled else ".")
             )
     rows: list[list[str]] = []
     labels: list[float] = []
@@ -117,7 +136,7 @@ def read_tsv(path: Path, task: Task, notes: list[str], *, test: bool = False) ->
             continue
         row = dict(zip(header, fields, strict=True))
         rows.append([row[column] for column in task.columns] + [_id(row, len(rows))])
-        if not test:
+        if labelled:
             labels.append(_label(row[task.label_column], task, f"{path} line {number}"))
     if torn:
         notes.append(_check_torn(path, torn, count, test=test))

@@ -11,7 +11,7 @@ import math
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -72,8 +72,10 @@ class Outcome:
     """Development set -> metric -> percent."""
     predictions: dict[str, list[float]]
     """Test set -> number of the class, or score, of every row."""
-    train_loss: float
-    """Mean loss of the last pass over the training set."""
+    train_loss: float | None = None
+    """Mean loss of the last pass over the training set; None of a baseline."""
+    test_scores: dict[str, dict[str, float]] = field(default_factory=dict)
+    """Test set with labels -> metric -> percent."""
 
 
 def load_encoder(source: str, tokenizer: str | None, max_length: int, dropout: float | None = None) -> Encoder:
@@ -173,14 +175,19 @@ def finetune(job: Job, data: TaskData, encoder: Encoder, ds_config: Mapping[str,
         scores = {}
         for name, split in data.dev.items():
             scores[name] = evaluate(task.metrics, split.labels, predict(engine, task, split, encoder))
-        arm = job.arm == "model"
-        predictions = {
-            name: predict(engine, task, split, encoder).tolist() for name, split in data.test.items() if arm
+        answers = {
+            name: predict(engine, task, split, encoder)
+            for name, split in data.test.items()
+            if job.arm == "model" or split.labels
         }
     finally:
         release(engine)
         collect()
-    return Outcome(scores=scores, predictions=predictions, train_loss=train_loss)
+    test_scores = {
+        name: evaluate(task.metrics, split.labels, answers[name]) for name, split in data.test.items() if split.labels
+    }
+    predictions = {name: answer.tolist() for name, answer in answers.items() if job.arm == "model"}
+    return Outcome(scores=scores, predictions=predictions, train_loss=train_loss, test_scores=test_scores)
 
 
 def learning_rate(step: int, steps: int, peak: float) -> float:

@@ -1,32 +1,28 @@
 """The report of fine-tuning on GLUE: one table beside the published rows, and the files for the official server.
 
-Reads the results folder that launchers/finetune_glue.py writes, one JSON file for each training.
+Ours are measured once, on sets that no setting was chosen on; the notes say what was chosen, on what, from how many.
 """
 
 from __future__ import annotations
 
 import io
+import math
 import statistics
 import zipfile
-from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated, Any, NotRequired, cast
 
-from pydantic import Field
 from rich import box
 from rich.console import Console
 from rich.table import Table
-from typing_extensions import TypedDict
 
-from ds_stacking.common.errors import UserError
 from ds_stacking.common.files import whole_file, write_json, write_text
-from ds_stacking.common.json_files import KEEP_OTHERS, read_json
 from ds_stacking.common.outputs import writing
 from ds_stacking.common.own_files import make_inside, read_inside
 from ds_stacking.common.words import plain
+from ds_stacking.reports.glue_rows import ARMS, Row, other_finals, read_choices, read_result, summarise
 
 PUBLISHED: dict[str, dict[str, tuple[float, ...]]] = {
     "BERT-Base": {
@@ -65,45 +61,9 @@ METRICS = {
     "WNLI": "accuracy",
 }
 """What the figures of a cell are, in GLUE's order of tasks."""
-ARMS = {"model": "this model", "untrained": "same, untrained", "bag_of_words": "bag of words"}
+SETS = {"dev": "the development sets", "test": "the labelled test sets"}
 SUBMITTED = ("CoLA", "SST-2", "MRPC", "STS-B", "QQP", "MNLI-m", "MNLI-mm", "QNLI", "RTE", "WNLI", "AX")
 """Files of a complete submission to gluebenchmark.com."""
-Result = Mapping[str, Any]
-Percent = Annotated[float, Field(allow_inf_nan=False, ge=-100.1, le=100.1)]
-Setting = Annotated[float, Field(allow_inf_nan=False, gt=0, le=1e39)]
-
-
-class Saved(TypedDict):
-    """results/<training>.json."""
-
-    __pydantic_config__ = KEEP_OTHERS  # type: ignore[misc]
-    task: str
-    arm: str
-    epochs: Setting
-    batch_size: Setting
-    lr: Setting
-    scores: NotRequired[dict[str, dict[str, Percent]]]
-    failed: NotRequired[str]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Row:
-    """One arm on one task, at the best setting that was tried."""
-
-    task: str
-    """The task's name."""
-    arm: str
-    """model, untrained or bag_of_words."""
-    median: tuple[float, ...]
-    """Median over seeds of each figure of the cell."""
-    scores: list[float]
-    """The task's score (mean of its figures) for each seed, ascending."""
-    setting: dict[str, float]
-    """Epochs, batch size and learning rate."""
-    tried: int
-    """Settings that were tried; above 1, the best was chosen by this very figure."""
-    best: str
-    """The training with the highest score: its predictions are submitted."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,7 +71,7 @@ class GlueReport:
     """What was measured."""
 
     rows: list[Row]
-    """By task in GLUE's order, then by arm."""
+    """By task in GLUE's order, then by arm; where test files have labels, those of dev first."""
     failed: dict[str, str]
     """Trainings that failed: name -> why."""
     text: str
@@ -124,10 +84,18 @@ def write_glue_report(folder: str | Path, jobs: Sequence[str]) -> GlueReport:
     Raises UserError where a result is missing or damaged, RunFailed where the report cannot be written.
     """
     folder = Path(folder)
-    results = {name: _read(folder, name) for name in jobs}
+    results = {name: read_result(folder, name) for name in jobs}
     failed = {name: plain(result["failed"]) for name, result in results.items() if "failed" in result}
-    rows = summarise({name: result for name, result in results.items() if name not in failed})
-    text = "\n\n".join(part for part in (_table(rows), *_notes(rows, failed)) if part)
+    done = {name: result for name, result in results.items() if name not in failed}
+    rows = summarise(done, read_choices(folder))
+    kinds = [kind for kind in SETS if any(row.sets == kind for row in rows)]
+    tables = [part for kind in reversed(kinds) for part in _part(kind, [row for row in rows if row.sets == kind])]
+    notes = [
+        *_notes(rows),
+        *_choices(rows, other_finals(folder, rows)),
+        *(f"FAILED {a}: {b}" for a, b in failed.items()),
+    ]
+    text = "\n\n".join([*tables, *notes])
     target = folder / "report"
     content = {"rows": [asdict(row) for row in rows], "failed": failed, "published": PUBLISHED}
     with writing(target):
@@ -137,51 +105,9 @@ def write_glue_report(folder: str | Path, jobs: Sequence[str]) -> GlueReport:
     return GlueReport(rows=rows, failed=failed, text=text)
 
 
-def _read(folder: Path, name: str) -> Result:
-    path, mend = folder / "results" / f"{name}.json", "delete it, and the same command does that training again"
-    try:
-        result = cast(Result, read_json(path, Saved, mend=mend, inside=folder))
-    except OSError as error:
-        raise UserError(f"{path} cannot be read ({error.strerror}); give the same command again.") from None
-    figures = len(PUBLISHED["BERT-Base"].get(result["task"], ()))
-    if "failed" not in result and (not figures or len(_figures(result)) != figures):
-        raise UserError(f"{path} does not hold the figures of a task of GLUE; {mend}.")
-    return result
-
-
-def summarise(results: Mapping[str, Result]) -> list[Row]:
-    """One row for each task and arm: the setting with the highest median score over its seeds."""
-    groups: dict[tuple[str, str], dict[tuple, list[str]]] = defaultdict(lambda: defaultdict(list))
-    for name, result in results.items():
-        setting = (result["epochs"], result["batch_size"], result["lr"])
-        groups[result["task"], result["arm"]][setting].append(name)
-    rows = []
-    for task in METRICS:
-        for arm in ARMS:
-            if settings := groups.get((task, arm)):
-                candidates = [_row(task, arm, setting, names, results) for setting, names in settings.items()]
-                rows.append(max(candidates, key=lambda row: statistics.median(row.scores)))
-                rows[-1] = Row(**{**vars(rows[-1]), "tried": len(candidates)})
-    return rows
-
-
-def _row(task: str, arm: str, setting: tuple, names: Sequence[str], results: Mapping[str, Result]) -> Row:
-    figures = {name: _figures(results[name]) for name in names}
-    scores = {name: statistics.fmean(values) for name, values in figures.items()}
-    return Row(
-        task=task,
-        arm=arm,
-        median=tuple(statistics.median(column) for column in zip(*figures.values(), strict=True)),
-        scores=sorted(scores.values()),
-        setting=dict(zip(("epochs", "batch_size", "lr"), setting, strict=True)),
-        tried=1,
-        best=max(scores, key=lambda name: scores[name]),
-    )
-
-
-def _figures(result: Result) -> list[float]:
-    """All metrics of all development sets, in order."""
-    return [value for metrics in result.get("scores", {}).values() for value in metrics.values()]
+def _part(kind: str, rows: Sequence[Row]) -> list[str]:
+    """A table, its title and how the model stands to the others there."""
+    return [f"Ours on {SETS[kind]}:", _table(rows), *_comparisons(rows)]
 
 
 def _cell(values: Iterable[float]) -> str:
@@ -189,8 +115,6 @@ def _cell(values: Iterable[float]) -> str:
 
 
 def _table(rows: Sequence[Row]) -> str:
-    if not rows:
-        return ""
     arms = [arm for arm in ARMS if any(row.arm == arm for row in rows)]
     tasks = [task for task in METRICS if any(row.task == task for row in rows)]
     by_key = {(row.task, row.arm): row for row in rows}
@@ -224,29 +148,39 @@ def average(published: Mapping[str, Sequence[float]], tasks: Iterable[str]) -> f
     return statistics.fmean(statistics.fmean(published[task]) for task in tasks)
 
 
-def _notes(rows: Sequence[Row], failed: Mapping[str, str]) -> list[str]:
+def _notes(rows: Sequence[Row]) -> list[str]:
+    if not rows:
+        return []
+    seeds = max(len(row.scores) for row in rows)
+    return [
+        f"Ours: percent, at the end of trainings on the whole training set, median of {seeds} seed(s), in brackets "
+        "the lowest and highest score (the mean of a task's figures). Published (Gong et al. 2019): percent on the "
+        "hidden test sets, one seed; their averages over all nine tasks, 78.3 and 78.4, count WNLI as 65.1, the most "
+        "frequent class. The average row takes the same tasks in every column."
+    ]
+
+
+def _choices(rows: Sequence[Row], others: Mapping[tuple[str, str], int]) -> list[str]:
+    """What was chosen, on what, from how many, and how often the reported sets were scored."""
     notes = []
-    if rows:
-        seeds = max(len(row.scores) for row in rows)
-        notes.append(
-            f"Ours: percent on the development sets at the end of training, median of {seeds} seed(s), in brackets "
-            "the lowest and highest score (the mean of a task's figures). Published (Gong et al. 2019): percent on "
-            "the hidden test sets, one seed; their averages over all nine tasks, 78.3 and 78.4, count WNLI as 65.1, "
-            "the most frequent class. The average row takes the same tasks in every column."
-        )
-    grids = {row.tried for row in rows if row.tried > 1}
-    if grids:
-        notes.append(
-            f"Of {max(grids)} settings each cell shows the best, chosen on the development set that it is measured "
-            "on, so it is somewhat too high."
-        )
-    notes += _comparisons(rows)
-    notes += [f"FAILED {name}: {why}" for name, why in failed.items()]
+    for row in {(row.task, row.arm): row for row in rows}.values():
+        setting = ", ".join(f"{name} {value:g}" for name, value in row.setting.items())
+        if row.choice and row.choice["examples"]:
+            best = max(score for _, score in row.choice["scores"] if score is not None)
+            notes.append(
+                f"{row.task}, {ARMS[row.arm]}: {setting}; chosen of {len(row.choice['scores'])} settings by the mean "
+                f"score, {best:.1f}, of {row.choice['seeds']} training(s) of each on {row.choice['examples']:,} "
+                "examples held out of the training set. Then scored once on what is reported, each seed."
+            )
+        else:
+            notes.append(f"{row.task}, {ARMS[row.arm]}: {setting}; no other setting was asked for.")
+        if count := others.get((row.task, row.arm)):
+            notes[-1] += f" Other commands have scored {count} more setting(s) there, in this folder."
     return notes
 
 
 def _comparisons(rows: Sequence[Row]) -> list[str]:
-    """How the model stands to each other arm, task by task, by ranges over seeds."""
+    """How the model stands to each other arm, task by task: ranges over seeds, and the chance of the draw of a set."""
     notes = []
     for row in rows:
         model = next((other for other in rows if other.task == row.task and other.arm == "model"), None)
@@ -256,19 +190,31 @@ def _comparisons(rows: Sequence[Row]) -> list[str]:
         apart = model.scores[0] > row.scores[-1] or row.scores[0] > model.scores[-1]
         notes.append(
             f"{row.task}: this model is {abs(gap):.1f} points {'above' if gap >= 0 else 'below'} {ARMS[row.arm]!r}; "
-            f"the ranges over seeds {'do not overlap' if apart else 'overlap'}."
+            f"the ranges over seeds {'do not overlap' if apart else 'overlap'}{_of_the_draw(row)}."
         )
     return notes
 
 
+def _of_the_draw(row: Row) -> str:
+    """One standard error of an accuracy on so many examples; seeds say nothing of it. Nothing for other figures."""
+    if METRICS[row.task] != "accuracy" or not row.examples:
+        return ""
+    share = min(max(statistics.median(row.scores) / 100, 0.0), 1.0)
+    error = 100 * math.sqrt(share * (1 - share) / row.examples)
+    return f", and an accuracy on {row.examples:,} examples has a standard error of {error:.1f}"
+
+
 def write_submission(folder: str | Path, report: GlueReport) -> str:
-    """Write submission.zip for the official server from each task's best seed; returns a sentence about it."""
+    """Write submission.zip for the official server from each task's first seed; returns a sentence about it.
+
+    The first, since to take the best by the development set would be to choose on it.
+    """
     folder = Path(folder)
     found: dict[str, bytes] = {}
     for row in report.rows:
         for name in SUBMITTED if row.arm == "model" else ():
             with suppress(FileNotFoundError):
-                found[name] = read_inside(folder, f"predictions/{row.best}/{name}.tsv")
+                found[name] = read_inside(folder, f"predictions/{row.first}/{name}.tsv")
     if not found:
         return "No test sets, so no submission."
     path = folder / "submission.zip"
@@ -281,4 +227,4 @@ def write_submission(folder: str | Path, report: GlueReport) -> str:
             archive.writestr(f"{name}.tsv", answers)
     missing = [name for name in SUBMITTED if name not in found]
     lacks = f"; the server also wants {', '.join(missing)}" if missing else ""
-    return f"{path} holds the predictions of each task's best seed{lacks}."
+    return f"{path} holds the predictions of each task's first seed{lacks}."

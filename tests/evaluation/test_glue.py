@@ -19,8 +19,7 @@ from safetensors.torch import load_file, save_file
 
 from ds_stacking.common.errors import UserError
 from ds_stacking.evaluation.glue import GlueRun
-from ds_stacking.evaluation.glue_baseline import bag_of_words
-from ds_stacking.evaluation.glue_config import GlueConfig
+from ds_stacking.evaluation.glue_config import GlueConfig, Job
 from ds_stacking.evaluation.glue_data import load_task
 from ds_stacking.evaluation.glue_finetune import (
     Outcome,
@@ -31,20 +30,37 @@ from ds_stacking.evaluation.glue_finetune import (
     load_encoder,
     with_dropout,
 )
-from ds_stacking.evaluation.glue_tasks import TASKS
+from ds_stacking.evaluation.glue_tasks import TASKS, select_tasks
 from tests.evaluation.glue_files import write_encoder, write_task
 from tests.ranks import run_ranks
 
 
-def test_jobs_are_the_paper_s_settings_or_a_grid() -> None:
-    jobs = GlueConfig(model="m", tasks="CoLA,RTE,QQP", seeds=2).jobs()
-    assert [(j.task, j.epochs, j.batch_size, j.lr, j.seed) for j in jobs] == [
+def trainings(config: GlueConfig) -> list[Job]:
+    """Final trainings of a configuration that has one setting for each task."""
+    return [
+        job for task in select_tasks(config.tasks) for job in config.finals(task, "model", config.settings(task)[0])
+    ]
+
+
+def test_trainings_are_at_the_paper_s_settings_or_choose_from_a_grid() -> None:
+    config = GlueConfig(model="m", tasks="CoLA,RTE,QQP", seeds=2)
+    assert [(j.task, j.epochs, j.batch_size, j.lr, j.seed) for j in trainings(config)] == [
         *(("CoLA", 3, 16, 5e-5, seed) for seed in (1, 2)),
         *(("RTE", 4, 16, 3e-5, seed) for seed in (1, 2)),
         *(("QQP", 4, 32, 5e-5, seed) for seed in (1, 2)),
     ]
-    grid = GlueConfig(model="m", tasks="RTE", lr="1e-5,2e-5", epochs="3,4", beside="untrained,bag_of_words").jobs()
-    assert len(grid) == 2 * 4 * 5 + 1 and len({job.name for job in grid}) == len(grid)
+    rte = TASKS["RTE"]
+    assert config.trials(rte, "model") == [], "nothing to choose from"
+    grid = GlueConfig(model="m", tasks="RTE", lr="1e-5,2e-5", epochs="3,4", beside="untrained,bag_of_words")
+    trials = [job for arm in grid.arms for job in grid.trials(rte, arm)]
+    finals = [job for arm in grid.arms for job in grid.finals(rte, arm, (4, 16, 2e-5))]
+    assert len(trials) == 2 * 4 * 5 and len(finals) == 2 * 5 + 1
+    assert len({job.name for job in [*trials, *finals]}) == len(trials) + len(finals)
+    assert all(job.choosing for job in trials) and not any(job.choosing for job in finals)
+    assert not {job.seed for job in trials} & {job.seed for job in finals}
+    assert {(job.epochs, job.lr) for job in finals} == {(4, 2e-5), (0, 0.0)}
+    scores = GlueConfig(model="m", tasks="STS-B", beside="naive_bayes")
+    assert scores.finals(TASKS["STS-B"], "naive_bayes", (1, 1, 1.0)) == [], "scores have no classes"
 
 
 @pytest.mark.parametrize(
@@ -55,6 +71,9 @@ def test_jobs_are_the_paper_s_settings_or_a_grid() -> None:
         ({"lr": "inf"}, "lr is 'inf'"),
         ({"beside": "untrianed"}, "did you mean untrained"),
         ({"seeds": 0}, "seeds is 0"),
+        ({"choose_on": 0.0}, "choose_on is 0.0"),
+        ({"choose_on": 0.7}, "choose_on is 0.7"),
+        ({"choose_on": float("nan")}, "choose_on is nan"),
         ({"max_length": 4}, "max_length is 4"),
         ({"seeds": 10**9}, "seeds is 1000000000; it must be 1 to 1,000"),
         ({"epochs": "nan"}, "epochs is 'nan'"),
@@ -62,7 +81,7 @@ def test_jobs_are_the_paper_s_settings_or_a_grid() -> None:
         ({"epochs": "1000000000"}, "1,000 at most"),
         ({"epochs": "٣"}, "epochs is '٣'"),
         ({"lr": "9" * 5000}, "lr is '999"),
-        ({"epochs": ",".join(map(str, range(1, 101))), "seeds": 1000}, "ask for 900,000 trainings"),
+        ({"epochs": ",".join(map(str, range(1, 101))), "seeds": 1000}, "ask for 909,000 trainings"),
         ({"max_length": 10**12}, "max_length is 1000000000000"),
         ({"model": ""}, "model is ''"),
         ({"data": " "}, "data is ' '"),
@@ -98,7 +117,7 @@ def test_inputs_are_padded_cut_and_swapped(tmp_path: Path) -> None:
     by_hand = encoder.tokenizer(train.texts[1][0], train.texts[0][0], truncation=True, max_length=12)
     assert swapped["input_ids"][0].tolist() == by_hand["input_ids"]
     assert torch.equal(swapped["input_ids"][1], inputs["input_ids"][1])
-    (job,) = GlueConfig(model="m", tasks="MRPC", seeds=1).jobs()
+    (job,) = trainings(GlueConfig(model="m", tasks="MRPC", seeds=1))
     lengths = np.arange(100) // 10
     epochs = [list(epoch_batches(job, TASKS["MRPC"], lengths, epoch)) for epoch in (0, 0, 1)]
     for batches in epochs:
@@ -153,13 +172,6 @@ def test_dropout_is_the_models_or_what_is_asked_for(tmp_path: Path, untrained: b
         with_dropout(SimpleNamespace(model_type="bare"), 0.1)
 
 
-def test_the_bag_of_words_finds_the_telling_word(tmp_path: Path) -> None:
-    for name, metric in (("SST-2", "accuracy"), ("RTE", "accuracy"), ("STS-B", "pearson")):
-        write_task(tmp_path, name)
-        scores = bag_of_words(TASKS[name], load_task(TASKS[name], str(tmp_path)))
-        assert scores["dev"][metric] > 95
-
-
 def break_encoder(folder: Path) -> None:
     """Take one weight out of the file."""
     weights = load_file(folder / "model.safetensors")
@@ -168,7 +180,7 @@ def break_encoder(folder: Path) -> None:
 
 
 def fine_tunings(folder: Path) -> dict[str, Any]:
-    """Run jobs of three kinds of task, then two of which one fails; then all of them again."""
+    """Run jobs of three kinds of task, then a choice of which one training fails; then all of them again."""
     options = {"model": str(folder / "m"), "data": str(folder / "glue"), "output_dir": str(folder / "out")}
     whole = GlueConfig(**options, seeds=1, tasks="SST-2,STS-B,MNLI", lr="5e-3", epochs="12", batch_size="8")
     failing = GlueConfig(**options, seeds=1, tasks="SST-2", lr="1e-2,1e30", epochs="1")
@@ -207,17 +219,21 @@ def test_trainings_learn_fail_alone_and_are_not_repeated(tmp_path: Path) -> None
         write_task(tmp_path / "glue", task, train=128)
     (outcome,) = run_ranks(1, fine_tunings, tmp_path)
     results = outcome["results"]
-    assert len(results) == 5
+    assert len(results) == 3 + 2 + 1
     (failed,) = (name for name, result in results.items() if "failed" in result)
-    assert "1e+30" in failed and "not finite" in results[failed]["failed"]
+    assert "choosing" in failed and "1e+30" in failed and "not finite" in results[failed]["failed"]
     assert outcome["changed"] == [failed], "what failed is tried again, what is done is kept"
+    (chosen,) = (result for result in results.values() if result["epochs"] == 1 and not result["choosing"])
+    assert chosen["lr"] == 1e-2, "what failed is not chosen"
     done = {r["task"]: r for r in results.values() if r["epochs"] == 12}
     other_settings, broken = outcome["refused"]
     assert "max_length 128, not 9" in other_settings and "lacks bert.encoder.layer.0" in broken
     assert done["SST-2"]["scores"]["dev"]["accuracy"] > 75
     assert done["STS-B"]["scores"]["dev"]["pearson"] > 50
     assert done["MNLI"]["scores"].keys() == {"m", "mm"} and math.isfinite(done["MNLI"]["train_loss"])
-    answers = {path.stem: path.read_text().splitlines() for path in (tmp_path / "out").glob("predictions/*/*.tsv")}
+    answers = {
+        path.stem: path.read_text().splitlines() for path in (tmp_path / "out").glob("predictions/*epochs12*/*.tsv")
+    }
     assert answers.keys() == {"SST-2", "STS-B", "MNLI-m", "MNLI-mm", "AX"}
     assert answers["MNLI-m"][0] == "index\tprediction" and answers["MNLI-m"][1].startswith("10\t")
     assert {line.split("\t")[1] for line in answers["AX"][1:]} <= set(TASKS["MNLI"].labels)
@@ -290,7 +306,7 @@ def glue_run(tmp_path_factory: pytest.TempPathFactory) -> GlueRun:
     options = {"model": str(write_encoder(folder / "m")), "data": str(folder / "glue"), "tasks": "RTE", "seeds": 1}
     run = GlueRun(GlueConfig(**options, beside="bag_of_words", output_dir=str(folder / "out")))
     run.claim()
-    for job in run.config.jobs():
+    for job in run.jobs():
         if job.arm == "bag_of_words":
             run.do(job)
     return run
@@ -303,10 +319,14 @@ def glue_run(tmp_path_factory: pytest.TempPathFactory) -> GlueRun:
         ("config.json", "[" * 100_000, "config.json is damaged"),
         ("config.json", "{}", "that of another command"),
         ("config.json", '{"model": {"hidden_size": 8}, "stages": []}', "that of another command"),
+        ("config.json", '{"model": "m", "max_length": 128}', "chose settings on the development set"),
         ("config.json", None, "has results and no config.json"),
         ("results/RTE-bag_of_words.json", "null", "delete it, and the same command does that training again"),
         ("results/RTE-bag_of_words.json", b"\xff", "delete it, and the same command does that training again"),
         ("results/RTE-bag_of_words.json", {"scores": {}}, "is not the result of that training"),
+        ("results/RTE-bag_of_words.json", {"choosing": True}, "is not the result of that training"),
+        ("results/RTE-bag_of_words.json", {"test_scores": {"RTE": {"accuracy": 1}}}, "is not the result of that"),
+        ("results/RTE-bag_of_words.json", {"choice": {"task": 3}}, "choice.task: input should be a valid string"),
         ("results/RTE-bag_of_words.json", {"task": "CoLA"}, "is not the result of that training"),
         ("results/RTE-bag_of_words.json", {"scores": {"dev": {"accuracy": float("nan")}}}, "scores.dev.accuracy"),
         ("results/RTE-bag_of_words.json", {"failed": 7}, "failed: input should be a valid string"),
@@ -344,7 +364,7 @@ def test_links_in_the_output_folder_are_not_followed(glue_run: GlueRun, tmp_path
     outcome = Outcome(scores={}, predictions={"RTE": [0, 1, 0, 1, 0]}, train_loss=0.0)
     with pytest.raises(UserError, match="is a link"):
         run.claim()
-        run.write_predictions(run.config.jobs()[0], outcome)
+        run.write_predictions(run.jobs()[0], outcome)
 
 
 def test_a_folder_of_another_command_is_refused(glue_run: GlueRun, tmp_path: Path) -> None:

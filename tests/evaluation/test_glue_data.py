@@ -121,6 +121,38 @@ def test_what_is_missing_is_named(tmp_path: Path) -> None:
         load_task(TASKS["RTE"], str(tmp_path))
 
 
+def test_labels_of_test_sets_are_read_where_they_are_asked_for(tmp_path: Path) -> None:
+    for name in ("SST-2", "MNLI"):
+        folder = write_task(tmp_path, name)
+        for path in folder.glob("test*.tsv"):
+            header, *lines = path.read_text().splitlines()
+            labels = ["entailment", "neutral"] if name == "MNLI" else ["1", "0"]
+            labelled = [f"{line}\t{labels[i % 2]}" for i, line in enumerate(lines)]
+            path.write_text("\n".join([f"{header}\t{TASKS[name].label_column}", *labelled]) + "\n")
+        silent = load_task(TASKS[name], str(tmp_path))
+        loud = load_task(TASKS[name], str(tmp_path), test_labels=True)
+        for test, split in loud.test.items():
+            alternating = [0, 1, 0, 1, 0] if name == "MNLI" else [1, 0, 1, 0, 1]
+            assert split.labels == ([] if test == "AX" else alternating)
+            assert silent.test[test].labels == [] and silent.test[test].texts == split.texts
+            assert silent.test[test].ids == split.ids
+
+
+def test_labels_that_test_sets_lack_are_one_sentence(tmp_path: Path) -> None:
+    path = write_task(tmp_path, "RTE") / "test.tsv"
+    with pytest.raises(UserError, match="test.tsv has no column 'label'.* and with --test_labels that of the labels"):
+        load_task(TASKS["RTE"], str(tmp_path), test_labels=True)
+    header, *lines = path.read_text().splitlines()
+    path.write_text("\n".join([f"{header}\tlabel", *(f"{line}\t-1" for line in lines)]))
+    with pytest.raises(UserError, match="test.tsv line 2: the label '-1' is none of entailment"):
+        load_task(TASKS["RTE"], str(tmp_path), test_labels=True)
+    path.unlink()
+    with pytest.raises(UserError, match="--test_labels: .*test.tsv is missing; add it, or leave"):
+        load_task(TASKS["RTE"], str(tmp_path), test_labels=True)
+    with pytest.raises(UserError, match="hub's test sets have no labels"):
+        load_task(TASKS["RTE"], "some/glue", test_labels=True)
+
+
 def test_tasks_are_found_by_name() -> None:
     assert [task.name for task in select_tasks("sst2,RTE,sst_2")] == ["SST-2", "RTE"]
     assert len(select_tasks("all")) == 9

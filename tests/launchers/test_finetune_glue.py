@@ -48,6 +48,7 @@ def one_rank(config: GlueConfig) -> None:
 
 
 def scores(folder: Path) -> dict[str, dict]:
+    """Scores of every training, by the name of its file."""
     return {path.name: json.loads(path.read_text())["scores"] for path in (folder / "results").glob("*.json")}
 
 
@@ -56,7 +57,7 @@ def test_two_ranks_share_the_jobs_and_find_what_one_finds(tmp_path: Path) -> Non
     model, glue = write_encoder(tmp_path / "m"), tmp_path / "glue"
     for task in ("RTE", "CoLA"):
         write_task(glue, task)
-    settings = {"model": str(model), "data": str(glue), "tasks": "RTE,CoLA", "seeds": 2, "lr": "1e-2"}
+    settings = {"model": str(model), "data": str(glue), "tasks": "RTE,CoLA", "seeds": 1, "lr": "1e-2,1e-4"}
     options = [f"--{name}={value}" for name, value in settings.items()]
     ranks = [start(*options, f"--output_dir={tmp_path / 'two'}", rank=rank, world_size=2) for rank in (0, 1)]
     alone = GlueConfig(**settings, output_dir=str(tmp_path / "one"))
@@ -64,9 +65,12 @@ def test_two_ranks_share_the_jobs_and_find_what_one_finds(tmp_path: Path) -> Non
     output = [rank.communicate(timeout=300) for rank in ranks]
     assert [rank.returncode for rank in ranks] == [0, 0], output
     found = scores(tmp_path / "two")
-    assert found == scores(tmp_path / "one") and len(found) == 4
+    assert found == scores(tmp_path / "one") and len(found) == 2 * (2 + 1), (
+        "two trainings to choose by, one at the chosen"
+    )
     done = [[line for line in out.splitlines() if "seed" in line and " s)" in line] for out, _ in output]
-    assert len(done[0]) + len(done[1]) == 4, "every job was done once"
+    assert len(done[0]) + len(done[1]) == 6, "every job was done once"
+    assert "chosen of 2 settings" in output[0][0] and "32 examples held out of the training set" in output[0][0]
     assert "| RTE" in output[0][0] and "| RTE" not in output[1][0]
     assert (tmp_path / "two" / "submission.zip").is_file()
 
