@@ -144,7 +144,9 @@ def _code(results: Results) -> list[str]:
         changed = commit.endswith("-dirty")
         name = plain(commit.removesuffix("-dirty")[:12], 60)
         said = f"Commit {name}" + (" with changes that were not committed, so nobody can run it again" * changed)
-    return [f"{said}; {versions}." if versions else f"{said}."]
+    later = [plain(commit[:12], 60) for commit in results.plan.get("later_commits", [])]
+    others = [f"Later runs may be of other code: the comparison was gone on with at {listed(later)}."] if later else []
+    return [f"{said}; {versions}." if versions else f"{said}.", *others]
 
 
 def _data(results: Results) -> list[str]:

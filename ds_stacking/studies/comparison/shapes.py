@@ -96,6 +96,7 @@ class Plan(TypedDict):
     __pydantic_config__ = KEEP_OTHERS  # type: ignore[misc]
     version: Literal[2]
     commit: Text | None
+    later_commits: NotRequired[Annotated[list[Text], Field(max_length=1000)]]
     versions: Annotated[dict[Text, Text], Field(max_length=100)]
     recipe: Recipe
     clock: Literal["wall", "cpu"]

@@ -192,6 +192,7 @@ def test_incomplete_comparisons_say_so(tmp_path: Path) -> None:
         ({}, "Commit c7241b8aa012; torch 2.11.0, deepspeed 0.18.2."),
         ({"commit": "c7241b8-dirty"}, "Commit c7241b8 with changes that were not committed"),
         ({"commit": None}, "The commit of the code is not known"),
+        ({"later_commits": ["b" * 40]}, "gone on with at bbbbbbbbbbbb."),
         ({}, "Data docs, fingerprint abc."),
         ({}, "Seconds are processor time of training and growth;"),
         ({"parallel": 2}, "training and growth, 2 runs at a time;"),
