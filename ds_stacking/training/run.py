@@ -66,7 +66,7 @@ from ds_stacking.training.run_directory import (
 )
 from ds_stacking.training.same_data import check_same_data
 from ds_stacking.training.tracking import NullTracker, check_run_id, make_tracker
-from ds_stacking.training.triggering import triggered_stages
+from ds_stacking.training.triggering import check_plateau, triggered_stages
 from ds_stacking.training.watchdog import Watchdog, collective_limit
 
 FITTED_BLOCKS = 1024
@@ -217,6 +217,7 @@ def check_stages(config: RunConfig, ds_config: Mapping[str, Any], *, bf16: bool,
     assert isinstance(stages, list)
     parse_operator(config.operator)  # a misspelt one is an error even where nothing grows
     tried = parse_trigger(config.trigger).operators
+    check_plateau(config)
     for before, after in zip(stages, stages[1:], strict=False):
         for operator in tried or (after.operator or config.operator,):
             layer_map(operator, before.layers, after.layers)

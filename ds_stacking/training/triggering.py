@@ -37,17 +37,19 @@ def triggered_stages(config: RunConfig) -> list[StageConfig]:
     """
     stages, trigger = config.stages, parse_trigger(config.trigger)
     assert isinstance(stages, list)
-    if trigger.kind == "plateau" and any(stage.lr is not None for stage in stages):
-        raise UserError("trigger plateau moves the ends of stages, so give the run's schedule and no lr in stages.")
-    if trigger.kind == "plateau":
-        _check_evaluations(config, stages)
+    check_plateau(config)
     steps = _steps(config, stages, trigger)
     return [replace(stage, steps=count) for stage, count in zip(stages, steps, strict=True)]
 
 
-def _check_evaluations(config: RunConfig, stages: list[StageConfig]) -> None:
-    """Raise UserError where a stage ends before its evaluations could tell of a plateau."""
-    every, begin = config.eval_every, 0
+def check_plateau(config: RunConfig) -> None:
+    """Raise UserError where a stage would end before its evaluations could tell of a plateau, or has its own rate."""
+    stages, every, begin = config.stages, config.eval_every, 0
+    assert isinstance(stages, list)
+    if parse_trigger(config.trigger).kind != "plateau":
+        return
+    if any(stage.lr is not None for stage in stages):
+        raise UserError("trigger plateau moves the ends of stages, so give the run's schedule and no lr in stages.")
     for stage in stages[:-1]:
         after = max(begin, config.warmup_steps)
         begin += stage.steps
