@@ -26,9 +26,9 @@ from ds_stacking.studies.comparison.words import nats_cell, number, saving_cell
 
 Rows = list[tuple[str, ...]]
 ENDS = ("run", "seeds", "loss", "FLOPs", "tokens", "wall clock", "processor")
-GAINS = ("arm", "beside", "equal FLOPs", "equal tokens", "equal time")
-SAVINGS = ("arm", "beside", "FLOPs saved", "time saved", "seeds for ±5 points")
-PAIRS = ("arms", "seeds", "difference", "p, Holm")
+GAINS = ("arm", "equal FLOPs", "equal tokens", "equal time", "beside")
+SAVINGS = ("arm", "FLOPs saved", "time saved", "seeds for ±5 points", "beside")
+PAIRS = ("arms", "difference", "p, Holm", "seeds")
 RATES = ("arm", "rate", "loss", "")
 RUNS = ("run", "stages", "loss", "shuffled", "steps", "tokens", "FLOPs", "wall clock", "processor")
 
@@ -56,7 +56,7 @@ MEANINGS = {
     "linear in the logarithm of the cost; outside them nothing is claimed.",
     "savings": "1 minus what an arm spends over what scratch would spend to end at the arm's loss. A mean is given "
     "only where every seed has a value, else the seeds one by one; “>” means that no budget of scratch reached the "
-    "arm's loss in any seed. The last column is the smallest number of seeds whose interval would be ±5 percentage "
+    "arm's loss in any seed. Beside it the smallest number of seeds whose interval would be ±5 percentage "
     "points of the FLOPs saved or narrower, if their spread stayed what it is.",
     "pairs": "Loss of the first minus loss of the second, seed by seed, negative where the first is better; scratch "
     "at a budget of 1. The intervals are not corrected for the number of pairs, {}; the p-values are, by Holm's "
@@ -114,7 +114,7 @@ def _mean(ends: Sequence[End], field: str) -> float:
 def gain_rows(results: Results) -> Rows:
     """Gains of each arm at equal FLOPs, tokens and time."""
     return [
-        (arm, str(results.arms[arm]["baseline"]), *(nats_cell(gain(results, arm, cost)) for cost in COSTS))
+        (arm, *(nats_cell(gain(results, arm, cost)) for cost in COSTS), str(results.arms[arm]["baseline"]))
         for arm in compared(results)
     ]
 
@@ -124,9 +124,9 @@ def saving_rows(results: Results) -> Rows:
     return [
         (
             arm,
-            str(results.arms[arm]["baseline"]),
             *(saving_cell(saving(results, arm, c), least_saving(results, arm, c)) for c in ("flops", "seconds")),
             _needed(results, arm),
+            str(results.arms[arm]["baseline"]),
         )
         for arm in compared(results)
     ]
@@ -147,7 +147,7 @@ def pair_rows(results: Results) -> Rows:
         p = "-" if pair.adjusted is None else "< 0.001" if pair.adjusted < 0.001 else f"{pair.adjusted:.3f}"
         star = " *" if pair.adjusted is not None and pair.adjusted < LEVEL else ""
         cell = nats_cell(pair.difference)
-        rows.append((f"{pair.first} − {pair.second}", str(pair.difference.n), cell, f"{p}{star}"))
+        rows.append((f"{pair.first} − {pair.second}", cell, f"{p}{star}", str(pair.difference.n)))
     return rows
 
 

@@ -100,10 +100,10 @@ def test_below_all_of_scratch_a_saving_has_a_lower_bound(tmp_path: Path) -> None
     for path in folder.glob("stack/*/*/summary.json"):
         change(path, eval_loss_masked=1.0)
     row = next(row for row in saving_rows(read_comparison(folder)) if row[0] == "stack")
-    assert row[2] == f"> {100 * (1 - 1 / 1.4):.0f} %" and row[3].startswith("> ")
+    assert row[1] == f"> {100 * (1 - 1 / 1.4):.0f} %" and row[2].startswith("> ")
     change(folder / STACK / "summary.json", eval_loss_masked=5.8)
     row = next(row for row in saving_rows(read_comparison(folder)) if row[0] == "stack")
-    assert row[2].count("outside") == 4, "the seeds one by one"
+    assert row[1].count("outside") == 4, "the seeds one by one"
 
 
 def test_runs_whose_flops_are_not_equal_are_named(tmp_path: Path) -> None:
