@@ -243,7 +243,9 @@ def test_a_whole_folder_is_verified_without_its_source(finished: Path):
         prepare_folder(PreparationConfig(output_dir=str(finished / "none"), verify=True), print)
 
 
-@pytest.mark.parametrize("name", ["manifest.json", "train.bin", "train_offsets.npy", "tokenizer/tokenizer.json"])
+@pytest.mark.parametrize(
+    "name", ["manifest.json", "train.bin", "train_offsets.npy", "counts.npy", "tokenizer/tokenizer.json"]
+)
 @pytest.mark.parametrize(
     "damage", [Path.unlink, lambda path: os.truncate(path, 9), lambda path: path.write_text("{}")]
 )
@@ -258,6 +260,20 @@ def test_a_damaged_cache_entry_is_made_again(
     assert "this entry of the cache is made again" in lines[0]
     assert again.fingerprint == first.fingerprint and len(again.train) == again.manifest["train"]["tokens"]
     assert prepare(str(source), str(tokenizer), config, log=lines.append).fingerprint == first.fingerprint
+
+
+def test_counts_of_other_tokens_are_damage(source: Path, tokenizer: Path, tmp_path: Path):
+    """The unigram line rests on them."""
+    config = CorpusConfig(cache_dir=str(tmp_path), sequence_length=32, eval_percent=30, max_leak=100)
+    first = prepare(str(source), str(tokenizer), config, log=print)
+    counts = np.load(first.folder / "counts.npy")
+    lines: list[str] = []
+    for change in ((9, -1), (9, counts[9] + 1)):
+        np.put(wrong := counts.copy(), *change)
+        np.save(first.folder / "counts.npy", wrong)
+        again = prepare(str(source), str(tokenizer), config, log=lines.append)
+        assert (np.load(again.folder / "counts.npy") == counts).all()
+    assert sum("holds the counts of other tokens" in line for line in lines) == 2
 
 
 def test_hashes_of_a_cache_entry_are_compared_on_request(source: Path, tokenizer: Path, tmp_path: Path):

@@ -273,6 +273,17 @@ def test_a_worker_that_fails_says_so_in_a_sentence(
     assert "\n" not in str(caught.value)
 
 
+def test_ctrl_c_while_a_small_corpus_is_prepared_is_no_fault_of_a_document(monkeypatch: pytest.MonkeyPatch):
+    """Without workers, which ignore it, the signal arrives in the midst of it."""
+
+    def interrupted(_: object) -> str:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(worker, "clean_text", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        worker.tokenise([RawDocument("some text")])
+
+
 @pytest.mark.parametrize("name", ["data", "tokenizer"])
 @pytest.mark.parametrize("value", ["", "  ", "a\0b"])
 def test_names_that_are_none_are_refused(name: str, value: str):
