@@ -37,6 +37,6 @@ def verdict(summary: Mapping[str, Any]) -> str:
             f"The model has passed the cache line, which lies above the unigram line here, and not that one. {order}"
         )
     return (
-        "The model has passed both lines: it has read its context, and does more with it than find words that stand "
-        f"there again. {order}"
+        "The model has passed both lines: it has read its context, which tells it more than frequencies and the words "
+        f"that stand there, mixed with one weight, can. {order}"
     )

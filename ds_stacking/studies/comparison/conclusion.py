@@ -40,7 +40,8 @@ LEVEL = 0.05
 def conclusion(results: Results) -> list[str]:
     """Sentences: whether depth pays, what the arms save or gain, what lies outside, what more seeds would bring."""
     if not results.ends:
-        return [f"Nothing can be said yet: none of the {plural(len(results.plan['runs']), 'run')} has finished."]
+        counted = sum("/lr" not in path for path in results.plan["runs"])
+        return [f"Nothing can be said yet: none of the {plural(counted, 'run')} that count has finished."]
     pays = depth_pays(results)
     depth = depth_sentences(results)
     arms = [sentence for arm in results.of_kind("grown", "own") for sentence in arm_sentences(results, arm, pays)]
