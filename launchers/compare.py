@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ds_stacking.command_line import parse_run, run_main
-from ds_stacking.common.errors import UserError
+from ds_stacking.common.errors import RunFailed, UserError
 from ds_stacking.common.outputs import check_output_folder
 from ds_stacking.common.words import shown
 from ds_stacking.config import RunConfig
@@ -35,7 +35,7 @@ def main() -> None:
     """Parse, run what is not finished, report."""
     known, options = make_parser().parse_known_args()
     if known.study is not None:
-        failed = run_study(known, options)
+        failed = run_study(known, _study_options(sys.argv[1:]))
     else:
         failed = run_one(known, options)
     if failed:
@@ -101,6 +101,7 @@ def run_one(known: Namespace, options: list[str]) -> list[str]:
 
 def run_study(known: Namespace, options: list[str]) -> list[str]:
     """Run the comparisons of a study one after another; returns the runs that failed."""
+    from ds_stacking.studies.comparison.plan import PLAN
     from ds_stacking.studies.comparison.report import write_comparison
     from ds_stacking.studies.comparison.study import read_study, write_study
 
@@ -120,11 +121,24 @@ def run_study(known: Namespace, options: list[str]) -> list[str]:
     for number, (name, (its, more)) in enumerate(parsed.items(), 1):
         if not known.report_only:
             print(f"comparison {number} of {len(parsed)}: {name}", flush=True)
-            failed += [f"{name}/{path}" for path in make_comparison(its, more).run()]
-        if not known.report_only or (folder / name).is_dir():
+            try:
+                failed += [f"{name}/{path}" for path in make_comparison(its, more).run()]
+            except (RunFailed, UserError) as error:  # such as of its pilot: the others shall not wait for it
+                print(f"error: {name}: {error}", file=sys.stderr, flush=True)
+                failed.append(name)
+        if (folder / name / PLAN).exists():
             print(write_comparison(folder / name), flush=True)
     print(write_study(folder, list(parsed)))
     return failed
+
+
+def _study_options(arguments: Sequence[str]) -> list[str]:
+    """What of the command line holds for every comparison, such as --seeds: all but what is one for the study."""
+    shared = Options("")
+    for name in ("--study", "--parallel", "--launch", "--task"):
+        shared.add_argument(name)
+    shared.add_argument("--report_only", action="store_true")
+    return shared.parse_known_args(arguments)[1]
 
 
 def _study_folder(path: Path, options: list[str]) -> tuple[Path, list[str]]:

@@ -76,7 +76,7 @@ def _metadata(
         library_name="transformers",
         pipeline_tag="fill-mask",
         license=licence,
-        tags=["progressive-stacking", "masked-language-modelling", model["model_type"]],
+        tags=[*["progressive-stacking"] * _is_grown(summary), "masked-language-modelling", model["model_type"]],
         eval_results=results or None,
     )
 
@@ -86,8 +86,20 @@ def _about(model: Mapping[str, Any], summary: Mapping[str, Any]) -> str:
         f"A bidirectional Transformer encoder ({model['architectures'][0]}) with {model['num_hidden_layers']} layers, "
         f"width {model['hidden_size']}, {model['num_attention_heads']} attention heads, a vocabulary of "
         f"{model['vocab_size']} and {count(summary['parameters'])} parameters. It was pre-trained by masked language "
-        f"modelling with progressive stacking: a shallow model is trained first, its blocks are copied to make a "
-        f"deeper one, and training goes on ({PAPER})."
+        f"modelling{_growing(summary)}."
+    )
+
+
+def _is_grown(summary: Mapping[str, Any]) -> bool:
+    return any(growth["to_layers"] > growth["from_layers"] for growth in summary["growths"])
+
+
+def _growing(summary: Mapping[str, Any]) -> str:
+    if not _is_grown(summary):
+        return ", at one depth from the first step to the last"
+    return (
+        f" with progressive stacking: a shallow model is trained first, its blocks are copied to make a deeper one, "
+        f"and training goes on ({PAPER})"
     )
 
 

@@ -95,12 +95,12 @@ def test_a_study_runs_its_comparisons_in_one_folder(
 ) -> None:
     """With a stand-in for pretrain.py, twice: the second call starts nothing."""
     entries = [
-        {"name": name, "options": ["--stages=1:20,2:30", "--seeds=1", *more]}
+        {"name": name, "options": ["--stages=1:20,2:30", "--seeds=2", *more]}
         for name, more in (("first", []), ("second", ["--arms=scratch,reset", "--tune"]))
     ]
     (tmp_path / "study.json").write_text(json.dumps(entries))
     fake = LAUNCHER.parents[1] / "tests" / "studies" / "comparison" / "fake_pretrain.py"
-    options = [f"--study={tmp_path / 'study.json'}", f"--output_dir={tmp_path / 'all'}", "--data=docs"]
+    options = [f"--study={tmp_path / 'study.json'}", f"--output_dir={tmp_path / 'all'}", "--data=docs", "--seeds=1"]
     launcher = tmp_path / "compare.py"
     launcher.write_text(LAUNCHER.read_text())
     (tmp_path / "pretrain.py").symlink_to(fake)
@@ -112,6 +112,28 @@ def test_a_study_runs_its_comparisons_in_one_folder(
     lines = (tmp_path / "all/study.md").read_text().splitlines()
     assert [line.split(":")[0] for line in lines] == ["first", "second"] and said.rstrip().endswith(lines[-1])
     assert (tmp_path / "all/second/reset/lr0.002/seed-100001/summary.json").is_file()
+    assert not (tmp_path / "all/first/scratch/x1/seed-2").exists(), "the command line's --seeds hold for each"
     with pytest.raises(SystemExit, match="^0$"):
         runpy.run_path(str(launcher), run_name="__main__")
     assert "run 1 of" not in capsys.readouterr().out
+
+
+def test_a_comparison_whose_pilot_fails_leaves_the_others_of_its_study(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    entries = [
+        {"name": name, "options": ["--stages=1:20,2:30", "--seeds=1", f"--lr={lr}"]}
+        for name, lr in (("first", 0.5), ("second", 0.002))
+    ]
+    (tmp_path / "study.json").write_text(json.dumps(entries))
+    launcher = tmp_path / "compare.py"
+    launcher.write_text(LAUNCHER.read_text())
+    (tmp_path / "pretrain.py").symlink_to(LAUNCHER.parents[1] / "tests/studies/comparison/fake_pretrain.py")
+    monkeypatch.setenv("FAKE_DIVERGE", "0.1")
+    options = [f"--study={tmp_path / 'study.json'}", f"--output_dir={tmp_path / 'all'}"]
+    monkeypatch.setattr(sys, "argv", ["compare.py", *options])
+    with pytest.raises(SystemExit, match="^1$"):
+        runpy.run_path(str(launcher), run_name="__main__")
+    said = capsys.readouterr()
+    assert "error: first: the pilot ended with code 1" in said.err and said.out.count("report  ") == 1
+    assert (tmp_path / "all/study.md").read_text().startswith("second: ")

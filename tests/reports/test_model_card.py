@@ -94,3 +94,10 @@ def test_own_modelling_code_is_announced(export):
 def test_a_folder_without_a_model_is_refused(tmp_path):
     with pytest.raises(UserError, match="no config.json"):
         write_model_card(tmp_path, summary=SUMMARY, config=RunConfig().to_dict())
+
+
+def test_a_model_that_was_not_grown_is_no_stacked_one(export):
+    grown = write_model_card(export, summary=SUMMARY, config=RunConfig().to_dict()).read_text()
+    text = write_model_card(export, summary=SUMMARY | {"growths": []}, config=RunConfig().to_dict()).read_text()
+    assert "modelling with progressive stacking: a shallow model" in grown and "- progressive-stacking" in grown
+    assert "stacking" not in text and "at one depth from the first step to the last." in text

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from contextlib import AbstractContextManager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -74,6 +74,8 @@ class Book:
     """What equal time means."""
     at_once: int
     """Runs at a time."""
+    held: Callable[[Path], AbstractContextManager[object]] = FileLock
+    """Holds a file lock, waiting for it."""
 
     def open(self, pilot: Callable[[], Pilot]) -> Saved:
         """The plan with all that is asked for, made once for all that share the directory.
@@ -85,7 +87,7 @@ class Book:
         made = [name for name in (PILOT, f"{PILOT}.log") if not os.path.lexists(self.folder / name)]
         self.folder.mkdir(parents=True, exist_ok=True)
         refuse_links(self.folder, (LOCK,))
-        with FileLock(self.folder / LOCK):
+        with self.held(self.folder / LOCK):
             try:
                 saved = read_plan(self.folder)
                 saved = self._first(pilot()) if saved is None else self._extended(saved)
@@ -100,7 +102,7 @@ class Book:
 
     def update(self, change: Callable[[Saved], None]) -> Saved:
         """Change the plan as it stands now, whoever has changed it since."""
-        with FileLock(self.folder / LOCK):
+        with self.held(self.folder / LOCK):
             saved = read_plan(self.folder)
             if saved is None:
                 raise UserError(f"{self.folder / PLAN} is gone; restore it, or choose another --output_dir.")
@@ -202,7 +204,8 @@ class Book:
     def _filled(self, saved: Saved) -> Saved:
         """The plan with the arms and runs of what is asked for."""
         for name, arm in self.arms.items():
-            saved["arms"].setdefault(name, cast(Any, saved_arm(self.config, arm)))
+            made = cast(dict[str, Any], saved["arms"].setdefault(name, cast(Any, saved_arm(self.config, arm))))
+            made["baseline"] = made.get("baseline") or arm.baseline  # scratch may come later than its arms
         for arm in self._tuned():
             assert saved["tuning"] is not None
             rates = tuning.first_rates(self.config.lr)

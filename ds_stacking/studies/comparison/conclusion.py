@@ -21,7 +21,7 @@ from ds_stacking.studies.comparison.effects import (
     saving,
     shallow_arms,
 )
-from ds_stacking.studies.comparison.results import Results
+from ds_stacking.studies.comparison.results import UNIT, Results
 from ds_stacking.studies.comparison.statistics import Effect, Place
 from ds_stacking.studies.comparison.words import (
     depth_of,
@@ -46,7 +46,14 @@ def conclusion(results: Results) -> list[str]:
     depth = depth_sentences(results)
     arms = [sentence for arm in results.of_kind("grown", "own") for sentence in arm_sentences(results, arm, pays)]
     first = [headline(results), *depth] if pays else depth
-    return [*first, *progress(results), *arms, *baseline_sentences(results), *power_sentences(results)]
+    return [
+        *first,
+        *survivor_sentences(results),
+        *progress(results),
+        *arms,
+        *baseline_sentences(results),
+        *power_sentences(results),
+    ]
 
 
 def summary_lines(comparisons: Sequence[Results]) -> list[str]:
@@ -62,6 +69,20 @@ def progress(results: Results) -> list[str]:
         return []
     failed = f", {lost} failed" if lost else ""
     return [f"{finished} of {planned} runs have finished{failed}."]
+
+
+def survivor_sentences(results: Results) -> list[str]:
+    """Arms some of whose runs failed: figures are then of the seeds that survived, which may be the better ones."""
+    found = []
+    for arm in results.arms:
+        unit = UNIT if results.arms[arm]["kind"] == "scratch" else "flops"
+        lost = sorted(int(path.rpartition("-")[2]) for path in results.failed if path.startswith(f"{arm}/{unit}/"))
+        if lost:
+            found.append(
+                f"{arm} failed at equal FLOPs in {seeds_of(lost)}: its figures are without "
+                f"{'it' if len(lost) == 1 else 'them'}, and flatter it if it failed by diverging."
+            )
+    return found
 
 
 def depth_sentences(results: Results) -> list[str]:

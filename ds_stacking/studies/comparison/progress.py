@@ -64,8 +64,9 @@ class Progress:
 
     def _left(self) -> str:
         """The time that is left: what was expected, times what ended runs took beside what was expected of them."""
-        expected = sum(self.seconds[path] for path in self.ended)
-        factor = sum(self.ended.values()) / expected if expected else 1.0
+        known = self.ended.keys() & self.seconds.keys()
+        expected = sum(self.seconds[path] for path in known)
+        factor = sum(self.ended[path] for path in known) / expected if expected else 1.0
         now = time.monotonic()
         left = 0.0
         for path, seconds in self.seconds.items():

@@ -25,7 +25,7 @@ class TunedRate:
     arm: str
     """Name of the arm."""
     rates: dict[float, float | None]
-    """Mean loss over the tuning seeds by rate, by rising rate; None where no run with it has finished."""
+    """Mean loss over the tuning seeds by rate, by rising rate; None where not all of its runs ended with a loss."""
     chosen: float | None
     """What its runs that count were trained with; None where that is not known yet."""
     at_edge: bool
@@ -68,7 +68,8 @@ def tuned_rates(results: Results) -> list[TunedRate]:
 
 def _mean_loss(results: Results, arm: str, label: str) -> float | None:
     losses = [end.loss for end in results.tuning if (end.arm, end.label) == (arm, label)]
-    return float(np.mean(losses)) if losses else None
+    planned = sum(name.startswith(f"{arm}/{label}/") for name in results.plan["runs"])
+    return float(np.mean(losses)) if losses and len(losses) == planned else None
 
 
 def _arms(results: Results) -> list[str]:

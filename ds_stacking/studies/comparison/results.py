@@ -185,8 +185,10 @@ def _read_run(results: Results, name: str) -> None:
     except UserError as error:
         results.failed[name] = plain(str(error)).rstrip(".")
     else:
-        if not summary["finished"] or summary.get("eval_loss_masked") is None:
+        if not summary["finished"]:
             results.missing.append(name)
+        elif summary.get("eval_loss_masked") is None:
+            results.failed[name] = "it ended with a loss that is not finite"
         elif summary["data_fingerprint"] != results.plan["data_fingerprint"]:
             results.foreign[name] = plain(summary["data_fingerprint"], 60)
         else:

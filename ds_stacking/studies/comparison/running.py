@@ -17,8 +17,6 @@ from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import Literal, TypeVar
 
-from filelock import FileLock
-
 from ds_stacking.common.errors import RunAgain, RunFailed, UserError
 from ds_stacking.common.files import write_text
 from ds_stacking.common.outputs import check_output_folder, writing
@@ -103,6 +101,7 @@ class Comparison:
             minutes=self.minutes,
             clock=self.clock,
             at_once=len(self.places),
+            held=self.starter.held,
         )
 
     def _refuse_foreign(self) -> None:
@@ -195,7 +194,7 @@ class Comparison:
         """
         lock = f".tune-{arm.name}"
         refuse_links(self.folder, (lock,))
-        with FileLock(self.folder / lock):
+        with self.starter.held(self.folder / lock):
             saved = self.plan()
             assert saved["tuning"] is not None
             known = saved["tuning"]["arms"][arm.name]

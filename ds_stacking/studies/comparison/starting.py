@@ -14,6 +14,8 @@ from pathlib import Path
 from queue import Queue
 from typing import Any
 
+from filelock import FileLock, Timeout
+
 from ds_stacking.common.errors import RunAgain, UserError
 from ds_stacking.common.own_files import make_inside, open_inside, read_inside
 from ds_stacking.common.words import plain
@@ -21,8 +23,10 @@ from ds_stacking.training.run_directory import CONFIG, METRICS, STOP
 
 LAST_WORDS = 1 << 16
 """Bytes at the end of a log in which a run's last words are looked for."""
-POLL, TELL = 0.2, 60.0
-"""Seconds between two looks at a run, and between two lines about it."""
+POLL, TELL, WAIT = 0.2, 60.0, 1.0
+"""Seconds between two looks at a run, between two lines about it, and that a lock is waited for at a time."""
+STOPPING = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
+"""Signals that ask to stop; the runs do not get them, since they have sessions of their own."""
 THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
 
 
@@ -81,10 +85,8 @@ class Starter:
 
     @contextmanager
     def stopped_by_signals(self) -> Iterator[None]:
-        """SIGTERM, SIGINT and SIGUSR1 stop the runs, each after its step, as long as the body runs."""
-        kept = {
-            number: signal.signal(number, self._stop) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
-        }
+        """These signals stop the runs, each after its step, as long as the body runs."""
+        kept = {number: signal.signal(number, self._stop) for number in STOPPING if _is_heard(number)}
         try:
             yield
         finally:
@@ -147,10 +149,29 @@ class Starter:
                 told = time.monotonic()
                 watch(newest_record(path))
 
+    @contextmanager
+    def held(self, path: Path) -> Iterator[None]:
+        """Hold the file lock `path`, waited for as long as nobody asks to stop. Raises RunAgain."""
+        lock = FileLock(path)
+        while True:
+            self.refuse_if_stopped(path)
+            with suppress(Timeout):
+                lock.acquire(timeout=WAIT)
+                break
+        try:
+            yield
+        finally:
+            lock.release()
+
     def refuse_if_stopped(self, path: Path) -> None:
         """Raise RunAgain where a signal has asked to stop."""
         if self.reason:
             raise RunAgain(f"stopped by {self.reason} in {path}; the same command goes on")
+
+
+def _is_heard(number: signal.Signals) -> bool:
+    """Whether a signal is to be heard: `nohup` asks for no SIGHUP."""
+    return number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN
 
 
 def newest_record(path: Path) -> dict[str, Any]:

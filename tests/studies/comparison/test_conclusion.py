@@ -14,7 +14,7 @@ from scipy import stats
 
 from ds_stacking.studies.comparison.conclusion import conclusion, headline, summary_lines
 from ds_stacking.studies.comparison.effects import depth_pays, pairs, power, shallow_arms
-from ds_stacking.studies.comparison.provenance import provenance
+from ds_stacking.studies.comparison.provenance import provenance, tuned_rates
 from ds_stacking.studies.comparison.results import Results, read_comparison
 from tests.studies.comparison.made_up import ARMS, arm, change, plan, write
 
@@ -240,3 +240,27 @@ def test_several_comparisons_have_a_line_each(tmp_path: Path) -> None:
     first, second = summary_lines(both)
     assert first.startswith("a: Depth does not pay here: ") and second.startswith("b: No arm is shown to differ")
     assert summary_lines([]) == []
+
+
+def test_seeds_that_failed_are_no_secret(tmp_path: Path) -> None:
+    read(tmp_path / "c", stack=-0.1, noise=0.005)
+    run = tmp_path / "c/stack/flops"
+    change(run / "seed-2/summary.json", eval_loss_masked=None)
+    (run / "seed-4/summary.json").unlink()
+    (run / "seed-4.failed").write_text("ended with code 1: error: its loss or gradients are not finite.")
+    results = read_comparison(tmp_path / "c")
+    assert results.failed.keys() == {"stack/flops/seed-2", "stack/flops/seed-4"} and not results.missing
+    said = "stack failed at equal FLOPs in seeds 2 and 4: its figures are without them, and flatter it"
+    assert any(sentence.startswith(said) for sentence in conclusion(results))
+
+
+def test_a_rate_at_which_a_seed_failed_has_no_mean(tmp_path: Path) -> None:
+    made = plan(tuned={"stack": [0.001, 0.002, 0.003]})
+    made["tuning"]["seeds"].append(100002)
+    made["runs"] |= {path.replace("-100001", "-100002"): made["runs"][path] for path in made["runs"] if "/lr" in path}
+    read(tmp_path / "c", made)
+    (tmp_path / "c/stack/lr0.003/seed-100002/summary.json").unlink()
+    change(tmp_path / "c/stack/lr0.003/seed-100001/summary.json", eval_loss_masked=1.0)
+    results = read_comparison(tmp_path / "c")
+    (tuned,) = tuned_rates(results)
+    assert tuned.rates[0.003] is None and tuned.is_best

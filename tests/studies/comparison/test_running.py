@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from filelock import FileLock
 
 from ds_stacking.command_line import parse_run
 from ds_stacking.common.errors import RunAgain, RunFailed, UserError
@@ -423,3 +424,50 @@ def test_places_that_are_no_comparison_s(tmp_path: Path) -> None:
     (tmp_path / "compare/.git").mkdir(parents=True)
     with pytest.raises(UserError, match="is a checkout of git"):
         comparison(tmp_path)
+
+
+def test_who_waits_for_a_tuning_hears_a_stop(tmp_path: Path) -> None:
+    comparison(tmp_path, tune=1).plan()
+    waiting = comparison(tmp_path, tune=1)
+    timer = threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGTERM))
+    with FileLock(tmp_path / "compare/.tune-stack"), pytest.raises(RunAgain, match="SIGTERM"):
+        timer.start()
+        waiting.run(task=6)
+
+
+def test_a_closed_terminal_stops_the_runs_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FAKE_WAIT", "scratch/x1/seed-1")
+    waiting = tmp_path / "compare/scratch/x1/seed-1/config.json"
+
+    def close() -> None:
+        while not waiting.exists():
+            threading.Event().wait(0.02)
+        os.kill(os.getpid(), signal.SIGHUP)
+
+    kept = signal.getsignal(signal.SIGHUP)
+    threading.Thread(target=close, daemon=True).start()
+    with pytest.raises(RunAgain, match="SIGHUP"):
+        comparison(tmp_path, seeds=1).run()
+    assert signal.getsignal(signal.SIGHUP) == kept
+
+
+def test_a_rate_that_another_task_has_added_is_no_fault(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The task that tuned was stopped after it had planned a fourth rate; one that had counted three takes over."""
+    ours = comparison(tmp_path, tune=1)
+    tune = ours._tune
+
+    def late(arm: Any) -> list[str]:
+        ours.book.add_rate(arm, 0.0045)
+        return tune(arm)
+
+    monkeypatch.setattr(ours, "_tune", late)
+    assert ours.run(task=6) == []
+    assert "stack/lr0.0045/seed-100001" in summaries(tmp_path)
+
+
+def test_scratch_may_come_later_than_its_arms(tmp_path: Path) -> None:
+    comparison(tmp_path, arms=["stack"]).plan()
+    comparison(tmp_path, arms=["scratch", "stack"]).plan()
+    comparison(tmp_path, arms=["stack"]).plan()
+    baselines = {name: arm["baseline"] for name, arm in plan(tmp_path)["arms"].items()}
+    assert baselines == {"scratch": None, "shallow_1": "scratch", "shallow_2": "scratch", "stack": "scratch"}
