@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING
 
 from ds_stacking.command_line import parse_run, run_main
 from ds_stacking.common.errors import RunFailed, UserError
+from ds_stacking.common.failures import LOST
 from ds_stacking.common.outputs import check_output_folder
 from ds_stacking.common.words import shown
 from ds_stacking.config import RunConfig
@@ -35,12 +36,12 @@ def main() -> None:
     """Parse, run what is not finished, report."""
     known, options = make_parser().parse_known_args()
     if known.study is not None:
-        failed = run_study(known, _study_options(sys.argv[1:]))
+        failed, lost = run_study(known, _study_options(sys.argv[1:])), set()
     else:
-        failed = run_one(known, options)
+        failed, lost = run_one(known, options)
     if failed:
         print(f"error: {len(failed)} runs failed, the others are reported: {', '.join(failed)}", file=sys.stderr)
-        sys.exit(1)
+        sys.exit(LOST if lost.issuperset(failed) else RunFailed.exit_code)
 
 
 def make_parser() -> Options:
@@ -84,19 +85,20 @@ def make_parser() -> Options:
     return parser
 
 
-def run_one(known: Namespace, options: list[str]) -> list[str]:
-    """Run one comparison and print its report; returns the runs that failed."""
+def run_one(known: Namespace, options: list[str]) -> tuple[list[str], set[str]]:
+    """Run one comparison and print its report; returns the runs that failed, and those that may not fail again."""
     from ds_stacking.studies.comparison.report import write_comparison
 
     failed: list[str] = []
+    lost: set[str] = set()
     if known.report_only:
         folder = check_output_folder(_config(known, options).run_dir, "output_dir")
     else:
         comparison = make_comparison(known, options)
         folder = comparison.folder
-        failed = comparison.run(known.task)
+        failed, lost = comparison.run(known.task), comparison.lost
     print(write_comparison(folder))
-    return failed
+    return failed, lost
 
 
 def run_study(known: Namespace, options: list[str]) -> list[str]:

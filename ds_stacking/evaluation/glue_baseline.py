@@ -20,6 +20,8 @@ from ds_stacking.evaluation.glue_data import Examples, TaskData
 from ds_stacking.evaluation.glue_metrics import evaluate
 from ds_stacking.evaluation.glue_tasks import Task
 
+WORD = r"[\w']+|[^\w\s']"
+"""A word, its apostrophe included, or a sign: `n't` and `!` decide about a sentiment."""
 LONGEST_NGRAMS = (1, 2)
 """Words alone, or pairs of neighbours too."""
 STRENGTHS = (0.01, 0.1, 1.0, 10.0)
@@ -57,7 +59,7 @@ def linear_words(
 
 def fit(task: Task, train: Examples, ngrams: int, strength: float, weighted: bool) -> Predict:
     """Fit a linear model on the words of `train`; the two sentences of a pair have words of their own."""
-    counters = [CountVectorizer(ngram_range=(1, ngrams)).fit(column) for column in train.texts]
+    counters = [CountVectorizer(ngram_range=(1, ngrams), token_pattern=WORD).fit(column) for column in train.texts]
     words, labels = _count(counters, train), np.asarray(train.labels)
     if task.regression:
         ridge = Ridge(alpha=1 / strength).fit(words, labels)

@@ -22,21 +22,22 @@ def made_up(classes: int, count: int, seed: int) -> Examples:
     rng = np.random.default_rng(seed)
     labels = rng.integers(0, classes, count)
     words = [[f"w{word}" for word in rng.zipf(1.6, 12) % 30 + label * rng.integers(0, 2, 12)] for label in labels]
-    return Examples(texts=([" ".join(line) for line in words],), labels=labels.tolist())
+    signs = ["n't !", "' s ;"]
+    return Examples(texts=([f"{' '.join(line)} {signs[len(line[0]) % 2]}" for line in words],), labels=labels.tolist())
 
 
 def counts(texts: list[str], vocabulary: list[str], ngrams: int) -> np.ndarray:
     """[N, W], by hand."""
     rows = []
     for text in texts:
-        words = re.findall(r"\w\w+", text.lower())
+        words = re.findall(r"[\w']+|[^\w\s']", text.lower())
         found = words + ([f"{a} {b}" for a, b in zip(words, words[1:], strict=False)] if ngrams == 2 else [])
         rows.append([found.count(entry) for entry in vocabulary])
     return np.array(rows, float)
 
 
 def vocabulary(texts: list[str], ngrams: int) -> list[str]:
-    lines = [re.findall(r"\w\w+", text.lower()) for text in texts]
+    lines = [re.findall(r"[\w']+|[^\w\s']", text.lower()) for text in texts]
     words = {word for line in lines for word in line}
     pairs = {f"{a} {b}" for line in lines for a, b in zip(line, line[1:], strict=False)} if ngrams == 2 else set()
     return sorted(words | pairs)

@@ -171,7 +171,7 @@ def _scratch_of(config: RunConfig, arm: Arm, final: int) -> Arm:
             "scratch_gong2019",
             "scratch",
             final,
-            meaning="the final depth from the first step, rate and epsilon as in gong2019",
+            meaning="the final depth from the first step, its rate on one line to 0, epsilon as in gong2019",
             settings=UNCORRECTED,
             staircase=True,
         )
@@ -269,6 +269,15 @@ def _check_recipe(config: RunConfig) -> None:
         raise UserError(
             "The learning rate must fall to 0 at the end of every arm; give --schedule linear, or wsd with a "
             "decay_percent, and stages without lr."
+        )
+    by_depth: dict[int, set[tuple[int, int]]] = {}
+    for stage in recipe_stages(config):
+        tokens = stage.tokens_per_step or config.tokens_per_step
+        by_depth.setdefault(stage.layers, set()).add((config.length_of(stage), tokens))
+    if len({length for kinds in by_depth.values() for length, _ in kinds}) > 1 or max(map(len, by_depth.values())) > 1:
+        raise UserError(
+            "The recipe's stages differ in sequence_length, or in tokens_per_step at one depth, so no arm of one "
+            "depth would be like it; give all stages one length, and one tokens_per_step for each depth."
         )
     if config.trigger != "steps":
         raise UserError(f"trigger {config.trigger} is set; the arms have their own times of growth, so leave it out.")

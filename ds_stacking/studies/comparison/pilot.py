@@ -66,6 +66,7 @@ class PilotSummary(TypedDict):
 
     __pydantic_config__ = KEEP_OTHERS  # type: ignore[misc]
     data_fingerprint: str
+    seconds: Finite
     training_seconds: Finite
 
 

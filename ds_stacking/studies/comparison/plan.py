@@ -202,12 +202,12 @@ def unit_of(
     """What steps are multiplied with for all `runs` together to take `minutes`.
 
     `overhead` are seconds of a run without its steps; `at_once` is how many run at a time. Raises UserError where so
-    little is left that nothing could be learnt.
+    little is left that nothing could be learnt, or that the warm-up takes more than a third of a run.
     """
     left = 60 * minutes * at_once - overhead * len(runs)
     unit = left / sum(run.seconds(costs) for run in runs)
     for run in runs:
-        least = max(config.warmup_steps, SHORTEST * len(run.arm.depths))
+        least = max(3 * config.warmup_steps, SHORTEST * len(run.arm.depths))
         if unit * run.steps <= least:
             raise UserError(
                 f"{minutes:g} minutes leave {run.path} {max(0, round(unit * run.steps))} steps, and it needs more "

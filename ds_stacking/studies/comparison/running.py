@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import os
 import shutil
-import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -18,6 +17,7 @@ from dataclasses import dataclass, field, replace
 from typing import Literal, TypeVar
 
 from ds_stacking.common.errors import RunAgain, RunFailed, UserError
+from ds_stacking.common.failures import LOST
 from ds_stacking.common.files import write_text
 from ds_stacking.common.outputs import check_output_folder, writing
 from ds_stacking.common.own_files import read_inside, refuse_links
@@ -31,11 +31,14 @@ from ds_stacking.studies.comparison.pilot import CLOCKS, PILOT, PILOT_STEPS, is_
 from ds_stacking.studies.comparison.plan import PLAN, ArmRun, Saved
 from ds_stacking.studies.comparison.progress import Progress
 from ds_stacking.studies.comparison.starting import Place, Starter
+from ds_stacking.studies.comparison.words import plural
 from ds_stacking.training.run_directory import CONFIG, is_finished, refuse_place
 
 MOST_SEEDS = 1000
-DIVERGED = "not finite"
+DIVERGED = ("are not finite", "is too high")
 """In the last words of a run whose learning rate was too high; any other failure is no word on the rate."""
+START = 15.0
+"""Seconds until a run stands on prepared data, as they are taken to be; the pilot, which prepares them, cannot tell."""
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
@@ -69,6 +72,8 @@ class Comparison:
     say: Callable[[str], None] = print
     """Shows a line."""
     progress: Progress = field(init=False)
+    lost: set[str] = field(default_factory=set, init=False)
+    """Runs that failed for what may not come again, such as a lost node."""
     fingerprint: str = field(init=False)
     """Of the data, which all runs share; known once there is a plan."""
 
@@ -163,16 +168,14 @@ class Comparison:
         costs = self.book.costs(saved)
         left = {run.path: run.seconds(costs) + saved["overhead"] for run in [*first, *runs] if not self._is_done(run)}
         self.progress = Progress(self.say, left, len(first) + len(runs), len(self.places))
-        self.progress.announce(f"{len(self.resolved)} arms ({', '.join(self.resolved)}), {self.seeds} seeds")
+        self.progress.announce(f"{len(self.resolved)} arms ({', '.join(self.resolved)}), {plural(self.seeds, 'seed')}")
 
     def _pilot(self) -> Pilot:
         """Measure what a step costs at each depth, in a run of a few steps that also prepares the data."""
         self._refuse_foreign()  # again: it was not looked at under the lock
         path = self.folder / PILOT
         self.say(f"pilot: {PILOT_STEPS} steps at each depth")
-        began = time.monotonic()
         code, last = self.starter.start(path, [*self.options, *pilot_options(self.config, self.resolved)])
-        seconds = time.monotonic() - began
         if not is_finished(replace(self.config, output_dir=str(path))):
             if code == UserError.exit_code:
                 raise UserError(last.removeprefix("error: "))
@@ -184,7 +187,7 @@ class Comparison:
         return Pilot(
             costs=read_costs(path, CLOCKS[self.clock]),
             fingerprint=summary["data_fingerprint"],
-            overhead=max(0.0, seconds - summary["training_seconds"]),
+            overhead=START + max(0.0, summary["seconds"] - summary["training_seconds"]),
         )
 
     def _tune(self, arm: Arm) -> list[str]:
@@ -237,7 +240,8 @@ class Comparison:
 
     def _has_diverged(self, run: ArmRun) -> bool:
         with suppress(OSError):
-            return DIVERGED in read_inside(self.folder, f"{run.path}.failed", limit=1 << 16).decode(errors="replace")
+            words = read_inside(self.folder, f"{run.path}.failed", limit=1 << 16).decode(errors="replace")
+            return any(said in words for said in DIVERGED)
         return False
 
     def _is_done(self, run: ArmRun) -> bool:
@@ -261,6 +265,8 @@ class Comparison:
             return True
         if code == RunAgain.exit_code:
             raise RunAgain(f"stopped in {run.path}; the same command goes on")
+        if code == LOST or not 0 <= code < 128:  # it was killed, or a device or the network is gone
+            self.lost.add(run.path)
         words = f"ended with code {code}: {last}"
         write_text(failed, f"{words}\n", inside=self.folder)
         self.progress.end(run.path, f"failed: {words}")

@@ -41,7 +41,7 @@ def main() -> int:
     name = "/".join(run.parts[-3:])
     if os.environ.get("FAKE_FAIL") in (name, run.name):
         print("error: the disk is full.", file=sys.stderr)
-        return 2 if run.name == "pilot" else 1
+        return 2 if run.name == "pilot" else int(os.environ.get("FAKE_CODE", "1"))
     while os.environ.get("FAKE_WAIT") == name:
         if (run / "stop").exists():
             return 75
@@ -52,7 +52,7 @@ def main() -> int:
         print("error: 11 steps in a row were skipped: its loss or gradients are not finite.", file=sys.stderr)
         return 1
     miss = math.log(lr / float(os.environ.get("FAKE_BEST", lr))) ** 2
-    totals = {"step": 0, "tokens": 0, "flops": 0.0, "training_seconds": 0.0, "cpu_seconds": 0.0}
+    totals = {"step": 0, "tokens": 0, "flops": 0.0, "training_seconds": 0.0, "cpu_seconds": 0.0, "seconds": 0.0}
     records = []
     for stage in config["stages"]:
         layers = stage["layers"]
@@ -61,6 +61,7 @@ def main() -> int:
             totals["tokens"] += TOKENS
             totals["flops"] += 100.0 * layers
             totals["training_seconds"] += SECONDS.get(layers, 1.0)
+            totals["seconds"] = totals["training_seconds"] + 2.0
             totals["cpu_seconds"] += 2 * SECONDS.get(layers, 1.0)
             loss = 9.0 - totals["step"] / 100 + miss
             records.append({"kind": "train", "layers": layers, "loss": 3.0, **totals})

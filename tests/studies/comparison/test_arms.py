@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -17,6 +18,7 @@ COSTS = {2: Cost(flops=1.0, seconds=2.0), 4: Cost(flops=2.0, seconds=3.0), 8: Co
 CONFIG = RunConfig(stages="2:1000,4:2000,8:5000")
 FLOPS = 1000 * 1 + 2000 * 2 + 5000 * 4
 BUDGETS = (0.5, 0.7, 1.0, 1.4)
+A_STAGE = StageConfig(layers=2, steps=5)
 
 
 def spent(run: ArmRun, kind: str) -> float:
@@ -151,7 +153,7 @@ def test_minutes_scale_all_runs_alike() -> None:
     assert sum(run.seconds(COSTS) + 20 for run in scaled) == pytest.approx(2 * 360_000)
     assert [run.steps / unit for run in scaled] == pytest.approx([run.steps for run in planned])
     assert steps_at(CONFIG, arms["stack"], 1, COSTS, unit)[0] == pytest.approx(8000 * unit)
-    with pytest.raises(UserError, match="minutes leave scratch/x0.5/seed-1 .* steps, and it needs more than 50"):
+    with pytest.raises(UserError, match="minutes leave scratch/x0.5/seed-1 .* steps, and it needs more than 150"):
         unit_of(CONFIG, 6.0, planned, COSTS, overhead=20.0, at_once=1)
 
 
@@ -166,6 +168,8 @@ def test_minutes_scale_all_runs_alike() -> None:
         ({"schedule": "constant"}, ["scratch", "stack"], (), "must fall to 0"),
         ({"decay_percent": 0.0}, ["scratch", "stack"], (), "must fall to 0"),
         ({"stages": [StageConfig(layers=2, steps=5, lr=0.1)]}, ["scratch"], (), "must fall to 0"),
+        ({"stages": [A_STAGE, replace(A_STAGE, sequence_length=32)]}, ["scratch"], (), "differ in sequence_length"),
+        ({"stages": [A_STAGE, replace(A_STAGE, tokens_per_step=64)]}, ["scratch"], (), "in tokens_per_step at one"),
         ({"stages": "2:10"}, ["scratch", "stack"], (), "nothing grows"),
         ({"stages": "2:10"}, ["scratch"], (), "Nothing is left to compare"),
         ({"stages": "2:10,3:10"}, ["scratch", "stack"], (), "not a multiple"),
