@@ -38,7 +38,7 @@ MOST_SEEDS = 1000
 DIVERGED = ("are not finite", "is too high")
 """In the last words of a run whose learning rate was too high; any other failure is no word on the rate."""
 START = 15.0
-"""Seconds until a run stands on prepared data, as they are taken to be; the pilot, which prepares them, cannot tell."""
+"""Seconds until a run stands on prepared data, as they are taken to be; the pilot prepares them, and cannot tell."""
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
