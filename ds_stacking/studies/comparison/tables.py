@@ -98,7 +98,7 @@ def _end_row(arm: str, label: str, results: Results) -> tuple[str, ...]:
     name = f"{arm} {label}" if label[0] == "x" else f"{arm}, equal time" if label == "time" else arm
     return (
         name,
-        str(len(ends)),
+        str(len(ends)) + (f" ({len(lost)} failed)" if (lost := results.lost(arm, label)) else ""),
         f"{_mean(ends, 'loss'):.3f}{spread}",
         flops(_mean(ends, "flops")),
         count(_mean(ends, "tokens")),

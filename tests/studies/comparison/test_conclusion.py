@@ -13,9 +13,20 @@ import pytest
 from scipy import stats
 
 from ds_stacking.studies.comparison.conclusion import conclusion, headline, summary_lines
-from ds_stacking.studies.comparison.effects import depth_pays, pairs, power, shallow_arms
+from ds_stacking.studies.comparison.effects import (
+    depth_pays,
+    gain,
+    least_saving,
+    pairs,
+    places,
+    power,
+    saving,
+    shallow_arms,
+)
 from ds_stacking.studies.comparison.provenance import provenance, tuned_rates
 from ds_stacking.studies.comparison.results import Results, read_comparison
+from ds_stacking.studies.comparison.tables import end_rows
+from ds_stacking.studies.comparison.words import nats_cell, saving_cell
 from tests.studies.comparison.made_up import ARMS, arm, change, plan, write
 
 MORE = ARMS | {
@@ -133,7 +144,7 @@ def test_what_lies_outside_the_budgets_is_said(tmp_path: Path) -> None:
         path.unlink()
     said = " ".join(conclusion(read_comparison(folder)))
     assert "the losses of scratch do not fall with its budget in 1 of 5 seeds" in said
-    assert "scratch has fewer than two finished budgets in 1 of 5 seeds" in said
+    assert "scratch has fewer than two finished budgets, or lacks one that is planned, in 1 of 5 seeds." in said
 
 
 def test_a_baseline_that_another_scratch_beats_is_said(tmp_path: Path) -> None:
@@ -250,8 +261,86 @@ def test_seeds_that_failed_are_no_secret(tmp_path: Path) -> None:
     (run / "seed-4.failed").write_text("ended with code 1: error: its loss or gradients are not finite.")
     results = read_comparison(tmp_path / "c")
     assert results.failed.keys() == {"stack/flops/seed-2", "stack/flops/seed-4"} and not results.missing
-    said = "stack failed at equal FLOPs in seeds 2 and 4: its figures are without them, and flatter it"
+    said = "stack failed at equal FLOPs in seeds 2 and 4: what needs those runs has no mean"
     assert any(sentence.startswith(said) for sentence in conclusion(results))
+
+
+@pytest.mark.parametrize("ends_with_code", [True, False], ids=["failed", "not finite"])
+def test_a_failed_seed_of_an_arm_leaves_no_mean_anywhere(tmp_path: Path, ends_with_code: bool) -> None:
+    read(tmp_path / "c", stack=-0.1, noise=0.005)
+    fail(tmp_path / "c/stack/flops/seed-2", ends_with_code)
+    results = read_comparison(tmp_path / "c")
+    first, *others = conclusion(results)
+    assert first.startswith("No arm can be told from its baseline yet") and not any("saves" in s for s in others)
+    assert "The saving of stack is not given: its run or one of scratch failed in 1 of 5 seeds." in others
+    for cost in ("flops", "tokens", "seconds"):
+        for found in (gain(results, "stack", cost), saving(results, "stack", cost)):
+            assert found.values[2] is None and found.holes == {2: "failed"} and not found.left_out
+            assert found.mean is None and found.low is None and found.p is None
+        assert least_saving(results, "stack", cost) is None
+    told = {pair.second: pair.difference for pair in pairs(results) if pair.first == "scratch"}
+    assert told["stack"].mean is None and told["stack"].n == 4 and told["shallow_1"].mean is not None
+    assert nats_cell(told["stack"]).split(", ")[1] == "failed" and "outside" not in nats_cell(told["stack"])
+    assert saving_cell(saving(results, "stack", "flops"), None).split(", ")[1] == "failed"
+    assert next(row for row in end_rows(results) if row[0] == "stack")[1] == "4 (1 failed)"
+
+
+def test_an_arm_that_failed_is_told_from_one_that_does_not_differ(tmp_path: Path) -> None:
+    read(tmp_path / "c", plan(arms=MORE), stack=-0.1, noise=0.005)
+    fail(tmp_path / "c/reset/flops/seed-1")
+    said = conclusion(read_comparison(tmp_path / "c"))
+    assert said[0].startswith("stack saves 1") and said[0].endswith("a failed run leaves open whether reset does.")
+    fail(tmp_path / "c/stack/flops/seed-1")
+    said = conclusion(read_comparison(tmp_path / "c"))
+    assert said[0].startswith("No arm is shown to differ") and said[0].endswith("whether stack and reset do.")
+
+
+@pytest.mark.parametrize(
+    ("run", "name"), [("scratch/x1", "4 layers from scratch"), ("shallow_2/flops", "2 layers throughout (shallow_2)")]
+)
+def test_a_failed_seed_leaves_open_whether_depth_pays(tmp_path: Path, run: str, name: str) -> None:
+    assert depth_pays(read(tmp_path / "c", stack=-0.1, noise=0.005)) is True
+    fail(tmp_path / "c" / run / "seed-3")
+    results = read_comparison(tmp_path / "c")
+    assert depth_pays(results) is None
+    first = conclusion(results)[0]
+    assert first.startswith("Whether depth pays cannot be told: ") and f"{name} failed in seed 3" in first
+
+
+def test_an_unfinished_seed_is_no_failed_one(tmp_path: Path) -> None:
+    read(tmp_path / "c", stack=-0.1, noise=0.005)
+    (tmp_path / "c/stack/flops/seed-2/summary.json").unlink()
+    found = gain(read_comparison(tmp_path / "c"), "stack", "flops")
+    assert list(found.values) == [1, 3, 4, 5] and found.mean is not None
+
+
+@pytest.mark.parametrize("is_failed", [True, False])
+@pytest.mark.parametrize("budget", ["0.5", "0.7", "1", "1.4"])
+def test_scratch_is_not_interpolated_where_a_planned_budget_has_no_end(
+    tmp_path: Path, budget: str, is_failed: bool
+) -> None:
+    read(tmp_path / "c", stack=-0.1, noise=0.005)
+    if is_failed:
+        fail(tmp_path / f"c/scratch/x{budget}/seed-4")
+    else:
+        (tmp_path / f"c/scratch/x{budget}/seed-4/summary.json").unlink()
+    results = read_comparison(tmp_path / "c")
+    hole = "failed" if is_failed else "missing"
+    for found in (gain(results, "stack", "flops"), saving(results, "stack", "flops")):
+        assert found.values[4] is None and found.mean is None and found.holes == {4: hole}
+        assert nats_cell(found).split(", ")[3] == hole
+    assert places(results, "stack")[hole] == [4]
+    said = f"scratch failed at a budget of {budget} in seed 4: what needs that run has no mean"
+    assert any(s.startswith(said) for s in conclusion(results)) == is_failed
+
+
+def fail(run: Path, ends_with_code: bool = True) -> None:
+    """A run that has finished failed instead."""
+    if ends_with_code:
+        (run / "summary.json").unlink()
+        Path(f"{run}.failed").write_text("ended with code 1")
+    else:
+        change(run / "summary.json", eval_loss_masked=None)
 
 
 def test_a_rate_at_which_a_seed_failed_has_no_mean(tmp_path: Path) -> None:

@@ -124,7 +124,9 @@ def test_failed_and_missing_runs_are_named_and_the_rest_is_reported(tmp_path: Pa
     assert f"scratch/x1/seed-3 failed: {folder}/scratch/x1/seed-3/summary.json is damaged" in text
     assert "Not finished: shallow_1/flops/seed-4." in text and "32 of 35 runs have finished, 2 failed" in text
     report = report_of(folder)
-    assert len(report["ends"]) == 32 and report["arms"]["stack"]["gain"]["flops"]["mean"] is not None
+    values = report["arms"]["stack"]["gain"]["flops"]["values"]
+    assert [seed for seed, value in values.items() if value is None] == ["2", "3"], "its own, and scratch's"
+    assert len(report["ends"]) == 32 and report["arms"]["stack"]["gain"]["flops"]["mean"] is None
     for path in folder.glob("*/*/*/summary.json"):
         path.unlink()
     assert write_comparison(folder).startswith("Nothing can be said yet: none of the 35 runs that count has finished.")
