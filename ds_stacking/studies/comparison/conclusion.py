@@ -106,6 +106,15 @@ def depth_sentences(results: Results) -> list[str]:
     return found + [f"{_difference(results, c)}." for c in others]
 
 
+def depth_limits(results: Results) -> list[str]:
+    """What the check of depth does not cover, where savings of time are shown."""
+    layers = sorted({results.arms[check.arm]["depths"][-1] for check in shallow_arms(results)})
+    if not layers or not any(saving(results, arm, "seconds").values for arm in results.of_kind("grown", "own")):
+        return []
+    where = f"{listed(layers)} layer{'s' * (layers != [1])}"
+    return [f"Whether depth pays was looked at for equal FLOPs only, not for equal time, and at {where} only."]
+
+
 def _difference(results: Results, check: Shallow) -> str:
     """A shallow arm and its baseline, the better one first."""
     advantage, mean = check.advantage, check.advantage.mean

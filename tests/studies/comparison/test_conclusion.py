@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import random
 import statistics
@@ -23,7 +24,13 @@ from ds_stacking.studies.comparison.effects import (
     saving,
     shallow_arms,
 )
-from ds_stacking.studies.comparison.provenance import provenance, tuned_rates
+from ds_stacking.studies.comparison.provenance import (
+    below_cache,
+    context_sentences,
+    provenance,
+    tuned_rates,
+    warmup_sentences,
+)
 from ds_stacking.studies.comparison.results import Results, read_comparison
 from ds_stacking.studies.comparison.tables import end_rows
 from ds_stacking.studies.comparison.words import nats_cell, saving_cell
@@ -206,6 +213,12 @@ def test_incomplete_comparisons_say_so(tmp_path: Path) -> None:
         ({"commit": "c7241b8-dirty"}, "Commit c7241b8 with changes that were not committed"),
         ({"commit": None}, "The commit of the code is not known"),
         ({"later_commits": ["b" * 40]}, "gone on with at bbbbbbbbbbbb."),
+        ({"later_versions": [{"torch": "2.12.0"}]}, "deepspeed 0.18.2. It was gone on with torch 2.12.0."),
+        ({"later_parallel": [2, 4]}, "It was gone on with 2 and 4 at a time"),
+        ({"added_arms": ["stack"]}, "stack was added after first results."),
+        ({"added_budgets": [0.7, 1.4]}, "Of scratch the budgets 0.7 and 1.4 were added after first results."),
+        ({"added_budgets": [1.4]}, "Of scratch the budget 1.4 was added"),
+        ({"machine": {"processor": "Z80", "cores": 8, "gpus": ["A1"]}}, "Planned on Z80, 8 cores, A1."),
         ({}, "Data docs, fingerprint abc."),
         ({}, "Seconds are processor time of training and growth;"),
         ({"parallel": 2}, "training and growth, 2 runs at a time;"),
@@ -233,17 +246,72 @@ def test_tuning_is_counted_apart_and_rates_at_the_edge_are_flagged(tmp_path: Pat
 @pytest.mark.parametrize(
     ("cache", "words"),
     [
-        (4.0, "No arm passes the cache line: none has learnt to use its context"),
-        (9.0, "All arms pass the cache line"),
-        (5.65, "Only scratch passes the cache line (best scratch 5.5"),
+        (
+            4.0,
+            "No arm is shown to pass the cache line, so that it uses its context (at one unit, 95 % t-",
+        ),
+        (9.0, "All arms pass the cache line (at one unit"),
+        (5.65, "No arm is shown to pass the cache line"),  # scratch does at its budget of 1.4 alone
+        (5.735, "No arm is shown to pass the cache line"),  # its mean lies below, the interval does not
+        (
+            5.76,
+            "Only scratch passes the cache line (at one unit, 95 % t-intervals; best scratch 5.73, the cache line",
+        ),
         (..., "whether any arm uses its context is not known"),
     ],
 )
 def test_the_cache_line_tells_whether_context_is_used(tmp_path: Path, cache: Any, words: str) -> None:
-    folder = write(tmp_path / "c", None, lambda name, units, seed: 5.7 + 0.01 * seed - 0.5 * math.log(units))
+    folder = write(tmp_path / "c", None, lambda name, units, seed: worse(name) + 0.01 * seed - 0.5 * math.log(units))
     for path in folder.glob("*/*/*/summary.json"):
         change(path, cache_loss=cache)
     assert words in " ".join(provenance(read_comparison(folder)))
+
+
+def worse(name: str) -> float:
+    return 5.7 + 0.1 * (name != "scratch")
+
+
+def test_the_cache_line_is_passed_by_a_paired_t_interval(tmp_path: Path) -> None:
+    results = read(tmp_path / "c", noise=0.03)
+    found = below_cache(results, "stack")
+    losses = [end.loss for end in results.of("stack", "flops").values()]
+    interval = stats.ttest_rel([5.3] * 5, losses).confidence_interval(0.95)
+    assert found is not None and (found.low, found.high) == pytest.approx((interval.low, interval.high))
+
+
+def test_one_seed_or_a_failed_one_does_not_tell_whether_context_is_used(tmp_path: Path) -> None:
+    (said,) = context_sentences(read(tmp_path / "a", plan(seeds=[1])))
+    assert said.startswith("Whether scratch, shallow_1, shallow_2 and stack pass the cache line cannot be told")
+    read(tmp_path / "b", noise=0.01)
+    fail(tmp_path / "b/stack/flops/seed-2")
+    (said,) = context_sentences(read_comparison(tmp_path / "b"))
+    assert "; whether stack passes the cache line cannot be told (" in said
+
+
+def test_warm_up_is_given_as_a_share_of_the_flops(tmp_path: Path) -> None:
+    folder = write(tmp_path / "c", plan(seeds=[1, 2]))
+    made = json.loads((folder / "comparison.json").read_text())
+    assert "Warm-up" not in " ".join(provenance(read_comparison(folder))), "older plans do not tell"
+    flops = {1: 1.0, 2: 1.9, 4: 3.7}
+    made["runs"] |= {f"stack/flops/seed-{seed}": [[1, 40], [2, 100], [4, 300]] for seed in (1, 2)}
+    costs = {str(layers): {"flops": cost, "seconds": 1.0} for layers, cost in flops.items()}
+    recipe = made["recipe"] | {"warmup_steps": 50}
+    change(folder / "comparison.json", costs=costs, recipe=recipe, runs=made["runs"])
+    stack = (40 * 1.0 + 10 * 1.9) / (40 * 1.0 + 100 * 1.9 + 300 * 3.7)
+    shares = f"{50 / 320:.1%} of scratch at 0.5, {50 / 640:.1%} of scratch at 1 and {stack:.1%} of stack."
+    assert "Warm-up is 50 steps in every run, in FLOPs " + shares.replace("%", " %") in " ".join(
+        provenance(read_comparison(folder))
+    )
+    recipe["stages"][0]["lr"] = 1e-3
+    change(folder / "comparison.json", recipe=recipe)
+    assert warmup_sentences(read_comparison(folder)) == [], "a stage of its own rate has its own warm-up"
+
+
+def test_tuning_runs_that_diverged_are_not_counted_and_it_is_said(tmp_path: Path) -> None:
+    write(tmp_path / "c", plan(tuned={"stack": [0.001, 0.002, 0.004]}))
+    fail(tmp_path / "c/stack/lr0.004/seed-100001", ends_with_code=False)
+    said = " ".join(provenance(read_comparison(tmp_path / "c")))
+    assert "of all time; what 1 of them that failed or diverged spent is not counted." in said
 
 
 def test_several_comparisons_have_a_line_each(tmp_path: Path) -> None:

@@ -106,6 +106,16 @@ def test_below_all_of_scratch_a_saving_has_a_lower_bound(tmp_path: Path) -> None
     assert row[1].count("outside") == 4, "the seeds one by one"
 
 
+def test_what_the_check_of_depth_leaves_out_stands_beside_savings_of_time(tmp_path: Path) -> None:
+    folder = write(tmp_path / "c")
+    said = "Whether depth pays was looked at for equal FLOPs only, not for equal time, and at 1 and 2 layers only."
+    assert said in write_comparison(folder) and said in report_of(folder)["notes"]
+    page = (folder / "report/report.html").read_text()
+    assert page.count(said) == 2 and "adds 0.3 to 0.4 points to a saving of 10 to 20 %" in page
+    alone = write(tmp_path / "d", plan(arms={name: ARMS[name] for name in ("scratch", "stack")}))
+    assert "Whether depth pays was looked at" not in write_comparison(alone)
+
+
 def test_runs_whose_flops_are_not_equal_are_named(tmp_path: Path) -> None:
     folder = write(tmp_path / "c")
     for path in folder.glob("stack/*/*/summary.json"):
