@@ -19,7 +19,7 @@ from ds_stacking.command_line import parse_run
 from ds_stacking.common.errors import RunAgain, RunFailed, UserError
 from ds_stacking.studies.comparison.pilot import PILOT_OPTIONS, is_pilot, read_costs
 from ds_stacking.studies.comparison.running import Comparison
-from ds_stacking.studies.comparison.starting import places
+from ds_stacking.studies.comparison.starting import Place, places
 
 FAKE = Path(__file__).with_name("fake_pretrain.py")
 
@@ -182,7 +182,7 @@ def test_what_a_comparison_is_gone_on_with_is_noted(tmp_path: Path) -> None:
     # as an earlier program wrote it
     path.write_text(json.dumps({name: v for name, v in saved.items() if name != "machine"} | {"versions": old}))
     for _ in range(2):
-        comparison(tmp_path, parallel=2).plan()
+        comparison(tmp_path, places=[Place(), Place()]).plan()
     assert plan(tmp_path)["later_versions"] == [saved["versions"]] and plan(tmp_path)["versions"] == old
     assert plan(tmp_path)["later_parallel"] == [2] and plan(tmp_path)["parallel"] == 1
 
