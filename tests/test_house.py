@@ -33,7 +33,7 @@ ARROWS = {
     "evaluation": {"config", "models", "data", "growth", "engine"},
     "reports": {"config"},
     "planning": {"config", "models"},
-    "studies": {"config", "growth", "training", "reports"},
+    "studies": {"command_line", "config", "growth", "launcher_options", "reports", "training"},
     "training": {"planning", "config", "growth", "models", "engine", "checkpoint", "data", "evaluation", "reports"},
 }
 """Rooms of the library and the rooms that each may import, beside `common`, which all but the kernels may."""

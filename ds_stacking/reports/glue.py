@@ -22,7 +22,7 @@ from ds_stacking.common.files import whole_file, write_json, write_text
 from ds_stacking.common.outputs import writing
 from ds_stacking.common.own_files import make_inside, read_inside
 from ds_stacking.common.words import plain
-from ds_stacking.reports.glue_rows import ARMS, Row, other_finals, read_choices, read_result, summarise
+from ds_stacking.reports.glue_rows import ARMS, ChoiceSaved, Row, other_finals, read_choices, read_result, summarise
 
 PUBLISHED: dict[str, dict[str, tuple[float, ...]]] = {
     "BERT-Base": {
@@ -171,12 +171,24 @@ def _choices(rows: Sequence[Row], others: Mapping[tuple[str, str], int]) -> list
                 f"{row.task}, {ARMS[row.arm]}: {setting}; chosen of {len(row.choice['scores'])} settings by the mean "
                 f"score, {best:.1f}, of {row.choice['seeds']} training(s) of each on {row.choice['examples']:,} "
                 "examples held out of the training set. Then scored once on what is reported, each seed."
+                f"{_at_edge(row.choice)}"
             )
         else:
             notes.append(f"{row.task}, {ARMS[row.arm]}: {setting}; no other setting was asked for.")
         if count := others.get((row.task, row.arm)):
             notes[-1] += f" Other commands have scored {count} more setting(s) there, in this folder."
     return notes
+
+
+def _at_edge(choice: ChoiceSaved) -> str:
+    """Which chosen values are the smallest or largest of those tried, so that better ones may lie beyond."""
+    tried = {name: {setting[name] for setting, _ in choice["scores"] if name in setting} for name in choice["setting"]}
+    edge = [
+        f"{name} {value:g}"
+        for name, value in choice["setting"].items()
+        if len(tried[name]) > 1 and value in (min(tried[name]), max(tried[name]))
+    ]
+    return f" At the edge of what was tried: {', '.join(edge)}; a better one may lie beyond." if edge else ""
 
 
 def _comparisons(rows: Sequence[Row]) -> list[str]:

@@ -67,6 +67,14 @@ def test_the_table_shows_medians_ranges_and_what_was_chosen(tmp_path: Path) -> N
     assert row["setting"] == setting and row["first"] == names[0] and row["choice"]["examples"] == 692
 
 
+@pytest.mark.parametrize(("chosen", "is_edge"), [(1e-5, True), (1e-4, False), (1e-3, True)])
+def test_a_choice_at_the_edge_of_what_was_tried_is_said(tmp_path: Path, chosen: float, is_edge: bool) -> None:
+    names = [write(tmp_path, "SST-2", "model", seed, chosen, **scores(accuracy=80)) for seed in (1, 2)]
+    choose(tmp_path, "SST-2", "model", {1e-5: 80.0, 1e-4: 81.0, 1e-3: 79.0}, chosen=chosen)
+    said = f"At the edge of what was tried: lr {chosen:g}; a better one may lie beyond."
+    assert (said in write_glue_report(tmp_path, names).text) == is_edge, "the epochs had one value only"
+
+
 def test_settings_that_other_commands_scored_are_counted(tmp_path: Path) -> None:
     names = [write(tmp_path, "RTE", "model", 1, 1e-5, **scores(accuracy=60))]
     write(tmp_path, "RTE", "model", 1001, 1e-2, choosing=True, scores={"held_out": {"accuracy": 99}})

@@ -28,6 +28,7 @@ from ds_stacking.studies.comparison.plan import (
     Saved,
     check_same_recipe,
     commit,
+    machine,
     plan_runs,
     read_plan,
     saved_arm,
@@ -148,6 +149,7 @@ class Book:
             "commit": commit(),
             "later_commits": [],
             "versions": versions(),
+            "machine": machine(),
             "recipe": self._recipe(),
             "clock": self.clock,
             "parallel": self.at_once,
@@ -188,14 +190,31 @@ class Book:
                 raise UserError(
                     f"{self.folder} has another arm {name} ({shown(meaning)}); give this one another name."
                 )
-        new = [seed for seed in self.seeds if seed not in {*saved["seeds"], *saved["added_seeds"]}]
-        # seeds that come once results could have been seen are shown as such
-        (saved["added_seeds"] if self._has_results(saved) else saved["seeds"]).extend(new)
+        self._note_changes(saved)
+        saved["budgets"] = sorted({*saved["budgets"], *self.budgets})
+        return self._filled(saved)
+
+    def _note_changes(self, saved: Saved) -> None:
+        """Note what is another than when the comparison began: what came later, and what it is gone on with."""
+        seeds = [seed for seed in self.seeds if seed not in {*saved["seeds"], *saved["added_seeds"]}]
+        # what comes once results could have been seen is shown as such
+        if self._has_results(saved):
+            saved["added_seeds"].extend(seeds)
+            arms = [name for name in self.arms if name not in saved["arms"]]
+            saved["added_arms"] = [*saved.get("added_arms", []), *arms]
+            budgets = {*self.budgets} - {*saved["budgets"]}
+            saved["added_budgets"] = [*saved.get("added_budgets", []), *sorted(budgets)]
+        else:
+            saved["seeds"].extend(seeds)
         now = commit()
         if now is not None and now not in {saved["commit"], *saved["later_commits"]}:
             saved["later_commits"].append(now)
-        saved["budgets"] = sorted({*saved["budgets"], *self.budgets})
-        return self._filled(saved)
+        packages, known = versions(), [saved.get("versions", {}), *saved.get("later_versions", [])]
+        if packages not in known:
+            saved["later_versions"] = [*known[1:], packages]
+        at_once = [saved.get("parallel", 1), *saved.get("later_parallel", [])]
+        if self.at_once not in at_once:
+            saved["later_parallel"] = [*at_once[1:], self.at_once]
 
     def _has_results(self, saved: Saved) -> bool:
         counted = [path for path in saved["runs"] if int(path.rpartition("-")[2]) not in self._tuning_seeds()]

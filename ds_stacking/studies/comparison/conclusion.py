@@ -21,7 +21,7 @@ from ds_stacking.studies.comparison.effects import (
     saving,
     shallow_arms,
 )
-from ds_stacking.studies.comparison.results import UNIT, Results
+from ds_stacking.studies.comparison.results import Results, unchecked
 from ds_stacking.studies.comparison.statistics import Effect, Place
 from ds_stacking.studies.comparison.words import (
     depth_of,
@@ -72,17 +72,20 @@ def progress(results: Results) -> list[str]:
 
 
 def survivor_sentences(results: Results) -> list[str]:
-    """Arms some of whose runs failed: figures are then of the seeds that survived, which may be the better ones."""
-    found = []
-    for arm in results.arms:
-        unit = UNIT if results.arms[arm]["kind"] == "scratch" else "flops"
-        lost = sorted(int(path.rpartition("-")[2]) for path in results.failed if path.startswith(f"{arm}/{unit}/"))
-        if lost:
-            found.append(
-                f"{arm} failed at equal FLOPs in {seeds_of(lost)}: its figures are without "
-                f"{'it' if len(lost) == 1 else 'them'}, and flatter it if it failed by diverging."
-            )
-    return found
+    """Arms some of whose runs failed: no mean is shown of them, since the seeds that are left may be the better."""
+    labels = list(dict.fromkeys(path.split("/")[1] for path in results.plan["runs"] if "/lr" not in path))
+    where = {"flops": "at equal FLOPs", "time": "at equal time"}
+    failed = {
+        (arm, label): [seed for seed in results.lost(arm, label) if f"{arm}/{label}/seed-{seed}" in results.failed]
+        for arm in results.arms
+        for label in labels
+    }
+    return [
+        f"{arm} failed {where.get(label, f'at a budget of {label[1:]}')} in {seeds_of(lost)}: what needs "
+        f"{'that run' if len(lost) == 1 else 'those runs'} has no mean, since the seeds that are left may flatter."
+        for (arm, label), lost in failed.items()
+        if lost
+    ]
 
 
 def depth_sentences(results: Results) -> list[str]:
@@ -103,6 +106,15 @@ def depth_sentences(results: Results) -> list[str]:
     return found + [f"{_difference(results, c)}." for c in others]
 
 
+def depth_limits(results: Results) -> list[str]:
+    """What the check of depth does not cover, where savings of time are shown."""
+    layers = sorted({results.arms[check.arm]["depths"][-1] for check in shallow_arms(results)})
+    if not layers or not any(saving(results, arm, "seconds").values for arm in results.of_kind("grown", "own")):
+        return []
+    where = f"{listed(layers)} layer{'s' * (layers != [1])}"
+    return [f"Whether depth pays was looked at for equal FLOPs only, not for equal time, and at {where} only."]
+
+
 def _difference(results: Results, check: Shallow) -> str:
     """A shallow arm and its baseline, the better one first."""
     advantage, mean = check.advantage, check.advantage.mean
@@ -120,6 +132,11 @@ def _doubt(results: Results, check: Shallow) -> str:
     shallow, deep = depth_of(results, check.arm)[0], depth_of(results, check.baseline)[0]
     if not results.at_unit(check.baseline) and "x1" not in {name.split("/")[1] for name in results.plan["runs"]}:
         return f"{deep} has no budget of 1, which the arms spend"
+    if check.advantage.holes:
+        lost = {arm: results.lost_at_unit(arm) for arm in (check.arm, check.baseline)}
+        return listed(
+            f"{depth_of(results, arm)[0]} failed in {seeds_of(seeds)}" for arm, seeds in lost.items() if seeds
+        )
     if check.advantage.n == 0:
         return f"{shallow} and {deep} have no finished seed in common"
     if check.advantage.n == 1:
@@ -132,10 +149,12 @@ def _doubt(results: Results, check: Shallow) -> str:
 def headline(results: Results) -> str:
     """What the arms save or lose where depth pays."""
     adjusted = adjusted_gains(results)
+    arms = results.of_kind("grown", "own")
+    lost = [arm for arm in arms if "failed" in gain(results, arm, "flops").holes.values()]
     if not adjusted:
-        arms = results.of_kind("grown", "own")
         return (
-            "No arm can be told from its baseline yet: that needs two seeds of both, and budgets around 1."
+            "No arm can be told from its baseline yet: that needs two seeds of both, none of which failed, and "
+            "budgets around 1."
             if arms
             else "No arm grows, so there is nothing to save."
         )
@@ -143,9 +162,11 @@ def headline(results: Results) -> str:
     if not different:
         wanted = [need.seeds for arm in adjusted if (need := power(results, arm)) and need.of_saving and need.seeds]
         more = f"; an interval of ±5 points of the saving needs about {plural(max(wanted), 'seed')}" if wanted else ""
-        return f"No arm is shown to differ from {_baselines(results, list(adjusted))}{more}."
+        untold = f"; a failed run leaves open whether {listed(lost)} {_do(lost)}" if lost else ""
+        return f"No arm is shown to differ from {_baselines(results, list(adjusted))}{more}{untold}."
     same = [arm for arm in adjusted if arm not in different]
     rest = f"; no difference is shown for {listed(same)}" if same else ""
+    rest += f"; a failed run leaves open whether {listed(lost)} {_do(lost)}" if lost else ""
     beaten = beaten_baselines(results)
     findings = [
         _finding(results, arm) + (f", a baseline that itself ends {beaten[baseline]}" if baseline in beaten else "")
@@ -153,6 +174,10 @@ def headline(results: Results) -> str:
         for baseline in [str(results.arms[arm]["baseline"])]
     ]
     return "; ".join(findings) + f"{rest}."
+
+
+def _do(arms: Sequence[str]) -> str:
+    return "does" if len(arms) == 1 else "do"
 
 
 def _baselines(results: Results, arms: Sequence[str]) -> str:
@@ -205,7 +230,8 @@ def outside_sentences(results: Results, arm: str) -> list[str]:
         "below": f"its loss is below that of {baseline} at {high} in {{}}: add larger budgets",
         "above": f"its loss is above that of {baseline} at {low} in {{}}: add smaller budgets",
         "not falling": f"the losses of {baseline} do not fall with its budget in {{}}, so none can be read off",
-        "missing": f"{baseline} has fewer than two finished budgets in {{}}",
+        "missing": f"{baseline} has fewer than two finished budgets, or lacks one that is planned, in {{}}",
+        "failed": f"its run or one of {baseline} failed in {{}}",
     }
     reasons = [
         text.format(f"{len(found[place])} of {plural(total, 'seed')}")
@@ -215,7 +241,7 @@ def outside_sentences(results: Results, arm: str) -> list[str]:
     if not reasons:
         return []
     least = least_saving(results, arm, "flops")
-    bound = f"more than {percent(least)} % in every seed" if least is not None else "outside"
+    bound = f"more than {percent(least)} % in every seed" if least is not None else "not given"
     return [f"The saving of {arm} is {bound}: {listed(reasons)}."]
 
 
@@ -265,6 +291,12 @@ def power_sentences(results: Results) -> list[str]:
 def disturbed_sentences(results: Results) -> list[str]:
     """Runs whose times are not used, and which seeds of which arms have no gain or saving of time for it."""
     found = [f"The time of {path} is not used: {why}." for path, why in results.untimed.items()]
+    alone = unchecked(results)
+    if alone:
+        found.append(
+            f"Whether the machine was disturbed cannot be checked for {plural(len(alone), 'run')}: fewer than three "
+            f"of one shape have finished."
+        )
     for arm in results.of_kind("grown", "own", "shallow"):
         left_out = gain(results, arm, "seconds").left_out
         if left_out:

@@ -13,6 +13,7 @@ from ds_stacking.studies.comparison.results import End, Results
 from ds_stacking.studies.comparison.statistics import (
     POINTS,
     Effect,
+    Hole,
     Place,
     cost_at,
     deviation_of,
@@ -97,23 +98,48 @@ def saving(results: Results, arm: str, cost: str) -> Effect:
 
 
 def _over_seeds(results: Results, arm: str, cost: str, value: Callable[[str, End], float | None]) -> Effect:
-    """A value of each seed of an arm; seeds whose times cannot be used are left out of what is about time."""
+    """A value of each seed of an arm, none where one of its runs failed or its baseline lacks a planned budget.
+
+    Seeds whose times cannot be used are left out of what is about time.
+    """
     baseline = results.arms[arm]["baseline"]
     ends = results.of(arm, label_of(cost))
     if baseline is None:
         return effect({})
+    holes = _holes(results, arm, label_of(cost))
     left_out = [
         seed
         for seed in ends
-        if cost == "seconds" and not (results.is_timed(arm, seed) and results.is_timed(baseline, seed))
+        if cost == "seconds"
+        and seed not in holes
+        and not (results.is_timed(arm, seed) and results.is_timed(baseline, seed))
     ]
-    return effect({seed: value(baseline, end) for seed, end in ends.items() if seed not in left_out}, left_out)
+    used = {seed: end for seed, end in ends.items() if seed not in holes and seed not in left_out}
+    return effect({seed: value(baseline, end) for seed, end in used.items()}, left_out, holes)
+
+
+def _holes(results: Results, arm: str, label: str) -> dict[int, Hole]:
+    """Seeds that have no value beside a baseline, since a run failed or a budget of the baseline is not there yet."""
+    baseline = results.arms[arm]["baseline"]
+    found = {} if baseline is None else {seed: results.hole(baseline, seed) for seed in results.of(arm, label)}
+    holes: dict[int, Hole] = {seed: hole for seed, hole in found.items() if hole is not None}
+    return holes | dict.fromkeys(results.lost(arm, label), "failed")
+
+
+def _at_unit(results: Results, first: str, second: str) -> tuple[Effect, list[int]]:
+    """Loss of an arm minus that of another at equal FLOPs, and the seeds that both have; none where one failed."""
+    one, other = results.at_unit(first), results.at_unit(second)
+    seeds = [seed for seed in one if seed in other]
+    holes: dict[int, Hole] = dict.fromkeys(
+        sorted({*results.lost_at_unit(first), *results.lost_at_unit(second)}), "failed"
+    )
+    return effect({seed: one[seed].loss - other[seed].loss for seed in seeds}, holes=holes), seeds
 
 
 def least_saving(results: Results, arm: str, cost: str) -> float | None:
     """What an arm saves at the least where in every seed no budget of its baseline reached its loss, else None."""
     baseline, known = results.arms[arm]["baseline"], saving(results, arm, cost)
-    if baseline is None:
+    if baseline is None or known.holes:
         return None
     bounds = []
     for seed, end in results.of(arm, label_of(cost)).items():
@@ -130,7 +156,11 @@ def places(results: Results, arm: str) -> dict[Place, list[int]]:
     """Seeds of an arm by where its loss lies beside the ends of its baseline."""
     baseline, found = results.arms[arm]["baseline"], dict[Place, list[int]]()
     if baseline is not None:
-        for seed, end in results.of(arm, "flops").items():
+        holes = _holes(results, arm, "flops")
+        for seed, hole in holes.items():
+            found.setdefault(hole, []).append(seed)
+        ends = results.of(arm, "flops").items()
+        for seed, end in [(seed, end) for seed, end in ends if seed not in holes]:
             found.setdefault(place_of(results.frontier(baseline, seed, "flops"), end.loss), []).append(seed)
     return found
 
@@ -153,9 +183,8 @@ def pairs(results: Results) -> list[Pair]:
     found = []
     ends = {arm: results.at_unit(arm) for arm in results.arms}
     for first, second in combinations(results.arms, 2):
-        seeds = [seed for seed in ends[first] if seed in ends[second]]
+        difference, seeds = _at_unit(results, first, second)
         if seeds:
-            difference = effect({seed: ends[first][seed].loss - ends[second][seed].loss for seed in seeds})
             ratio = float(np.mean([ends[first][seed].flops / ends[second][seed].flops for seed in seeds]))
             found.append((first, second, difference, ratio))
     p_values = [difference.p for _, _, difference, _ in found if difference.p is not None]
@@ -206,8 +235,7 @@ def shallow_arms(results: Results) -> list[Shallow]:
         if baseline is None:
             continue
         deep, flat = results.at_unit(baseline), results.at_unit(arm)
-        seeds = [seed for seed in flat if seed in deep]
-        advantage = effect({seed: flat[seed].loss - deep[seed].loss for seed in seeds})
+        advantage, seeds = _at_unit(results, arm, baseline)
         deviations = [deviation_of([ends[seed].loss for seed in seeds]) for ends in (deep, flat)]
         spread = max((d for d in deviations if d is not None), default=None)
         pays = is_beaten(advantage, spread)

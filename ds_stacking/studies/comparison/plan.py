@@ -7,12 +7,14 @@ final depth spends them. What a step costs at each depth was measured by a pilot
 from __future__ import annotations
 
 import json
+import os
+import platform
 import subprocess
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NotRequired
 
 from pydantic import Field
 from typing_extensions import TypedDict
@@ -111,6 +113,12 @@ class Saved(TypedDict):
     version: Literal[2]
     commit: str | None
     later_commits: list[str]
+    versions: NotRequired[dict[str, str]]
+    later_versions: NotRequired[list[dict[str, str]]]
+    parallel: NotRequired[Count]
+    later_parallel: NotRequired[list[Count]]
+    added_arms: NotRequired[list[str]]
+    added_budgets: NotRequired[list[Spent]]
     recipe: dict[str, Any]
     clock: str
     minutes: float | None
@@ -248,6 +256,28 @@ def commit() -> str | None:
     except (OSError, subprocess.SubprocessError):
         return None
     return head.stdout.strip() + ("-dirty" if changes.stdout.strip() else "")
+
+
+def machine() -> dict[str, Any]:
+    """Processor, cores and GPUs of this machine, as Linux names them; no device is touched for it."""
+    return {
+        "processor": (_lines_of(Path("/proc/cpuinfo"), "model name") or [platform.machine()])[0],
+        "cores": os.cpu_count() or 1,
+        "gpus": [
+            name
+            for path in sorted(Path("/proc/driver/nvidia/gpus").glob("*/information"))
+            for name in _lines_of(path, "Model")
+        ],
+    }
+
+
+def _lines_of(path: Path, name: str) -> list[str]:
+    """What stands behind `name` and a colon in the lines of a file; nothing where it cannot be read."""
+    try:
+        lines = [line.partition(":") for line in path.read_text(errors="replace").splitlines()]
+    except OSError:
+        return []
+    return [plain(value.strip(), 60) for key, _, value in lines if key.strip() == name]
 
 
 def versions() -> dict[str, str]:

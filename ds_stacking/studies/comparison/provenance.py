@@ -12,7 +12,8 @@ import numpy as np
 
 from ds_stacking.common.words import plain
 from ds_stacking.reports.table import duration, flops
-from ds_stacking.studies.comparison.results import CLOCKS, End, Results
+from ds_stacking.studies.comparison.results import CLOCKS, UNIT, End, Results
+from ds_stacking.studies.comparison.statistics import Effect, effect
 from ds_stacking.studies.comparison.words import listed, number, plural, seeds_of
 
 KINDS = {"scratch": "from scratch", "shallow": "shallow", "grown": "grown", "own": "as given"}
@@ -39,7 +40,9 @@ def provenance(results: Results) -> list[str]:
     return [
         *_arms(results),
         *_seeds(results),
+        *_added(results),
         *_rates(results),
+        *warmup_sentences(results),
         *_code(results),
         *_data(results),
         *context_sentences(results),
@@ -86,7 +89,9 @@ def _arms(results: Results) -> list[str]:
     )
     finished = f"{len(results.tuning)} finished of " if len(results.tuning) != planned else ""
     cost = f"{flops(spent)} and {duration(hours)}{share}"
-    return [*found, f"Beside them {finished}{plural(planned, 'run')} for tuning, which took {cost}."]
+    lost = sum("/lr" in name for name in results.failed)
+    uncounted = f"; what {lost} of them that failed or diverged spent is not counted" if lost else ""
+    return [*found, f"Beside them {finished}{plural(planned, 'run')} for tuning, which took {cost}{uncounted}."]
 
 
 def _sums(ends: list[End]) -> tuple[float, float]:
@@ -107,6 +112,57 @@ def _seeds(results: Results) -> list[str]:
     if both:
         found.append(f"Learning rates were tuned on {seeds_of(both)}, which count too: that flatters what was tuned.")
     return found
+
+
+def _added(results: Results) -> list[str]:
+    """Arms and budgets that were asked for once results could have been seen."""
+    arms, budgets = results.plan.get("added_arms", []), results.plan.get("added_budgets", [])
+    found = []
+    if arms:
+        were = "was" if len(arms) == 1 else "were"
+        found.append(f"{listed(arms)} {were} added after first results.")
+    if budgets:
+        what, were = ("budget", "was") if len(budgets) == 1 else ("budgets", "were")
+        found.append(f"Of scratch the {what} {listed(f'{b:g}' for b in budgets)} {were} added after first results.")
+    return found
+
+
+def warmup_sentences(results: Results) -> list[str]:
+    """What share of the FLOPs the warm-up takes, whose steps are the same for every run of whatever length.
+
+    Nothing where the plan does not tell, or where a stage of the recipe has a rate of its own.
+    """
+    recipe, costs = results.plan["recipe"], results.plan.get("costs", {})
+    warmup = recipe.get("warmup_steps", 0)
+    if not warmup or any(stage.get("lr") is not None for stage in recipe["stages"]):
+        return []
+    shares: dict[str, list[float]] = {}
+    smallest = f"x{min(results.plan['budgets'], default=1.0):g}"
+    for path, stages in results.plan["runs"].items():
+        arm, label, _ = path.split("/")
+        kind = results.arms[arm]["kind"]
+        is_scratch = kind == "scratch"
+        if (
+            kind != "shallow"
+            and label in ((UNIT, smallest) if is_scratch else ("flops",))
+            and all(str(d) in costs for d, _ in stages)
+        ):
+            name = f"{arm} at {label[1:]}" if is_scratch else arm
+            shares.setdefault(name, []).append(
+                _warmup_share(stages, {d: costs[str(d)]["flops"] for d, _ in stages}, warmup)
+            )
+    told = [f"{100 * float(np.mean(values)):.1f} % of {name}" for name, values in shares.items()]
+    return [f"Warm-up is {warmup} steps in every run, in FLOPs {listed(told)}."] if told else []
+
+
+def _warmup_share(stages: list[list[int]], costs: dict[int, float], warmup: int) -> float:
+    """Share of a run's FLOPs that its first `warmup` steps take, given its stages and what a step costs by depth."""
+    left, spent = warmup, 0.0
+    for layers, steps in stages:
+        spent += min(left, steps) * costs[layers]
+        left -= min(left, steps)
+    total = sum(steps * costs[layers] for layers, steps in stages)
+    return spent / total if total else 0.0
 
 
 def _rates(results: Results) -> list[str]:
@@ -147,6 +203,10 @@ def _code(results: Results) -> list[str]:
         said = f"Commit {name}" + (" with changes that were not committed, so nobody can run it again" * changed)
     later = [plain(commit[:12], 60) for commit in results.plan.get("later_commits", [])]
     others = [f"Later runs may be of other code: the comparison was gone on with at {listed(later)}."] if later else []
+    for packages in results.plan.get("later_versions", []):
+        others.append(
+            f"It was gone on with {', '.join(f'{plain(n, 60)} {plain(v, 60)}' for n, v in packages.items())}."
+        )
     return [f"{said}; {versions}." if versions else f"{said}.", *others]
 
 
@@ -159,6 +219,12 @@ def _data(results: Results) -> list[str]:
         f"Seconds are {CLOCKS[plan['clock']]} of training and growth{beside}; start, evaluations and checkpoints are "
         f"left out.",
     ]
+    if later := plan.get("later_parallel"):
+        found.append(f"It was gone on with {listed(later)} at a time, and times of such runs may not compare.")
+    if machine := plan.get("machine"):
+        devices = ", ".join(plain(name, 60) for name in machine["gpus"])
+        gpus = f", {devices}" if devices else ""
+        found.append(f"Planned on {plain(machine['processor'], 60)}, {plural(machine['cores'], 'core')}{gpus}.")
     if results.foreign:
         others = listed(f"{path} ({data})" for path, data in results.foreign.items())
         found.append(f"Not compared, since on other data: {others}.")
@@ -166,29 +232,42 @@ def _data(results: Results) -> list[str]:
 
 
 def context_sentences(results: Results) -> list[str]:
-    """Whether any arm has learnt to use its context: its best mean loss beside those of models that know none."""
-    found = {
-        (arm, label): [end for end in results.of(arm, label).values() if end.cache is not None]
-        for arm in results.arms
-        for label in results.labels(arm)
-    }
-    known = {key: ends for key, ends in found.items() if ends}
-    if not known:
+    """Which arms have learnt to use their context: those that at one unit end below a model that knows none."""
+    passes = {arm: below for arm in results.arms if (below := below_cache(results, arm)) is not None}
+    if not passes:
         return ["The runs do not tell the loss of a cache model, so whether any arm uses its context is not known."]
-    loss = {key: float(np.mean([end.loss for end in ends])) for key, ends in known.items()}
-    cache = {key: float(np.mean([end.cache or 0.0 for end in ends])) for key, ends in known.items()}
-    best = min(loss, key=lambda key: loss[key] - cache[key])
-    unigrams = [end.unigram for ends in known.values() for end in ends if end.unigram is not None]
-    lines = f"the cache line {number(cache[best])}" + (
-        f", unigram {number(float(np.mean(unigrams)))}" if unigrams else ""
-    )
-    passing = list(dict.fromkeys(arm for arm, label in known if loss[arm, label] < cache[arm, label]))
-    what = f"best {best[0]} {number(loss[best])}, {lines}"
-    if not passing:
-        return [f"No arm passes the cache line: none has learnt to use its context ({what})."]
-    if set(passing) >= {arm for arm, _ in known}:
-        return [f"All arms pass the cache line ({what})."]
-    return [f"Only {listed(passing)} pass{'es' if len(passing) == 1 else ''} the cache line ({what})."]
+    passing = [arm for arm, below in passes.items() if below.low is not None and below.low > 0]
+    untold = [arm for arm, below in passes.items() if below.low is None]
+    ends = {arm: list(results.at_unit(arm).values()) for arm in passes}
+    found = []
+    if passing:
+        whole = "All arms" if len(passing) == len(results.arms) else "All arms that have finished runs"
+        who = whole if len(passing) == len(passes) else f"Only {listed(passing)}"
+        found.append(f"{who} pass{'es' if who == f'Only {passing[0]}' else ''} the cache line")
+    elif len(untold) < len(passes):
+        found.append("No arm is shown to pass the cache line, so that it uses its context")
+    if untold:
+        found.append(f"whether {listed(untold)} pass{'es' if len(untold) == 1 else ''} the cache line cannot be told")
+    loss = {arm: float(np.mean([end.loss for end in own])) for arm, own in ends.items() if own}
+    if not loss:
+        return [f"{_capital('; '.join(found))}."]
+    best = min(loss, key=loss.__getitem__)
+    caches = [end.cache for end in ends[best] if end.cache is not None]
+    unigrams = [end.unigram for own in ends.values() for end in own if end.unigram is not None]
+    lines = f", the cache line {number(float(np.mean(caches)))}" if caches else ""
+    lines += f", unigram {number(float(np.mean(unigrams)))}" if unigrams else ""
+    return [f"{_capital('; '.join(found))} (at one unit, 95 % t-intervals; best {best} {number(loss[best])}{lines})."]
+
+
+def below_cache(results: Results, arm: str) -> Effect | None:
+    """Nats by which an arm's loss at one unit lies below that of the cache model; None where no run tells that."""
+    ends = {seed: end for seed, end in results.at_unit(arm).items() if end.cache is not None}
+    values = {seed: (end.cache or 0.0) - end.loss for seed, end in ends.items()}
+    return effect(values, holes=dict.fromkeys(results.lost_at_unit(arm), "failed")) if ends else None
+
+
+def _capital(text: str) -> str:
+    return text[:1].upper() + text[1:]
 
 
 def cache_loss(results: Results) -> float | None:

@@ -15,7 +15,7 @@ from ds_stacking.common.own_files import make_inside
 from ds_stacking.common.words import plain
 from ds_stacking.reports.page import COLOURS, charts, heading, legend, page, paragraph, strong, table
 from ds_stacking.studies.comparison.charts import Curves, cost_charts, read_curves
-from ds_stacking.studies.comparison.conclusion import conclusion, disturbed_sentences
+from ds_stacking.studies.comparison.conclusion import conclusion, depth_limits, disturbed_sentences
 from ds_stacking.studies.comparison.effects import (
     COSTS,
     adjusted_gains,
@@ -144,4 +144,4 @@ def notes(results: Results) -> list[str]:
         f"at equal FLOPs; give more steps."
         for pair in unequal
     ]
-    return [*failed, *missing, *disturbed_sentences(results), *unequal_words]
+    return [*failed, *missing, *depth_limits(results), *disturbed_sentences(results), *unequal_words]

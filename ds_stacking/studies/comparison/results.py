@@ -25,7 +25,7 @@ from ds_stacking.studies.comparison.shapes import (
     Plan,
     Versioned,
 )
-from ds_stacking.studies.comparison.statistics import TOLERANCE, Frontier, off_median
+from ds_stacking.studies.comparison.statistics import TOLERANCE, Frontier, Hole, off_median
 
 SECONDS = {"wall": "training_seconds", "cpu": "cpu_seconds"}
 """The field of a summary that holds the seconds of a comparison's clock."""
@@ -117,6 +117,27 @@ class Results:
     def at_unit(self, arm: str) -> dict[int, End]:
         """Ends by seed of the runs of an arm, scratch too, that spend the recipe's FLOPs."""
         return self.of(arm, UNIT if self.arms[arm]["kind"] == "scratch" else "flops")
+
+    def lost(self, arm: str, label: str) -> list[int]:
+        """Seeds whose run failed, so that `of` does not have them."""
+        runs = (path.split("/") for path in self.failed)
+        found = {int(seed.removeprefix("seed-")) for name, own, seed in runs if (name, own) == (arm, label)}
+        if label == "time":
+            both = self.lost(arm, "flops")
+            found |= {seed for seed in both if f"{arm}/time/seed-{seed}" not in self.plan["runs"]}
+        return sorted(found)
+
+    def lost_at_unit(self, arm: str) -> list[int]:
+        """Seeds whose run failed, so that `at_unit` does not have them."""
+        return self.lost(arm, UNIT if self.arms[arm]["kind"] == "scratch" else "flops")
+
+    def hole(self, arm: str, seed: int) -> Hole | None:
+        """What a frontier lacks: a budget that is planned for the seed and failed, or has not finished."""
+        own = [path for path in self.plan["runs"] if path.startswith(f"{arm}/x") and path.endswith(f"/seed-{seed}")]
+        if any(path in self.failed for path in own):
+            return "failed"
+        ended = {end.path for end in self.ends if (end.arm, end.seed) == (arm, seed)}
+        return None if ended.issuperset(own) else "missing"
 
     def labels(self, arm: str) -> list[str]:
         """Labels of an arm's finished runs: budgets of scratch by size, `flops` before `time`."""
@@ -226,8 +247,13 @@ def _end(path: str, summary: Mapping[str, Any], seconds: str) -> End:
     )
 
 
-def disturbed(results: Results) -> dict[str, str]:
-    """Runs whose seconds differ from the median of their shape by more than TOLERANCE, and by how much.
+def unchecked(results: Results) -> list[str]:
+    """Runs of whose shape fewer than three have finished, so that it cannot be told which was disturbed."""
+    return [path for path, peers in _of_one_shape(results).items() if len(peers) < 3]
+
+
+def _of_one_shape(results: Results) -> dict[str, dict[str, float]]:
+    """For every finished run the seconds of those of its shape, itself among them.
 
     Of one shape are runs with the same stages, and the runs of an arm and label, whose stages may be drawn.
     """
@@ -236,9 +262,20 @@ def disturbed(results: Results) -> dict[str, str]:
     for end in results.ends:
         by_stages.setdefault(_stages(results, end), []).append(end)
         by_label.setdefault((end.arm, end.label), []).append(end)
-    found = {}
+    return {
+        end.path: {e.path: e.seconds for e in by_stages[_stages(results, end)] + by_label[end.arm, end.label]}
+        for end in results.ends
+    }
+
+
+def disturbed(results: Results) -> dict[str, str]:
+    """Runs whose seconds differ from the median of their shape by more than TOLERANCE, and by how much.
+
+    A run that is the only one of its shape never does; of two that are so far apart, both do.
+    """
+    found, shapes = {}, _of_one_shape(results)
     for end in results.ends:
-        peers = {e.path: e.seconds for e in by_stages[_stages(results, end)] + by_label[end.arm, end.label]}
+        peers = shapes[end.path]
         off = off_median(end.seconds, list(peers.values()))
         if abs(off) > TOLERANCE:
             clock = CLOCKS[results.plan["clock"]]

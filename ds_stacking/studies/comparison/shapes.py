@@ -29,6 +29,7 @@ Name = Annotated[str, Field(pattern="^[A-Za-z][A-Za-z0-9_]{0,39}$")]
 """Of an arm."""
 Spent = Annotated[float, Field(allow_inf_nan=False, ge=1e-12, le=1e39)]
 """What a run that ended has spent; it is divided by."""
+Versions = Annotated[dict[Text, Text], Field(max_length=100)]
 Seeds = Annotated[list[Whole], Field(max_length=100_000)]
 
 
@@ -45,6 +46,7 @@ class Depth(TypedDict):
     __pydantic_config__ = KEEP_OTHERS  # type: ignore[misc]
     layers: Whole
     steps: Whole
+    lr: NotRequired[Amount | None]
 
 
 class Width(TypedDict):
@@ -61,6 +63,23 @@ class Recipe(TypedDict):
     stages: Annotated[list[Depth], Field(max_length=1000)]
     model: Width
     data: Text
+    warmup_steps: NotRequired[Whole]
+
+
+class StepCost(TypedDict):
+    """What a step costs at a depth."""
+
+    __pydantic_config__ = KEEP_OTHERS  # type: ignore[misc]
+    flops: Spent
+
+
+class Machine(TypedDict):
+    """What the comparison was planned on."""
+
+    __pydantic_config__ = KEEP_OTHERS  # type: ignore[misc]
+    processor: Text
+    cores: Whole
+    gpus: Annotated[list[Text], Field(max_length=100)]
 
 
 class ArmPlan(TypedDict):
@@ -97,12 +116,18 @@ class Plan(TypedDict):
     version: Literal[2]
     commit: Text | None
     later_commits: NotRequired[Annotated[list[Text], Field(max_length=1000)]]
-    versions: Annotated[dict[Text, Text], Field(max_length=100)]
+    versions: Versions
+    later_versions: NotRequired[Annotated[list[Versions], Field(max_length=1000)]]
     recipe: Recipe
     clock: Literal["wall", "cpu"]
     parallel: NotRequired[Whole]
+    later_parallel: NotRequired[Annotated[list[Whole], Field(max_length=1000)]]
+    machine: NotRequired[Machine]
+    costs: NotRequired[Annotated[dict[Text, StepCost], Field(max_length=1000)]]
     data_fingerprint: Text
     budgets: Annotated[list[Spent], Field(max_length=1000)]
+    added_budgets: NotRequired[Annotated[list[Spent], Field(max_length=1000)]]
+    added_arms: NotRequired[Annotated[list[Name], Field(max_length=100)]]
     seeds: Seeds
     added_seeds: Seeds
     arms: Annotated[dict[Name, ArmPlan], Field(max_length=100)]

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from statistics import median
 from typing import Literal
@@ -26,8 +26,11 @@ TOLERANCE = 0.1
 """Runs of one shape whose seconds differ by more from their median, relatively, did not run undisturbed."""
 Frontier = Sequence[tuple[float, float]]
 """Cost and loss of scratch's ends with one seed, by rising cost."""
-Place = Literal["inside", "below", "above", "not falling", "missing"]
-"""Where a loss lies beside a frontier; `missing`: fewer than two ends; `not falling`: more cost did not help."""
+Hole = Literal["failed", "missing"]
+"""Why there is no run where one is needed: it failed, or has not finished."""
+Place = Literal["inside", "below", "above", "not falling", "missing", "failed"]
+"""Where a loss lies beside a frontier; `missing`: fewer than two ends; `not falling`: more cost did not
+help; or there is a hole."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,9 +38,11 @@ class Effect:
     """A quantity over seeds: paired differences, or shares of a cost."""
 
     values: Mapping[int, float | None]
-    """By seed; None where scratch's ends do not enclose it."""
+    """By seed; None where scratch's ends do not enclose it, or where `holes` names the seed."""
     left_out: Sequence[int] = ()
     """Seeds whose times cannot be used, whatever they say."""
+    holes: Mapping[int, Hole] = field(default_factory=dict)
+    """Seeds of which a run is lacking."""
     mean: float | None = None
     """Mean; None where any seed has no value, since leaving seeds out by their result would flatter."""
     deviation: float | None = None
@@ -60,22 +65,25 @@ class Effect:
         return self.low is not None and self.high is not None and not self.low <= 0 <= self.high
 
 
-def effect(values: Mapping[int, float | None], left_out: Sequence[int] = ()) -> Effect:
-    """Mean and t-interval of values by seed."""
+def effect(
+    values: Mapping[int, float | None], left_out: Sequence[int] = (), holes: Mapping[int, Hole] | None = None
+) -> Effect:
+    """Mean and t-interval of values by seed; the seeds of `holes` have none, so with one of them there is no mean."""
+    holes = holes or {}
+    values = dict(sorted({**values, **dict.fromkeys(holes)}.items()))
+    found = Effect(values=values, left_out=left_out, holes=holes)
     known = [value for value in values.values() if value is not None]
     if not known or len(known) < len(values):
-        return Effect(values=values, left_out=left_out)
+        return found
     mean = float(np.mean(known))
     if len(known) < 2:
-        return Effect(values=values, left_out=left_out, mean=mean)
+        return replace(found, mean=mean)
     deviation = float(np.std(known, ddof=1))
     if np.ptp(known) == 0:  # a width of 0 would be a claim of certainty
-        return Effect(values=values, left_out=left_out, mean=mean, deviation=0.0)
+        return replace(found, mean=mean, deviation=0.0)
     half = half_width(deviation, len(known))
     p = float(2 * stats.t.sf(abs(mean) / (deviation / math.sqrt(len(known))), len(known) - 1))
-    return Effect(
-        values=values, left_out=left_out, mean=mean, deviation=deviation, low=mean - half, high=mean + half, p=p
-    )
+    return replace(found, mean=mean, deviation=deviation, low=mean - half, high=mean + half, p=p)
 
 
 def half_width(deviation: float, n: int) -> float:

@@ -70,12 +70,16 @@ def saving_cell(effect: Effect, least: float | None) -> str:
 def _cell(effect: Effect, scale: float, form: str) -> str:
     values = list(effect.values.values())
     if effect.mean is None:
-        outside = values.count(None)
-        if outside == len(values):
-            return "outside" if values else "-"
+        why = [effect.holes.get(seed, "outside") for seed, value in effect.values.items() if value is None]
+        if len(why) == len(values) and len(set(why)) < 2:
+            return why[0] if why else "-"
         if len(values) > LISTED:
-            return f"outside in {outside} of {len(values)} seeds"
-        return ", ".join("outside" if v is None else form.format(scale * v) for v in values)
+            counts = listed(f"{word} in {why.count(word)}" for word in dict.fromkeys(why))
+            return f"{counts} of {len(values)} seeds"
+        texts = [
+            effect.holes.get(s, "outside") if v is None else form.format(scale * v) for s, v in effect.values.items()
+        ]
+        return ", ".join(texts)
     text = form.format(scale * effect.mean)
     if effect.low is not None and effect.high is not None:
         text = f"{text} [{form.format(scale * effect.low)}, {form.format(scale * effect.high)}]"

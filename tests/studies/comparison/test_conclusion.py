@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import random
 import statistics
@@ -13,9 +14,26 @@ import pytest
 from scipy import stats
 
 from ds_stacking.studies.comparison.conclusion import conclusion, headline, summary_lines
-from ds_stacking.studies.comparison.effects import depth_pays, pairs, power, shallow_arms
-from ds_stacking.studies.comparison.provenance import provenance, tuned_rates
+from ds_stacking.studies.comparison.effects import (
+    depth_pays,
+    gain,
+    least_saving,
+    pairs,
+    places,
+    power,
+    saving,
+    shallow_arms,
+)
+from ds_stacking.studies.comparison.provenance import (
+    below_cache,
+    context_sentences,
+    provenance,
+    tuned_rates,
+    warmup_sentences,
+)
 from ds_stacking.studies.comparison.results import Results, read_comparison
+from ds_stacking.studies.comparison.tables import end_rows
+from ds_stacking.studies.comparison.words import nats_cell, saving_cell
 from tests.studies.comparison.made_up import ARMS, arm, change, plan, write
 
 MORE = ARMS | {
@@ -133,7 +151,7 @@ def test_what_lies_outside_the_budgets_is_said(tmp_path: Path) -> None:
         path.unlink()
     said = " ".join(conclusion(read_comparison(folder)))
     assert "the losses of scratch do not fall with its budget in 1 of 5 seeds" in said
-    assert "scratch has fewer than two finished budgets in 1 of 5 seeds" in said
+    assert "scratch has fewer than two finished budgets, or lacks one that is planned, in 1 of 5 seeds." in said
 
 
 def test_a_baseline_that_another_scratch_beats_is_said(tmp_path: Path) -> None:
@@ -195,6 +213,12 @@ def test_incomplete_comparisons_say_so(tmp_path: Path) -> None:
         ({"commit": "c7241b8-dirty"}, "Commit c7241b8 with changes that were not committed"),
         ({"commit": None}, "The commit of the code is not known"),
         ({"later_commits": ["b" * 40]}, "gone on with at bbbbbbbbbbbb."),
+        ({"later_versions": [{"torch": "2.12.0"}]}, "deepspeed 0.18.2. It was gone on with torch 2.12.0."),
+        ({"later_parallel": [2, 4]}, "It was gone on with 2 and 4 at a time"),
+        ({"added_arms": ["stack"]}, "stack was added after first results."),
+        ({"added_budgets": [0.7, 1.4]}, "Of scratch the budgets 0.7 and 1.4 were added after first results."),
+        ({"added_budgets": [1.4]}, "Of scratch the budget 1.4 was added"),
+        ({"machine": {"processor": "Z80", "cores": 8, "gpus": ["A1"]}}, "Planned on Z80, 8 cores, A1."),
         ({}, "Data docs, fingerprint abc."),
         ({}, "Seconds are processor time of training and growth;"),
         ({"parallel": 2}, "training and growth, 2 runs at a time;"),
@@ -222,17 +246,72 @@ def test_tuning_is_counted_apart_and_rates_at_the_edge_are_flagged(tmp_path: Pat
 @pytest.mark.parametrize(
     ("cache", "words"),
     [
-        (4.0, "No arm passes the cache line: none has learnt to use its context"),
-        (9.0, "All arms pass the cache line"),
-        (5.65, "Only scratch passes the cache line (best scratch 5.5"),
+        (
+            4.0,
+            "No arm is shown to pass the cache line, so that it uses its context (at one unit, 95 % t-",
+        ),
+        (9.0, "All arms pass the cache line (at one unit"),
+        (5.65, "No arm is shown to pass the cache line"),  # scratch does at its budget of 1.4 alone
+        (5.735, "No arm is shown to pass the cache line"),  # its mean lies below, the interval does not
+        (
+            5.76,
+            "Only scratch passes the cache line (at one unit, 95 % t-intervals; best scratch 5.73, the cache line",
+        ),
         (..., "whether any arm uses its context is not known"),
     ],
 )
 def test_the_cache_line_tells_whether_context_is_used(tmp_path: Path, cache: Any, words: str) -> None:
-    folder = write(tmp_path / "c", None, lambda name, units, seed: 5.7 + 0.01 * seed - 0.5 * math.log(units))
+    folder = write(tmp_path / "c", None, lambda name, units, seed: worse(name) + 0.01 * seed - 0.5 * math.log(units))
     for path in folder.glob("*/*/*/summary.json"):
         change(path, cache_loss=cache)
     assert words in " ".join(provenance(read_comparison(folder)))
+
+
+def worse(name: str) -> float:
+    return 5.7 + 0.1 * (name != "scratch")
+
+
+def test_the_cache_line_is_passed_by_a_paired_t_interval(tmp_path: Path) -> None:
+    results = read(tmp_path / "c", noise=0.03)
+    found = below_cache(results, "stack")
+    losses = [end.loss for end in results.of("stack", "flops").values()]
+    interval = stats.ttest_rel([5.3] * 5, losses).confidence_interval(0.95)
+    assert found is not None and (found.low, found.high) == pytest.approx((interval.low, interval.high))
+
+
+def test_one_seed_or_a_failed_one_does_not_tell_whether_context_is_used(tmp_path: Path) -> None:
+    (said,) = context_sentences(read(tmp_path / "a", plan(seeds=[1])))
+    assert said.startswith("Whether scratch, shallow_1, shallow_2 and stack pass the cache line cannot be told")
+    read(tmp_path / "b", noise=0.01)
+    fail(tmp_path / "b/stack/flops/seed-2")
+    (said,) = context_sentences(read_comparison(tmp_path / "b"))
+    assert "; whether stack passes the cache line cannot be told (" in said
+
+
+def test_warm_up_is_given_as_a_share_of_the_flops(tmp_path: Path) -> None:
+    folder = write(tmp_path / "c", plan(seeds=[1, 2]))
+    made = json.loads((folder / "comparison.json").read_text())
+    assert "Warm-up" not in " ".join(provenance(read_comparison(folder))), "older plans do not tell"
+    flops = {1: 1.0, 2: 1.9, 4: 3.7}
+    made["runs"] |= {f"stack/flops/seed-{seed}": [[1, 40], [2, 100], [4, 300]] for seed in (1, 2)}
+    costs = {str(layers): {"flops": cost, "seconds": 1.0} for layers, cost in flops.items()}
+    recipe = made["recipe"] | {"warmup_steps": 50}
+    change(folder / "comparison.json", costs=costs, recipe=recipe, runs=made["runs"])
+    stack = (40 * 1.0 + 10 * 1.9) / (40 * 1.0 + 100 * 1.9 + 300 * 3.7)
+    shares = f"{50 / 320:.1%} of scratch at 0.5, {50 / 640:.1%} of scratch at 1 and {stack:.1%} of stack."
+    assert "Warm-up is 50 steps in every run, in FLOPs " + shares.replace("%", " %") in " ".join(
+        provenance(read_comparison(folder))
+    )
+    recipe["stages"][0]["lr"] = 1e-3
+    change(folder / "comparison.json", recipe=recipe)
+    assert warmup_sentences(read_comparison(folder)) == [], "a stage of its own rate has its own warm-up"
+
+
+def test_tuning_runs_that_diverged_are_not_counted_and_it_is_said(tmp_path: Path) -> None:
+    write(tmp_path / "c", plan(tuned={"stack": [0.001, 0.002, 0.004]}))
+    fail(tmp_path / "c/stack/lr0.004/seed-100001", ends_with_code=False)
+    said = " ".join(provenance(read_comparison(tmp_path / "c")))
+    assert "of all time; what 1 of them that failed or diverged spent is not counted." in said
 
 
 def test_several_comparisons_have_a_line_each(tmp_path: Path) -> None:
@@ -250,8 +329,86 @@ def test_seeds_that_failed_are_no_secret(tmp_path: Path) -> None:
     (run / "seed-4.failed").write_text("ended with code 1: error: its loss or gradients are not finite.")
     results = read_comparison(tmp_path / "c")
     assert results.failed.keys() == {"stack/flops/seed-2", "stack/flops/seed-4"} and not results.missing
-    said = "stack failed at equal FLOPs in seeds 2 and 4: its figures are without them, and flatter it"
+    said = "stack failed at equal FLOPs in seeds 2 and 4: what needs those runs has no mean"
     assert any(sentence.startswith(said) for sentence in conclusion(results))
+
+
+@pytest.mark.parametrize("ends_with_code", [True, False], ids=["failed", "not finite"])
+def test_a_failed_seed_of_an_arm_leaves_no_mean_anywhere(tmp_path: Path, ends_with_code: bool) -> None:
+    read(tmp_path / "c", stack=-0.1, noise=0.005)
+    fail(tmp_path / "c/stack/flops/seed-2", ends_with_code)
+    results = read_comparison(tmp_path / "c")
+    first, *others = conclusion(results)
+    assert first.startswith("No arm can be told from its baseline yet") and not any("saves" in s for s in others)
+    assert "The saving of stack is not given: its run or one of scratch failed in 1 of 5 seeds." in others
+    for cost in ("flops", "tokens", "seconds"):
+        for found in (gain(results, "stack", cost), saving(results, "stack", cost)):
+            assert found.values[2] is None and found.holes == {2: "failed"} and not found.left_out
+            assert found.mean is None and found.low is None and found.p is None
+        assert least_saving(results, "stack", cost) is None
+    told = {pair.second: pair.difference for pair in pairs(results) if pair.first == "scratch"}
+    assert told["stack"].mean is None and told["stack"].n == 4 and told["shallow_1"].mean is not None
+    assert nats_cell(told["stack"]).split(", ")[1] == "failed" and "outside" not in nats_cell(told["stack"])
+    assert saving_cell(saving(results, "stack", "flops"), None).split(", ")[1] == "failed"
+    assert next(row for row in end_rows(results) if row[0] == "stack")[1] == "4 (1 failed)"
+
+
+def test_an_arm_that_failed_is_told_from_one_that_does_not_differ(tmp_path: Path) -> None:
+    read(tmp_path / "c", plan(arms=MORE), stack=-0.1, noise=0.005)
+    fail(tmp_path / "c/reset/flops/seed-1")
+    said = conclusion(read_comparison(tmp_path / "c"))
+    assert said[0].startswith("stack saves 1") and said[0].endswith("a failed run leaves open whether reset does.")
+    fail(tmp_path / "c/stack/flops/seed-1")
+    said = conclusion(read_comparison(tmp_path / "c"))
+    assert said[0].startswith("No arm is shown to differ") and said[0].endswith("whether stack and reset do.")
+
+
+@pytest.mark.parametrize(
+    ("run", "name"), [("scratch/x1", "4 layers from scratch"), ("shallow_2/flops", "2 layers throughout (shallow_2)")]
+)
+def test_a_failed_seed_leaves_open_whether_depth_pays(tmp_path: Path, run: str, name: str) -> None:
+    assert depth_pays(read(tmp_path / "c", stack=-0.1, noise=0.005)) is True
+    fail(tmp_path / "c" / run / "seed-3")
+    results = read_comparison(tmp_path / "c")
+    assert depth_pays(results) is None
+    first = conclusion(results)[0]
+    assert first.startswith("Whether depth pays cannot be told: ") and f"{name} failed in seed 3" in first
+
+
+def test_an_unfinished_seed_is_no_failed_one(tmp_path: Path) -> None:
+    read(tmp_path / "c", stack=-0.1, noise=0.005)
+    (tmp_path / "c/stack/flops/seed-2/summary.json").unlink()
+    found = gain(read_comparison(tmp_path / "c"), "stack", "flops")
+    assert list(found.values) == [1, 3, 4, 5] and found.mean is not None
+
+
+@pytest.mark.parametrize("is_failed", [True, False])
+@pytest.mark.parametrize("budget", ["0.5", "0.7", "1", "1.4"])
+def test_scratch_is_not_interpolated_where_a_planned_budget_has_no_end(
+    tmp_path: Path, budget: str, is_failed: bool
+) -> None:
+    read(tmp_path / "c", stack=-0.1, noise=0.005)
+    if is_failed:
+        fail(tmp_path / f"c/scratch/x{budget}/seed-4")
+    else:
+        (tmp_path / f"c/scratch/x{budget}/seed-4/summary.json").unlink()
+    results = read_comparison(tmp_path / "c")
+    hole = "failed" if is_failed else "missing"
+    for found in (gain(results, "stack", "flops"), saving(results, "stack", "flops")):
+        assert found.values[4] is None and found.mean is None and found.holes == {4: hole}
+        assert nats_cell(found).split(", ")[3] == hole
+    assert places(results, "stack")[hole] == [4]
+    said = f"scratch failed at a budget of {budget} in seed 4: what needs that run has no mean"
+    assert any(s.startswith(said) for s in conclusion(results)) == is_failed
+
+
+def fail(run: Path, ends_with_code: bool = True) -> None:
+    """A run that has finished failed instead."""
+    if ends_with_code:
+        (run / "summary.json").unlink()
+        Path(f"{run}.failed").write_text("ended with code 1")
+    else:
+        change(run / "summary.json", eval_loss_masked=None)
 
 
 def test_a_rate_at_which_a_seed_failed_has_no_mean(tmp_path: Path) -> None:

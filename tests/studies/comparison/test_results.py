@@ -12,7 +12,7 @@ import pytest
 from ds_stacking.common.errors import UserError
 from ds_stacking.studies.comparison.effects import gain, saving
 from ds_stacking.studies.comparison.report import write_comparison
-from ds_stacking.studies.comparison.results import read_comparison
+from ds_stacking.studies.comparison.results import read_comparison, unchecked
 from tests.studies.comparison.made_up import ARMS, SPEED, UNIT, arm, change, falling, plan, write
 
 SCRIPT = "<script>alert(1)</script>"
@@ -147,6 +147,19 @@ def test_a_disturbed_run_of_scratch_takes_its_seed_from_all_arms(tmp_path: Path)
     assert list(results.untimed) == ["scratch/x0.7/seed-4"]
     for name in ("stack", "shallow_1", "shallow_2"):
         assert list(gain(results, name, "seconds").left_out) == [4]
+
+
+@pytest.mark.parametrize(("seeds", "flagged"), [([1], False), ([1, 2], True), ([1, 2, 3], True)])
+def test_fewer_than_three_runs_of_a_shape_cannot_be_checked(tmp_path: Path, seeds: list[int], flagged: bool) -> None:
+    """Of two that are far apart both are flagged, of one nothing is known: the report says so."""
+    folder = write(tmp_path / "c", plan(seeds=seeds))
+    change(folder / "stack/flops/seed-1/summary.json", cpu_seconds=300.0)
+    results = read_comparison(folder)
+    expected = {1: 0, 2: 2, 3: 1}[len(seeds)]
+    assert len(results.untimed) == expected and bool(expected) == flagged
+    assert len(unchecked(results)) == (len(results.ends) if len(seeds) < 3 else 0)
+    said = f"cannot be checked for {7 * len(seeds)} runs: fewer than three of one shape have finished."
+    assert (said in write_comparison(folder)) == (len(seeds) < 3)
 
 
 def test_runs_with_the_same_stages_are_of_one_shape_whatever_their_arm(tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ from ds_stacking.command_line import parse_run
 from ds_stacking.common.errors import RunAgain, RunFailed, UserError
 from ds_stacking.studies.comparison.pilot import PILOT_OPTIONS, is_pilot, read_costs
 from ds_stacking.studies.comparison.running import Comparison
-from ds_stacking.studies.comparison.starting import places
+from ds_stacking.studies.comparison.starting import Place, places
 
 FAKE = Path(__file__).with_name("fake_pretrain.py")
 
@@ -170,6 +170,7 @@ def test_a_task_is_one_arm_and_seed_and_more_can_be_added(tmp_path: Path) -> Non
     assert saved["budgets"] == [0.25, 0.5, 0.7, 1.0, 1.4, 2.0]
     assert (saved["seeds"], saved["added_seeds"]) == ([1, 2], [3]), "a run has ended: results could have been seen"
     assert len([run for run in saved["runs"] if run.startswith("scratch/")]) == 3 * 6
+    assert saved["added_arms"] == ["late"] and saved["added_budgets"] == [0.25, 2.0]
     with pytest.raises(UserError, match="comparison of another recipe"):
         comparison(tmp_path, "--lr=1e-4").plan()
 
@@ -178,6 +179,23 @@ def test_seeds_may_be_fixed_anew_before_the_first_result(tmp_path: Path) -> None
     comparison(tmp_path).plan()
     comparison(tmp_path, seeds=4).plan()
     assert (plan(tmp_path)["seeds"], plan(tmp_path)["added_seeds"]) == ([1, 2, 3, 4], [])
+
+
+def test_what_a_comparison_is_gone_on_with_is_noted(tmp_path: Path) -> None:
+    comparison(tmp_path).plan()
+    saved = plan(tmp_path)
+    assert saved["machine"]["processor"] and saved["machine"]["cores"] == os.cpu_count()
+    comparison(tmp_path, arms=["scratch", "late"]).plan()
+    keys = ("added_arms", "added_budgets", "later_versions", "later_parallel")
+    assert not any(plan(tmp_path).get(key) for key in keys), "no result could have been seen"
+    old = saved["versions"] | {"torch": "1.0"}
+    path = tmp_path / "compare/comparison.json"
+    # as an earlier program wrote it
+    path.write_text(json.dumps({name: v for name, v in saved.items() if name != "machine"} | {"versions": old}))
+    for _ in range(2):
+        comparison(tmp_path, places=[Place(), Place()]).plan()
+    assert plan(tmp_path)["later_versions"] == [saved["versions"]] and plan(tmp_path)["versions"] == old
+    assert plan(tmp_path)["later_parallel"] == [2] and plan(tmp_path)["parallel"] == 1
 
 
 def test_every_arm_is_tuned_on_seeds_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -175,3 +175,29 @@ def test_the_rule_of_depth_errs_in_less_than_5_of_100(seeds: int, advantage: flo
 
 def test_deviation_of_one_value_is_not_known() -> None:
     assert deviation_of([1.0]) is None and deviation_of([1.0, 3.0]) == pytest.approx(math.sqrt(2))
+
+
+@pytest.mark.parametrize(("power", "least", "most"), [(0.3, 0.003, 0.004), (0.5, 0.005, 0.006)])
+def test_the_line_between_two_budgets_adds_to_a_saving_what_the_documentation_says(
+    power: float, least: float, most: float
+) -> None:
+    budgets = np.array([0.5, 0.7, 1.0, 1.4])
+    frontier = [(float(c), 3 + 1.5 * float(c) ** -power) for c in budgets]
+    for saved in (0.1, 0.15, 0.2):
+        needed = cost_at(frontier, 3 + 1.5 * (1 / (1 - saved)) ** -power)
+        assert needed is not None and least <= round(1 - 1 / needed - saved, 3) <= most
+
+
+@pytest.mark.parametrize(("shift", "least", "most"), [(0.5, 0.002, 0.004), (0.75, 0.005, 0.01)])
+def test_a_rate_kept_from_one_unit_adds_to_a_saving_what_the_documentation_says(
+    shift: float, least: float, most: float
+) -> None:
+    """0.02 nats are lost where the rate is off by 1.5, four times that by 2.25; the best one falls as cost^-shift."""
+    curvature = 0.02 / np.log(1.5) ** 2
+    budgets = (0.5, 0.7, 1.0, 1.4)
+    tuned = [(c, 4 + c**-0.5) for c in budgets]
+    kept = [(c, loss + float(curvature * (shift * np.log(c)) ** 2)) for c, loss in tuned]
+    for saved in (0.1, 0.15, 0.2):
+        own = 4 + (1 / (1 - saved)) ** -0.5
+        one, other = cost_at(tuned, own), cost_at(kept, own)
+        assert one is not None and other is not None and least <= round(1 / one - 1 / other, 3) <= most
