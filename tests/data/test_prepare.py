@@ -231,7 +231,8 @@ def test_data_are_pinned_by_their_fingerprint(folder: Path, cache: Path, prepare
     pinned = config(cache, fingerprint=prepared.fingerprint, eval_percent=20.0)
     lines: list[str] = []
     data = prepare(str(tmp_path / "gone.txt"), "gone", pinned, log=lines.append)
-    assert (data.folder, data.fingerprint) == (prepared.folder, prepared.fingerprint)
+    # other tests of this cache may have made an entry of the same data from a source written otherwise
+    assert (data.folder.parent, data.fingerprint) == (prepared.folder.parent, prepared.fingerprint)
     assert lines == [f"corpus.eval_percent is 30.0 in {data.folder}; the configuration's 20.0 has no effect."]
 
     elsewhere = config(tmp_path / "other", fingerprint=prepared.fingerprint)
