@@ -101,7 +101,7 @@ def test_observations_are_those_of_whole_tensors(tmp_path: Path) -> None:
             for field, values in reference.items():
                 assert observation[field] == pytest.approx(values, rel=1e-4), (zero_stage, field)
         cosines = [observation["copy_cosine_exp_avg"]["1"] for observation in found]
-        assert cosines == sorted(cosines, reverse=True) and cosines[-1] < 0.99  # copies part
+        assert cosines == sorted(cosines, reverse=True) and cosines[-1] < 0.995  # copies part
 
 
 def check_files(run_dir: Path) -> None:
