@@ -27,6 +27,7 @@ def dry_run(folder: str) -> list[str]:
     return model.run(Path(folder), dry=True, minutes=5)
 
 
+@pytest.mark.slow
 @pytest.mark.distributed
 def test_dry_run(tmp_path: Path) -> None:
     lines = run_ranks(1, dry_run, str(tmp_path))[0]

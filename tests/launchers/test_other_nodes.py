@@ -35,8 +35,15 @@ def start(node: Path, rank: int, port: int, *options: str) -> subprocess.Popen:
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize("absent", ["corpus", "ds.json"])
-@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize(
+    ("rank", "absent"),
+    [
+        (1, "corpus"),
+        (0, "ds.json"),
+        pytest.param(0, "corpus", marks=pytest.mark.slow),
+        pytest.param(1, "ds.json", marks=pytest.mark.slow),
+    ],
+)
 def test_what_one_node_lacks_ends_both(tmp_path: Path, absent: str, rank: int) -> None:
     nodes = [tmp_path / "0", tmp_path / "1"]
     for node in nodes:

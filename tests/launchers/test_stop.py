@@ -93,8 +93,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-QUICK = ("SIGTERM to the front", "the stop file")
-"""Those of make test; the others are make test-long."""
+QUICK = ("SIGTERM to the front",)
+"""That of make test; the others are make test-long."""
 
 
 @pytest.mark.parametrize(
