@@ -56,10 +56,7 @@ def whole_number(least: int, most: int) -> Callable[[str], int]:
 
 def positive(text: str) -> float:
     """The type of an option that is a positive number."""
-    try:
-        number = float(text) if text.isascii() and "_" not in text else 0.0
-    except ValueError:
-        number = 0.0
+    number = _number(text)
     if not 0 < number < math.inf:
         raise ArgumentTypeError(f"is {shown(text)}; it must be a positive number.")
     return number
@@ -67,13 +64,18 @@ def positive(text: str) -> float:
 
 def share(text: str) -> float:
     """The type of an option that is a number above 0 and at most 1."""
-    try:
-        number = float(text) if text.isascii() and "_" not in text else 0.0
-    except ValueError:
-        number = 0.0
+    number = _number(text)
     if not 0 < number <= 1:
         raise ArgumentTypeError(f"is {shown(text)}; it must be a number above 0 and at most 1.")
     return number
+
+
+def _number(text: str) -> float:
+    """A number as a person writes it; 0 for what is none."""
+    try:
+        return float(text) if text.isascii() and "_" not in text else 0.0
+    except ValueError:
+        return 0.0
 
 
 def wandb_name(text: str) -> str:

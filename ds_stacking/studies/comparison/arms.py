@@ -21,10 +21,10 @@ from ds_stacking.common.errors import UserError
 from ds_stacking.common.words import nearest, shown
 from ds_stacking.config import RunConfig, StageConfig, check_optimizer_state, parse_stages
 from ds_stacking.growth.operators import layer_map, parse_operator
+from ds_stacking.studies.comparison.shapes import NAME
 
 LEAST, MOST_BUDGETS = 1e-3, 20
 """The smallest budget of scratch, whose inverse is the largest, and how many there may be."""
-NAME = "[A-Za-z][A-Za-z0-9_]{0,39}"
 SETTINGS = ("operator", "optimizer_state", "lr", "schedule")
 """Fields of the recipe that an arm of one's own may set."""
 GONG_LAST = 0.375

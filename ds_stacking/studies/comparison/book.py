@@ -22,7 +22,6 @@ from ds_stacking.studies.comparison.arms import Arm
 from ds_stacking.studies.comparison.pilot import PILOT
 from ds_stacking.studies.comparison.plan import (
     PLAN,
-    VERSION,
     ArmRun,
     Cost,
     Saved,
@@ -36,6 +35,7 @@ from ds_stacking.studies.comparison.plan import (
     unit_of,
     versions,
 )
+from ds_stacking.studies.comparison.shapes import VERSION
 from ds_stacking.training.run_directory import SUMMARY
 
 LOCK = ".lock"
@@ -228,7 +228,7 @@ class Book:
         for arm in self._tuned():
             assert saved["tuning"] is not None
             rates = tuning.first_rates(self.config.lr)
-            saved["tuning"]["arms"].setdefault(arm.name, {"rates": rates, "chosen": None})
+            saved["tuning"]["arms"].setdefault(arm.name, cast(Any, {"rates": rates, "chosen": None}))
             for lr in saved["tuning"]["arms"][arm.name]["rates"]:
                 self._note(saved, self.tuning_runs(saved, arm, lr))
         self._note(saved, self.runs(saved))

@@ -12,7 +12,8 @@ from ds_stacking.reports.run_files import read_metrics
 from ds_stacking.reports.svg import Chart, Line, Point, Shape
 from ds_stacking.studies.comparison.effects import COSTS, label_of
 from ds_stacking.studies.comparison.provenance import cache_loss
-from ds_stacking.studies.comparison.results import CLOCKS, SECONDS, End, Results
+from ds_stacking.studies.comparison.results import CLOCKS, End, Results
+from ds_stacking.studies.comparison.shapes import SECONDS
 
 Curves = dict[tuple[str, str], list[Point]]
 """(Run, cost) -> cost and loss of its evaluations, by rising cost."""

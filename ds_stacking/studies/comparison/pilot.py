@@ -31,8 +31,6 @@ PILOT_OPTIONS = {
     "log_every": PILOT_STEPS // 12,
 }
 """What a pilot is run with, whatever the recipe."""
-CLOCKS = {"wall": "training_seconds", "cpu": "cpu_seconds"}
-"""The field of a record that holds the seconds of each clock."""
 
 
 class PilotStage(TypedDict):

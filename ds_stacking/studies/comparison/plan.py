@@ -24,14 +24,14 @@ from ds_stacking.common.json_files import KEEP_OTHERS, Count, read_json
 from ds_stacking.common.words import plain, shown
 from ds_stacking.config import RunConfig, StageConfig
 from ds_stacking.studies.comparison.arms import Arm, budget_label, recipe_stages, stage_of
+from ds_stacking.studies.comparison.shapes import VERSION, Spent, TunedArm
 
-PLAN, VERSION = "comparison.json", 2
+PLAN = "comparison.json"
 SAME_PLAN = 0.02
 """Where equal time means so nearly the steps of equal FLOPs, relatively, one run serves for both."""
 PACKAGES = ("torch", "deepspeed", "transformers", "datasets", "numpy")
 SHORTEST = 10
 """Steps of a run, as a multiple of its stages, that --minutes leaves at the least."""
-Spent = Annotated[float, Field(allow_inf_nan=False, ge=1e-12, le=1e39)]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,19 +91,12 @@ class SavedArm(TypedDict):
     meaning: str
 
 
-class SavedTuning(TypedDict):
-    """Which rates an arm has tried, and which it has."""
-
-    rates: Annotated[list[Spent], Field(max_length=100)]
-    chosen: Spent | None
-
-
 class Tuning(TypedDict):
     """The tuning of all arms."""
 
     seeds: list[Count]
     factor: float
-    arms: dict[str, SavedTuning]
+    arms: dict[str, TunedArm]
 
 
 class Saved(TypedDict):

@@ -18,6 +18,7 @@ from ds_stacking.common.words import plain, shown
 from ds_stacking.studies.comparison.shapes import (
     LABELS,
     PATH,
+    SECONDS,
     TUNING,
     VERSION,
     ArmPlan,
@@ -27,8 +28,6 @@ from ds_stacking.studies.comparison.shapes import (
 )
 from ds_stacking.studies.comparison.statistics import TOLERANCE, Frontier, Hole, off_median
 
-SECONDS = {"wall": "training_seconds", "cpu": "cpu_seconds"}
-"""The field of a summary that holds the seconds of a comparison's clock."""
 CLOCKS = {"wall": "wall clock", "cpu": "processor time"}
 MEND = "restore it, or compare in another --output_dir"
 UNIT = "x1"

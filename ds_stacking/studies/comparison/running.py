@@ -27,9 +27,10 @@ from ds_stacking.reports.run_files import read_summary
 from ds_stacking.studies.comparison import pilot, tuning
 from ds_stacking.studies.comparison.arms import Arm, check_budgets, resolve_arms
 from ds_stacking.studies.comparison.book import Book, Pilot
-from ds_stacking.studies.comparison.pilot import CLOCKS, PILOT, PILOT_STEPS, is_pilot, pilot_options, read_costs
+from ds_stacking.studies.comparison.pilot import PILOT, PILOT_STEPS, is_pilot, pilot_options, read_costs
 from ds_stacking.studies.comparison.plan import PLAN, ArmRun, Saved
 from ds_stacking.studies.comparison.progress import Progress
+from ds_stacking.studies.comparison.shapes import SECONDS
 from ds_stacking.studies.comparison.starting import Place, Starter
 from ds_stacking.studies.comparison.words import plural
 from ds_stacking.training.run_directory import CONFIG, is_finished, refuse_place
@@ -185,7 +186,7 @@ class Comparison:
             )
         summary = pilot.read_summary(path)
         return Pilot(
-            costs=read_costs(path, CLOCKS[self.clock]),
+            costs=read_costs(path, SECONDS[self.clock]),
             fingerprint=summary["data_fingerprint"],
             overhead=START + max(0.0, summary["seconds"] - summary["training_seconds"]),
         )

@@ -1,4 +1,4 @@
-"""Files of a comparison as its report reads them: comparison.json, and summary.json of each run."""
+"""Files of a comparison as its report reads them, comparison.json and summary.json of each run, and their names."""
 
 from __future__ import annotations
 
@@ -13,6 +13,10 @@ from ds_stacking.reports.run_files import Amount, Number, Text, Whole
 
 VERSION = 2
 """Of comparison.json."""
+SECONDS = {"wall": "training_seconds", "cpu": "cpu_seconds"}
+"""The field of a summary, and of a record of metrics, that holds the seconds of a comparison's clock."""
+NAME = "[A-Za-z][A-Za-z0-9_]{0,39}"
+"""What an arm may be called."""
 NUMBER = r"[0-9]{1,9}(\.[0-9]{1,9})?(e[+-][0-9]{2})?"
 LABELS = {
     "scratch": re.compile(f"x{NUMBER}"),
@@ -23,9 +27,9 @@ LABELS = {
 """What runs of each kind of arm are called: scratch by its budget, the others by what they match."""
 TUNING = re.compile(f"lr{NUMBER}")
 """What a run that tunes a learning rate is called, in every kind of arm."""
-PATH = re.compile(rf"([A-Za-z][A-Za-z0-9_]{{0,39}})/(flops|time|x{NUMBER}|lr{NUMBER})/seed-([0-9]{{1,10}})")
+PATH = re.compile(rf"({NAME})/(flops|time|x{NUMBER}|lr{NUMBER})/seed-([0-9]{{1,10}})")
 """What a run is called: arm, label and seed."""
-Name = Annotated[str, Field(pattern="^[A-Za-z][A-Za-z0-9_]{0,39}$")]
+Name = Annotated[str, Field(pattern=f"^{NAME}$")]
 """Of an arm."""
 Spent = Annotated[float, Field(allow_inf_nan=False, ge=1e-12, le=1e39)]
 """What a run that ended has spent; it is divided by."""
