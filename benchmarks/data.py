@@ -25,11 +25,11 @@ import torch
 from transformers import BertTokenizer, DataCollatorForLanguageModeling
 
 from ds_stacking.common.files import write_json
-from ds_stacking.data import worker
 from ds_stacking.data.batches import MaskedBatches
-from ds_stacking.data.corpus import RawDocument
-from ds_stacking.data.documentation import documentation
 from ds_stacking.data.masking import Masker, Unit
+from ds_stacking.data.preparation import worker
+from ds_stacking.data.sources.corpus import RawDocument
+from ds_stacking.data.sources.documentation import documentation
 from ds_stacking.data.token_file import SPLITS, Split, TokenFile
 from ds_stacking.data.tokenizer import SPECIAL_TOKENS, special_ids, text_encoder, train_tokenizer
 

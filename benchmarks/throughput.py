@@ -23,7 +23,7 @@ from typing import Any
 import torch
 import transformers
 
-from benchmarks.sides import MASKING_RATE, Case, make_side
+from benchmarks.contenders import MASKING_RATE, Case, make_side
 from ds_stacking.config import ModelConfig
 from ds_stacking.engine.factory import device, init_distributed
 from ds_stacking.models.flops import training_flops

@@ -20,7 +20,7 @@ import torch
 import triton
 from torch.library import triton_op
 
-from ds_stacking.kernels import attention_kernels
+import ds_stacking.kernels.attention_kernels as attention_kernels
 from ds_stacking.kernels._dropout import keep_mask, new_seed, threshold
 from ds_stacking.kernels._launch import (
     Configs,

@@ -9,15 +9,15 @@ from __future__ import annotations
 import sys
 
 from ds_stacking.command_line import parse_options, run_main
-from ds_stacking.evaluation.attention_config import AttentionConfig
+from ds_stacking.studies.attention.configuration import AttentionConfig
 
 
 def main() -> None:
     """Parse, measure, draw."""
     config = parse_options(AttentionConfig, sys.argv[1:], "Attention maps of a run or of a Hugging Face encoder.")
 
-    from ds_stacking.evaluation.attention_run import analyse
-    from ds_stacking.reports.attention import draw_attention
+    from ds_stacking.studies.attention.report import draw_attention
+    from ds_stacking.studies.attention.run import analyse
 
     for path in draw_attention(analyse(config)):
         print(path)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import sys
 
 from ds_stacking.command_line import parse_options, run_main
-from ds_stacking.evaluation.glue_config import GlueConfig
+from ds_stacking.studies.glue.configuration import GlueConfig
 
 
 def main() -> None:
@@ -18,8 +18,8 @@ def main() -> None:
     description = "Fine-tune an encoder on GLUE, one training on each rank at a time. The same command goes on."
     config = parse_options(GlueConfig, sys.argv[1:], description)
 
-    from ds_stacking.evaluation.glue import run_glue
-    from ds_stacking.reports.glue import write_glue_report, write_submission
+    from ds_stacking.studies.glue.report import write_glue_report, write_submission
+    from ds_stacking.studies.glue.run import run_glue
 
     jobs = run_glue(config)
     if jobs is not None:

@@ -16,7 +16,7 @@ import os
 import sys
 
 from ds_stacking.command_line import parse_options, run_main
-from ds_stacking.data.preparation_config import PreparationConfig
+from ds_stacking.data.preparation.configuration import PreparationConfig
 
 
 def main() -> None:
@@ -25,7 +25,7 @@ def main() -> None:
     config = parse_options(PreparationConfig, sys.argv[1:], description)
 
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
-    from ds_stacking.data.prepared_folder import prepare_folder
+    from ds_stacking.data.preparation.folder import prepare_folder
 
     prepare_folder(config, log=lambda line: print(line, flush=True))
 

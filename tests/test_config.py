@@ -22,7 +22,7 @@ from ds_stacking.config import (
     StageConfig,
     parse_stages,
 )
-from ds_stacking.data.preparation_config import PreparationConfig
+from ds_stacking.data.preparation.configuration import PreparationConfig
 from ds_stacking.growth.policies import policy
 
 REFUSED: list[tuple[type, dict[str, Any], str]] = [

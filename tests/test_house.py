@@ -30,11 +30,13 @@ ARROWS = {
     "engine": {"config", "growth", "models"},
     "checkpoint": {"config", "growth"},
     "data": {"config"},
-    "evaluation": {"config", "models", "data", "growth", "engine"},
     "reports": {"config"},
     "planning": {"config", "models"},
-    "studies": {"command_line", "config", "growth", "launcher_options", "reports", "training"},
-    "training": {"planning", "config", "growth", "models", "engine", "checkpoint", "data", "evaluation", "reports"},
+    "training": {"planning", "config", "growth", "models", "engine", "checkpoint", "data", "reports"},
+    "studies": {
+        *{"command_line", "config", "launcher_options", "reports", "training"},
+        *{"data", "engine", "growth", "models"},
+    },
 }
 """Rooms of the library and the rooms that each may import, beside `common`, which all but the kernels may."""
 PACKAGES = {

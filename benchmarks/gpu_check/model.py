@@ -23,7 +23,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.sides import Case
+from benchmarks.contenders import Case
 from benchmarks.throughput import compare
 from ds_stacking.config import ModelConfig
 from ds_stacking.engine.factory import init_distributed

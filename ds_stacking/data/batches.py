@@ -19,10 +19,10 @@ import numpy as np
 import torch
 
 from ds_stacking.common.errors import RunFailed, UserError
-from ds_stacking.data.blocks import BlockReader, Blocks, read_mixed
 from ds_stacking.data.masking import Masker
 from ds_stacking.data.mixture import Interleaving, Mixture
 from ds_stacking.data.random_numbers import derive_keys, permute
+from ds_stacking.data.sequences import BlockReader, Blocks, read_mixed
 from ds_stacking.data.token_file import Split
 from ds_stacking.data.tokenizer import SpecialIds
 

@@ -18,8 +18,6 @@ from ds_stacking.common.json_files import KEEP_OTHERS, Finite, read_json
 from ds_stacking.common.own_files import refuse_links
 from ds_stacking.config import CorpusConfig
 from ds_stacking.data.arrays import Damaged, hash_inside, map_array
-from ds_stacking.data.cache import cache_root, locked
-from ds_stacking.data.leaks import find_leak, refuse_leak
 from ds_stacking.data.manifests import (
     COUNTS,
     SPLITS,
@@ -30,7 +28,8 @@ from ds_stacking.data.manifests import (
     read_shards,
 )
 from ds_stacking.data.mixture import Mixture, read_mixture
-from ds_stacking.data.prepared_folder import (
+from ds_stacking.data.preparation.cache import cache_root, locked
+from ds_stacking.data.preparation.folder import (
     TOKENIZER,
     is_prepared,
     open_folder,
@@ -38,6 +37,7 @@ from ds_stacking.data.prepared_folder import (
     token_counts,
     verify_folder,
 )
+from ds_stacking.data.preparation.leaks import find_leak, refuse_leak
 from ds_stacking.data.token_file import Split, TokenFile, hashes, unigram_entropy
 from ds_stacking.data.tokenizer import SpecialIds, continuing_tokens, load_tokenizer, special_ids, tokenizer_hash
 

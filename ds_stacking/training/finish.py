@@ -9,11 +9,11 @@ from typing import Any
 from ds_stacking.checkpoint.share import side_by_side
 from ds_stacking.common.files import write_json
 from ds_stacking.common.own_files import make_inside
-from ds_stacking.evaluation.controls import measure_controls
-from ds_stacking.evaluation.masked_lm import HeldOutLoss
 from ds_stacking.growth.exchange import make_exchange
 from ds_stacking.training.checkpointing import tell_reports
+from ds_stacking.training.controls import measure_controls
 from ds_stacking.training.export import finish_export
+from ds_stacking.training.held_out import HeldOutLoss
 from ds_stacking.training.loop import Pretraining
 from ds_stacking.training.reporting import log_evaluation
 from ds_stacking.training.run_directory import EXPORT, SUMMARY

@@ -28,13 +28,13 @@ from ds_stacking.engine.consolidate import gather_masters
 from ds_stacking.engine.factory import Engine, EngineSpec
 from ds_stacking.engine.stage_manager import GrowthRecord, StageManager
 from ds_stacking.engine.stepping import optimizer_step
-from ds_stacking.evaluation.masked_lm import HeldOutLoss, held_out_loss
 from ds_stacking.growth.exchange import make_exchange
 from ds_stacking.training.batching import BatchPlan
 from ds_stacking.training.checkpointing import save, tell_reports
 from ds_stacking.training.export import export_stage
 from ds_stacking.training.growth_report import look, moments_before, note_later_loss
 from ds_stacking.training.health import Health
+from ds_stacking.training.held_out import HeldOutLoss, held_out_loss
 from ds_stacking.training.ledger import Ledger
 from ds_stacking.training.preemption import LaterSum, StopRequest
 from ds_stacking.training.progress import StageConsole

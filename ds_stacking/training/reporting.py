@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any
 import torch.distributed as dist
 
 from ds_stacking.engine.record import GrowthRecord
-from ds_stacking.evaluation.masked_lm import HeldOutLoss
 from ds_stacking.models.compiling import compilations
 from ds_stacking.models.flops import training_flops
 from ds_stacking.training.health import Unhealthy, write_post_mortem
+from ds_stacking.training.held_out import HeldOutLoss
 from ds_stacking.training.progress import growth_line
 
 if TYPE_CHECKING:

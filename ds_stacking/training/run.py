@@ -23,7 +23,7 @@ from ds_stacking.config import ModelConfig, RunConfig, StageConfig
 from ds_stacking.data.batches import EvalBatches, MaskedBatches
 from ds_stacking.data.masking import Masker
 from ds_stacking.data.mixture import Mixture
-from ds_stacking.data.prepare import prepare
+from ds_stacking.data.preparation.prepare import prepare
 from ds_stacking.data.prepared_data import PreparedData, sampled_fingerprint
 from ds_stacking.data.token_file import Split
 from ds_stacking.engine.ds_config import load_ds_config, resolve_ds_config

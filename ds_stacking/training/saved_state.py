@@ -16,7 +16,7 @@ from ds_stacking.checkpoint.store import CheckpointReader
 from ds_stacking.common.errors import UserError
 from ds_stacking.common.json_files import KEEP_OTHERS, parse_json
 from ds_stacking.engine.record import GrowthRecord
-from ds_stacking.evaluation.masked_lm import HeldOutLoss
+from ds_stacking.training.held_out import HeldOutLoss
 from ds_stacking.training.ledger import PHASES, StageTotals
 
 Bounded = Annotated[int, Field(ge=0, le=10**15)]

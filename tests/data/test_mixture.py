@@ -17,9 +17,9 @@ from ds_stacking.config import CorpusConfig, SourceConfig
 from ds_stacking.data.batches import EvalBatches, MaskedBatches
 from ds_stacking.data.masking import Masker
 from ds_stacking.data.mixture import Interleaving, Mixture, read_mixture
-from ds_stacking.data.preparation_config import PreparationConfig
-from ds_stacking.data.prepare import prepare
-from ds_stacking.data.prepared_folder import prepare_folder
+from ds_stacking.data.preparation.configuration import PreparationConfig
+from ds_stacking.data.preparation.folder import prepare_folder
+from ds_stacking.data.preparation.prepare import prepare
 from ds_stacking.data.token_file import Split, TokenFile
 from ds_stacking.data.tokenizer import SpecialIds, train_tokenizer
 

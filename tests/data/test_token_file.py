@@ -9,10 +9,11 @@ import pytest
 from scipy.stats import entropy
 
 from ds_stacking.common.errors import UserError
-from ds_stacking.data import prepare, prepared_folder
-from ds_stacking.data.corpus import RawDocument
-from ds_stacking.data.documents import clean_text, is_held_out
-from ds_stacking.data.prepare import write_token_files
+from ds_stacking.data.preparation import folder as prepared_folder
+from ds_stacking.data.preparation import prepare
+from ds_stacking.data.preparation.documents import clean_text, is_held_out
+from ds_stacking.data.preparation.prepare import write_token_files
+from ds_stacking.data.sources.corpus import RawDocument
 from ds_stacking.data.token_file import SplitWriter, TokenFile, unigram_entropy
 from ds_stacking.data.tokenizer import train_tokenizer
 

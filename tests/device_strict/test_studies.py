@@ -7,14 +7,14 @@ from pathlib import Path
 
 import pytest
 
-from ds_stacking.evaluation.attention_config import AttentionConfig
-from ds_stacking.evaluation.attention_run import analyse
-from ds_stacking.evaluation.glue import GlueRun
-from ds_stacking.evaluation.glue_config import GlueConfig
+from ds_stacking.studies.attention.configuration import AttentionConfig
+from ds_stacking.studies.attention.run import analyse
+from ds_stacking.studies.glue.configuration import GlueConfig
+from ds_stacking.studies.glue.run import GlueRun
 from tests.device_strict.double import strict_device
-from tests.evaluation.glue_files import write_encoder, write_task
-from tests.evaluation.test_attention import write_run
 from tests.ranks import run_ranks
+from tests.studies.attention.test_attention import write_run
+from tests.studies.glue.glue_files import write_encoder, write_task
 
 
 def fine_tune(folder: Path) -> None:

@@ -32,8 +32,8 @@ LARGEST_FILE = 1 << 28
 _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(
     ["torch", "deepspeed", "transformers", "sklearn.feature_extraction.text", "matplotlib.pyplot", "torch._dynamo"]
-    + ["ds_stacking.training.run", "ds_stacking.evaluation.attention_run", "ds_stacking.evaluation.glue"]
-    + ["ds_stacking.studies.comparison.report", "ds_stacking.data.prepared_folder", "ds_stacking.checkpoint.grow"]
+    + ["ds_stacking.training.run", "ds_stacking.studies.attention.run", "ds_stacking.studies.glue.run"]
+    + ["ds_stacking.studies.comparison.report", "ds_stacking.data.preparation.folder", "ds_stacking.checkpoint.grow"]
     + ["transformers.models.bert.modeling_bert", "transformers.models.megatron_bert.modeling_megatron_bert"]
 )
 

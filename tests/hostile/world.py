@@ -19,11 +19,11 @@ import pyarrow.parquet
 import zstandard
 
 from tests.corpus import write_corpus
-from tests.evaluation.glue_files import write_task
 from tests.hostile.prison import ROOT, Outcome, run
 from tests.hostile.rules import SECRET
 from tests.hostile.watch import State, changes, files_with, state
 from tests.studies.comparison.test_report import write as write_comparison
+from tests.studies.glue.glue_files import write_task
 
 SMALL = [
     "--corpus.cache_dir=cache",

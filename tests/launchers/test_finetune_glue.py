@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from ds_stacking.evaluation.glue import GlueRun
-from ds_stacking.evaluation.glue_config import GlueConfig
-from tests.evaluation.glue_files import write_encoder, write_task
+from ds_stacking.studies.glue.configuration import GlueConfig
+from ds_stacking.studies.glue.run import GlueRun
 from tests.ranks import run_ranks
+from tests.studies.glue.glue_files import write_encoder, write_task
 
 ROOT = Path(__file__).parents[2]
 

@@ -20,7 +20,7 @@ from ds_stacking.checkpoint.huggingface import HuggingFaceWriter
 from ds_stacking.common.errors import RunFailed, UserError
 from launchers import grow_checkpoint
 from tests.checkpoint.stores import save
-from tests.evaluation.glue_files import write_encoder
+from tests.studies.glue.glue_files import write_encoder
 
 
 @pytest.fixture(scope="module")

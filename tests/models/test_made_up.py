@@ -14,10 +14,10 @@ from transformers import AutoModel
 from ds_stacking.checkpoint.grow import grow_folder
 from ds_stacking.common.errors import UserError
 from ds_stacking.common.model_folder import check_links, model_file, one_sentence
-from ds_stacking.evaluation.encoders import load_model, quiet
 from ds_stacking.models.convert import from_huggingface
-from tests.evaluation.glue_files import write_encoder
+from ds_stacking.models.encoders import load_model, quiet
 from tests.models.made_up import FAULTS, GROWTH_FAULTS, LOADING_FAULTS, configured
+from tests.studies.glue.glue_files import write_encoder
 
 
 @pytest.fixture(scope="module")

@@ -53,7 +53,7 @@ def test_a_copy_that_differs_is_named_though_it_has_the_same_manifest(tmp_path: 
 
 
 def prepare_here(folder: str, cache: str) -> None:
-    from ds_stacking.data.prepare import prepare
+    from ds_stacking.data.preparation.prepare import prepare
 
     os.chdir(Path(folder) / "one")
     config = parse_run([*small_options(Path(folder)), "--data=corpus", f"--corpus.cache_dir={cache}"])

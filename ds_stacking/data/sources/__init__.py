@@ -1,0 +1,1 @@
+"""Where text comes from: local files, wikis, hub datasets, the installed documentation, as one stream of documents."""

@@ -1,0 +1,1 @@
+"""Attention maps of an encoder, after every stage: where its heads look, and how copies part."""

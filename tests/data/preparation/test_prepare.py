@@ -1,0 +1,256 @@
+"""Preparing data: once per cache, by any number of processes, killed or not."""
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+from hashlib import sha256
+from pathlib import Path
+
+import numpy as np
+import pytest
+from transformers import AutoTokenizer
+
+from ds_stacking.common.errors import UserError
+from ds_stacking.config import CorpusConfig, SourceConfig
+from ds_stacking.data.preparation.configuration import PreparationConfig
+from ds_stacking.data.preparation.folder import prepare_folder
+from ds_stacking.data.preparation.prepare import prepare
+from ds_stacking.data.prepared_data import PreparedData
+from ds_stacking.data.token_file import SPLITS
+
+FORK = """
+import os, signal, sys
+from ds_stacking.config import CorpusConfig
+from ds_stacking.data import token_file
+from ds_stacking.data.preparation.prepare import prepare
+
+source, cache = sys.argv[1:3]
+config = CorpusConfig(cache_dir=cache, vocab_size=300, eval_percent=30, sequence_length=16, max_leak=100)
+
+def child(log=lambda message: None):
+    pid = os.fork()
+    if pid == 0:
+        data = prepare(source, "train", config, log=log)
+        os.write(1, (data.fingerprint + "\\n").encode())
+        os._exit(0)
+    return pid
+
+def die(*args):
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+TOGETHER = """
+children = [child(lambda message: os.write(1, (message + "\\n").encode())) for _ in range(4)]
+assert [os.waitpid(pid, 0)[1] for pid in children] == [0] * 4
+"""
+
+KILLED = """
+def killed(log=lambda message: None):
+    assert os.WTERMSIG(os.waitpid(child(log), 0)[1]) == signal.SIGKILL
+    assert not [name for name in os.listdir(cache) if not name.startswith(".") and not name.endswith(".lock")]
+
+for begin in ("Reading", "Tokenising", "Prepared"):
+    killed(lambda message: message.startswith(begin) and die())
+add, token_file.SplitWriter.add = token_file.SplitWriter.add, die
+killed()
+token_file.SplitWriter.add = add
+assert [name for name in os.listdir(cache) if name.startswith(".")]
+assert os.waitpid(child(), 0)[1] == 0
+"""
+
+
+@pytest.fixture(scope="module")
+def folder(documents: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("corpus")
+    (folder / "docs.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in documents))
+    (folder / "broken.txt").write_bytes(b"\xff\xfe")
+    return folder
+
+
+def config(cache: Path, **fields: object) -> CorpusConfig:
+    base = {"cache_dir": str(cache), "vocab_size": 300, "eval_percent": 30.0, "sequence_length": 16, "max_leak": 100.0}
+    return CorpusConfig(**{**base, **fields})
+
+
+def run(script: str, *arguments: Path) -> list[str]:
+    command = [sys.executable, "-c", FORK + script, *map(str, arguments)]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert result.returncode == 0, result.stderr
+    return result.stdout.splitlines()
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture(scope="module")
+def messages() -> list[str]:
+    return []
+
+
+@pytest.fixture(scope="module")
+def prepared(folder: Path, cache: Path, messages: list[str]) -> PreparedData:
+    return prepare(str(folder), "train", config(cache), log=messages.append)
+
+
+def test_what_is_prepared(prepared: PreparedData, folder: Path, documents: list[str], messages: list[str]):
+    assert prepared.vocab_size == 300
+    assert dataclasses.asdict(prepared.special) == {"pad": 0, "cls": 2, "sep": 3, "mask": 4, "every": (0, 1, 2, 3, 4)}
+    assert AutoTokenizer.from_pretrained(prepared.tokenizer_dir).mask_token_id == 4
+    manifest = prepared.manifest
+    assert manifest["train"]["documents"] + manifest["eval"]["documents"] == len(documents)
+    assert manifest["skipped"] == {str(folder / "broken.txt"): "not UTF-8 text"}
+    assert any("broken.txt" in message for message in messages)
+    assert (tokens := prepared.train.files[0].tokens).dtype == np.uint16 and not tokens.flags.writeable
+    assert 3 < prepared.unigram_entropy < np.log(300)
+
+
+def test_the_second_time_nothing_is_prepared(prepared: PreparedData, folder: Path, cache: Path):
+    messages: list[str] = []
+    again = prepare(str(folder), "train", config(cache, sequence_length=32), log=messages.append)
+    assert messages == []
+    assert again.folder == prepared.folder and again.fingerprint == prepared.fingerprint
+
+
+def test_a_tokenizer_folder_gives_the_same_tokens(prepared: PreparedData, folder: Path, cache: Path):
+    by_folder = prepare(str(folder), str(prepared.tokenizer_dir), config(cache), log=print)
+    assert by_folder.folder != prepared.folder
+    assert by_folder.fingerprint == prepared.fingerprint
+
+
+def test_the_cache_sees_changed_settings_and_files(prepared: PreparedData, folder: Path, cache: Path, tmp_path: Path):
+    fewer = prepare(str(folder), "train", config(cache, max_documents=30), log=print)
+    cased = prepare(str(folder), "train", config(cache, lowercase=False), log=print)
+    copy = tmp_path / "docs.jsonl"
+    copy.write_bytes((folder / "docs.jsonl").read_bytes())
+    copied = prepare(str(copy), "train", config(cache), log=print)
+    assert len({prepared.folder, fewer.folder, cased.folder, copied.folder}) == 4
+    assert copied.fingerprint == prepared.fingerprint != fewer.fingerprint
+
+
+def test_the_environment_names_the_cache(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("DS_STACKING_CACHE", str(tmp_path / "deep" / "cache"))
+    data = prepare(str(folder), "train", config(tmp_path, cache_dir=None), log=print)
+    assert data.folder.parent == tmp_path / "deep" / "cache"
+
+
+def test_folders_have_the_permissions_that_the_umask_leaves(folder: Path, tmp_path: Path):
+    before = os.umask(0o027)
+    try:
+        data = prepare(str(folder), "train", config(tmp_path), log=print)
+    finally:
+        os.umask(before)
+    assert data.folder.stat().st_mode & 0o777 == 0o750
+    assert {path.stat().st_mode & 0o777 for path in data.folder.iterdir() if path.is_file()} == {0o640}
+
+
+def test_splits_shorter_than_a_block_are_refused(folder: Path, tmp_path: Path):
+    with pytest.raises(UserError, match="eval split has 0 tokens.*raise corpus.eval_percent"):
+        prepare(str(folder), "train", config(tmp_path, eval_percent=1e-9), log=print)
+    with pytest.raises(UserError, match="train split has 0 tokens.*lower corpus.eval_percent"):
+        prepare(str(folder), "train", config(tmp_path, eval_percent=100 - 1e-9), log=print)
+
+
+def test_a_failed_preparation_leaves_nothing(tmp_path: Path):
+    (tmp_path / "empty.txt").write_text("\n")
+    with pytest.raises(UserError, match="no text"):
+        prepare(str(tmp_path / "empty.txt"), "train", config(tmp_path / "cache"), log=print)
+    assert [path.suffix for path in (tmp_path / "cache").iterdir()] in ([], [".lock"])
+
+
+def test_a_cache_that_cannot_be_written_is_refused(folder: Path, tmp_path: Path):
+    (tmp_path / "file").write_text("not a folder")
+    with pytest.raises(UserError, match="DS_STACKING_CACHE"):
+        prepare(str(folder), "train", config(tmp_path / "file"), log=print)
+
+
+def test_processes_at_the_same_time_prepare_once(prepared: PreparedData, folder: Path, tmp_path: Path):
+    lines = run(TOGETHER, folder, tmp_path)
+    assert lines.count(prepared.fingerprint) == 4
+    assert sum(line.startswith("Tokenising") for line in lines) == 1
+
+
+def test_a_killed_preparation_is_never_taken_for_finished(prepared: PreparedData, folder: Path, tmp_path: Path):
+    """Killed at the beginning, before and while tokenising, and before the rename; then the result is the usual."""
+    assert run(KILLED, folder, tmp_path) == [prepared.fingerprint]
+    (finished,) = [path for path in tmp_path.iterdir() if path.is_dir()]  # and the killed ones' remains are gone
+    assert finished.name == prepared.folder.name
+    for split in SPLITS:
+        digest = sha256((finished / f"{split}.bin").read_bytes()).hexdigest()
+        assert digest == prepared.manifest[split]["sha256"]
+
+
+def test_the_cache_holds_what_a_prepared_folder_does(prepared: PreparedData, folder: Path, tmp_path: Path):
+    """The same documents in the same splits, cleaned and without duplicates: one pipeline, two ways to call it."""
+    options = PreparationConfig(
+        data=str(folder),
+        output_dir=str(tmp_path / "out"),
+        tokenizer=str(prepared.tokenizer_dir),
+        max_leak=100,
+        workers=1,
+        corpus=SourceConfig(eval_percent=30.0),
+    )
+    manifest = prepare_folder(options, print)
+    for split in SPLITS:
+        shard = tmp_path / "out" / "shard-00000"
+        for name in (f"{split}.bin", f"{split}_offsets.npy", "counts.npy"):
+            assert (prepared.folder / name).read_bytes() == (shard / name).read_bytes()
+    assert manifest["leak"] == prepared.manifest["leak"]
+    assert manifest["unigram_entropy"] == prepared.unigram_entropy
+
+
+def test_what_was_there_before_is_left_out_and_sides_are_taken_by_the_cleaned_text(
+    documents: list[str], prepared: PreparedData, tmp_path: Path
+):
+    """The same words in other signs and blanks: once; a text and its uncleaned twin lie on the same side."""
+    texts = [*documents, documents[3].upper(), documents[5].replace(" ", "\t \u200b"), "\x00 \x7f"]
+    (tmp_path / "docs.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    data = prepare(str(tmp_path / "docs.jsonl"), str(prepared.tokenizer_dir), config(tmp_path), log=print)
+    assert data.fingerprint == prepared.fingerprint and data.manifest["totals"]["equal"] == 2
+
+
+def test_a_leak_is_refused_by_its_sentence(documents: list[str], tmp_path: Path):
+    """Every document twice, once with another end: nearly all that is held out stands in the training split."""
+    texts = [text + end for text in documents for end in ("", " And another end.")]
+    (tmp_path / "docs.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    lines: list[str] = []
+    for _ in range(2):  # what was prepared is kept, and refused again without being made again
+        with pytest.raises(
+            UserError, match=r"^[0-9.]+ % of the held-out 13-grams stand in .* corpus.max_leak \(1 %\)"
+        ):
+            prepare(str(tmp_path / "docs.jsonl"), "train", config(tmp_path, max_leak=1.0), log=lines.append)
+    assert len([line for line in lines if line.startswith("Reading")]) == 1
+    assert prepare(str(tmp_path / "docs.jsonl"), "train", config(tmp_path), log=print).manifest["leak"]["found"] > 0
+
+
+def test_data_are_pinned_by_their_fingerprint(folder: Path, cache: Path, prepared: PreparedData, tmp_path: Path):
+    """From the cache whatever became of the source; prepared anew they must be the same, or one sentence says so."""
+    pinned = config(cache, fingerprint=prepared.fingerprint, eval_percent=20.0)
+    lines: list[str] = []
+    data = prepare(str(tmp_path / "gone.txt"), "gone", pinned, log=lines.append)
+    # other tests of this cache may have made an entry of the same data from a source written otherwise
+    assert (data.folder.parent, data.fingerprint) == (prepared.folder.parent, prepared.fingerprint)
+    assert lines == [f"corpus.eval_percent is 30.0 in {data.folder}; the configuration's 20.0 has no effect."]
+
+    elsewhere = config(tmp_path / "other", fingerprint=prepared.fingerprint)
+    assert prepare(str(folder), "train", elsewhere, log=print).folder.is_relative_to(tmp_path)
+    (tmp_path / "changed.txt").write_text("\n\n".join(f"Document {i} of other words." * 9 for i in range(99)))
+    with pytest.raises(
+        UserError, match=f"have the fingerprint .* not corpus.fingerprint .{prepared.fingerprint}"
+    ) as e:
+        prepare(str(tmp_path / "changed.txt"), "train", config(tmp_path, fingerprint=prepared.fingerprint), log=print)
+    assert "\n" not in str(e.value)
+    with pytest.raises(UserError, match=r"corpus.fingerprint is 'x'; it must be the 16 digits"):
+        config(cache, fingerprint="x")
+
+
+def test_a_pinned_entry_that_is_damaged_is_made_again(prepared: PreparedData, folder: Path, tmp_path: Path):
+    pinned = config(tmp_path, fingerprint=prepared.fingerprint)
+    first = prepare(str(folder), "train", pinned, log=print)
+    os.truncate(first.folder / "train.bin", 9)
+    (tmp_path / ("0" * 24)).mkdir()  # of nobody
+    assert prepare(str(folder), "train", pinned, log=print).fingerprint == prepared.fingerprint
+    assert len(prepare(str(folder), "train", pinned, log=print).train) == prepared.manifest["train"]["tokens"]
