@@ -28,7 +28,7 @@ REWARM = (0, 40)
 PRETRAIN = Path(__file__).parents[1] / "launchers" / "pretrain.py"
 OPTIONS = (
     *("--corpus.sequence_length=32", "--corpus.masking_rate=0.3", "--micro_batch_size=64", "--lr=1e-3"),
-    *("--eval_blocks=1024", "--eval_every=0", "--eval_after_growth=50", "--checkpoint_every=0", "--tracking=none"),
+    *("--eval_sequences=1024", "--eval_every=0", "--eval_after_growth=50", "--checkpoint_every=0", "--tracking=none"),
 )
 """Short blocks and many predictions: with them a model of this size learns context in a few hundred steps."""
 

@@ -65,19 +65,19 @@ class SimulatedRank:
         self._tables = iter(tables)
         self.load = torch.zeros(1, 2, dtype=torch.int64)
 
-    def tables(self, rows: Tensor) -> Tensor:
+    def gather_slices(self, rows: Tensor) -> Tensor:
         """The tables of all ranks, in the order in which they are asked for."""
         return next(self._tables)
 
-    def add_up(self, values: Tensor) -> Tensor:
+    def all_reduce_tensor(self, values: Tensor) -> Tensor:
         """The only sum that planning asks for: what every rank sends and receives."""
         return self.load
 
-    def total(self, value: int) -> int:
+    def all_reduce_sum(self, value: int) -> int:
         """Not asked for."""
         raise NotImplementedError
 
-    swap = total
+    all_to_all = all_reduce_sum
 
 
 def zero_table(parameters: Mapping[str, ParameterInfo], zero_stage: int, world_size: int) -> Tensor:
@@ -192,8 +192,8 @@ def plan_case(case: Case, sample: Sequence[int]) -> Figures:
             moves, exchange = case.moves(rank)
             seconds = time.process_time() - start
         crossing = [move for move in moves if move.crosses]
-        load[rank, 0] = sum(move.numel for move in crossing if move.owner == rank)
-        load[rank, 1] = sum(move.numel for move in crossing if move.wanter == rank)
+        load[rank, 0] = sum(move.numel for move in crossing if move.src_rank == rank)
+        load[rank, 1] = sum(move.numel for move in crossing if move.dst_rank == rank)
         copied = sum(move.numel for move in moves if not move.crosses)
         figures.raise_to(plan_bytes=peak[0], moves=len(moves), copied_bytes=ELEMENT * copied)
         planned[rank] = crossing, exchange, seconds
@@ -202,13 +202,13 @@ def plan_case(case: Case, sample: Sequence[int]) -> Figures:
         start = time.process_time()
         parts = rounds(crossing, round_limit(case.plan), exchange)
         figures.raise_to(plan_seconds=seconds + time.process_time() - start, rounds=len(parts))
-        sent = [[move for move in part if move.owner == rank] for part in parts]
-        received = [[move for move in part if move.wanter == rank] for part in parts]
+        sent = [[move for move in part if move.src_rank == rank] for part in parts]
+        received = [[move for move in part if move.dst_rank == rank] for part in parts]
         largest = max((sum(move.numel for move in part) for part in sent + received), default=0)
         figures.raise_to(
             sent_bytes=ELEMENT * int(load[rank, 0]),
             received_bytes=ELEMENT * int(load[rank, 1]),
-            messages=sum(len({move.wanter for move in part}) for part in sent),
+            messages=sum(len({move.dst_rank for move in part}) for part in sent),
             largest_round_bytes=ELEMENT * largest,
         )
     return figures

@@ -384,7 +384,7 @@ class RunConfig:
     """Optimizer steps between evaluations; each stage's end is evaluated too. 0: only there."""
     eval_after_growth: int = 100
     """Optimizer steps after a growth at which its held-out loss is evaluated once more, for its record. 0: never."""
-    eval_blocks: int = 256
+    eval_sequences: int = 256
     """Held-out blocks of one evaluation, the same ones each time."""
     log_every: int = 10
     """Optimizer steps between lines in metrics.jsonl."""
@@ -417,7 +417,7 @@ class RunConfig:
         if isinstance(self.stages, str):
             self.stages = parse_stages(self.stages)
         require(self.stages, "stages is empty; give at least one, such as 2:100.")
-        for name in ("tokens_per_step", "micro_batch_size", "eval_blocks", "log_every", "checkpoint_keep"):
+        for name in ("tokens_per_step", "micro_batch_size", "eval_sequences", "log_every", "checkpoint_keep"):
             value = getattr(self, name)
             require(value == "auto" or value > 0, f"{name} is {getattr(self, name)}; it must be positive.")
         for name in (

@@ -1,7 +1,7 @@
 """Grow a Hugging Face folder, or a checkpoint of a run with its optimizer state, on the disk.
 
-python launchers/grow_checkpoint.py IN OUT --operator stack --to-layers 12
-python launchers/grow_checkpoint.py runs/quickstart grown --operator "interleave[1:-1]" --to-layers 14
+python launchers/grow_checkpoint.py IN OUT --operator stack --to_layers 12
+python launchers/grow_checkpoint.py runs/quickstart grown --operator "interleave[1:-1]" --to_layers 14
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ def main() -> None:
     parser.add_argument("target", metavar="OUT", help="folder to be made")
     parser.add_argument("--operator", default="stack", help="stack, interleave, middle, last or a list: 0,1,2,2,1,0")
     parser.add_argument(
-        "--to-layers", type=whole_number(1, MOST_BLOCKS), required=True, help="blocks of the grown model"
+        "--to_layers", type=whole_number(1, MOST_BLOCKS), required=True, help="blocks of the grown model"
     )
     parser.add_argument("--optimizer_state", default="stack", help="stack, new_reset, reset, second_only or scale:C")
     options = parser.parse_args()

@@ -31,11 +31,11 @@ def main() -> None:
 
     from ds_stacking.planning.calibration import calibrate
     from ds_stacking.planning.estimate import check_sizes, plan_run
-    from ds_stacking.planning.parts import part_named
+    from ds_stacking.planning.gpus import gpu_spec_named
     from ds_stacking.planning.text import calibration_table, complete, make_cluster, plan_table
 
     cluster = make_cluster(
-        part_named(options.gpu), nodes=options.nodes, gpus_per_node=options.gpus_per_node, mfu=options.mfu
+        gpu_spec_named(options.gpu), nodes=options.nodes, gpus_per_node=options.gpus_per_node, mfu=options.mfu
     )
     check_sizes(config)
     found = [] if options.run is None else calibrate(options.run)

@@ -42,7 +42,7 @@ def small_options(folder: Path) -> list[str]:
         "--model.attention_dropout=0.1",
         "--model.max_positions=32",
         "--tokens_per_step=512",
-        "--eval_blocks=24",
+        "--eval_sequences=24",
         "--eval_every=5",
         "--log_every=1",
         "--warmup_steps=4",

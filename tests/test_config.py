@@ -69,7 +69,7 @@ REFUSED: list[tuple[type, dict[str, Any], str]] = [
         {"corpus": CorpusConfig(separate_documents=True), "model": ModelConfig(next_sentence=True)},
         "corpus.separate_documents hides",
     ),
-    (RunConfig, {"eval_blocks": 0}, "eval_blocks is 0"),
+    (RunConfig, {"eval_sequences": 0}, "eval_sequences is 0"),
     (RunConfig, {"log_every": 0}, "log_every is 0"),
     (RunConfig, {"lr": -1.0}, "lr is -1.0"),
     (RunConfig, {"seed": -1}, "seed is -1"),

@@ -178,7 +178,7 @@ def _next(search: Search, fault: str | None) -> dict[str, Any] | None:
 def _check_together(path: Path, fingerprint: str, exchange: Exchange, alive: Callable[[], None]) -> str | None:
     """What is wrong with the content of a checkpoint's files, each of which is read by one rank."""
     manifest = side_by_side(lambda: _see(path, fingerprint), exchange)
-    blind = exchange.total(int(manifest is None))
+    blind = exchange.all_reduce_sum(int(manifest is None))
     if blind or manifest is None:
         raise UserError(f"{blind} ranks do not see {path}; put the run directory on storage that all nodes share.")
     sizes = [record.size for record in manifest.files.values()]
@@ -193,7 +193,7 @@ def _check_together(path: Path, fingerprint: str, exchange: Exchange, alive: Cal
 
     faults = torch.zeros(len(names), dtype=torch.int64)
     faults[mine] = torch.tensor(side_by_side(work, exchange, progress=lambda: read[0], alive=alive), dtype=torch.int64)
-    return describe(names, exchange.add_up(faults).tolist())
+    return describe(names, exchange.all_reduce_tensor(faults).tolist())
 
 
 def shares(sizes: Sequence[int], ranks: int) -> list[list[int]]:

@@ -40,7 +40,7 @@ def side_by_side(
         task.join(MEET)
         ended = not task.is_alive()
         at = torch.tensor([int(not ended), int(ended and task.error is not None), progress()])
-        unfinished, failed, moved = exchange.add_up(at).tolist()
+        unfinished, failed, moved = exchange.all_reduce_tensor(at).tolist()
         if not unfinished:
             break
         if moved > seen:
@@ -68,10 +68,10 @@ def from_first_rank(decide: Callable[[], Any], exchange: Exchange) -> Any:
             return json.dumps({"error": str(error)}).encode()
 
     message = side_by_side(ask, exchange)
-    size = exchange.total(len(message))
+    size = exchange.all_reduce_sum(len(message))
     whole = [torch.frombuffer(bytearray(message), dtype=torch.uint8)] if exchange.rank == 0 else []
     sizes = [size] + [0] * (exchange.world_size - 1)
-    received = exchange.swap([whole] * exchange.world_size, sizes, dtype=torch.uint8)[0]
+    received = exchange.all_to_all([whole] * exchange.world_size, sizes, dtype=torch.uint8)[0]
     answer = json.loads(received.cpu().numpy().tobytes())
     if "error" in answer:
         raise UserError(answer["error"])

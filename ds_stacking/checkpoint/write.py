@@ -121,7 +121,7 @@ class CheckpointWriter:
             self._finish(SaveReport(step=step, error="the save before it is still being written"))
             return
         rank = self.exchange.rank
-        attempt = self.exchange.total(secrets.randbits(62) if rank == 0 else 0)
+        attempt = self.exchange.all_reduce_sum(secrets.randbits(62) if rank == 0 else 0)
         pieces = state.slices()
         everyone = holdings(pieces, parameters, self.exchange)
         content = {"step": step, "parameters": {name: asdict(info) for name, info in parameters.items()}}
@@ -163,7 +163,7 @@ class CheckpointWriter:
         Returns, on every rank, whether the last save succeeded. All ranks call it together.
         """
         ended = self._join_together(timeout)
-        return self.exchange.total(int(not (ended and self._succeeded))) == 0
+        return self.exchange.all_reduce_sum(int(not (ended and self._succeeded))) == 0
 
     def close(self, timeout: float | None = None) -> None:
         """Wait for this rank's part of the save under way, `timeout` seconds at most (default: twice `patience`).
@@ -178,7 +178,7 @@ class CheckpointWriter:
         if wait:
             self._join_together(None)
         writing = self._thread is not None and self._thread.is_alive()
-        return self.exchange.total(int(writing)) == 0
+        return self.exchange.all_reduce_sum(int(writing)) == 0
 
     def _join_together(self, timeout: float | None) -> bool:
         """Wait until no rank writes; whether this one's part ended in time.
@@ -189,7 +189,7 @@ class CheckpointWriter:
         end = time.monotonic() + (2 * self.patience if timeout is None else timeout)
         while True:
             ended = self._join(TOGETHER)
-            if self.exchange.total(int(not ended and time.monotonic() < end)) == 0:
+            if self.exchange.all_reduce_sum(int(not ended and time.monotonic() < end)) == 0:
                 return ended
 
     def _join(self, timeout: float | None) -> bool:

@@ -25,9 +25,9 @@ def verify_working_copies(state: LiveState, exchange: Exchange) -> None:
     """
     wrong = [name for name, copy, master in _own(state) if not torch.equal(copy, master.to(copy))]
     mine = _checksum(state)
-    first = exchange.total(mine if exchange.rank == 0 else 0)
-    apart = exchange.total(int(mine != first))
-    if exchange.total(len(wrong)) or apart:
+    first = exchange.all_reduce_sum(mine if exchange.rank == 0 else 0)
+    apart = exchange.all_reduce_sum(int(mine != first))
+    if exchange.all_reduce_sum(len(wrong)) or apart:
         where = ", ".join(wrong[:5]) or "on another rank"
         raise RuntimeError(f"These weights are not those of the optimizer's fp32 masters: {where}.")
 

@@ -39,7 +39,7 @@ def _check_size(what: str, name: str, numel: int, sizes: Mapping[str, int]) -> N
 def check_finite(reader: StateReader, exchange: Exchange, *, kinds: Sequence[Kind] = KINDS) -> None:
     """Raise UserError, on every rank, where a weight or a moment is NaN or infinite. All ranks call it together."""
     bad = [(piece, kind) for piece in reader.slices() for kind in kinds if not _finite(reader, piece, kind)]
-    if exchange.total(len(bad)):
+    if exchange.all_reduce_sum(len(bad)):
         where = ", ".join(dict.fromkeys(f"{piece.name} ({kind})" for piece, kind in bad[:3])) or "on another rank"
         raise UserError(
             f"The state to be grown holds NaN or infinite numbers: {where}; go back to a checkpoint before they arose."

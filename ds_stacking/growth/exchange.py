@@ -16,11 +16,11 @@ class Exchange(Protocol):
     rank: int
     world_size: int
 
-    def tables(self, rows: Tensor) -> Tensor:
+    def gather_slices(self, rows: Tensor) -> Tensor:
         """The rows of all ranks, by rank, each behind its rank's number: [n, C] int64 -> [N, 1 + C] on the CPU."""
         ...
 
-    def swap(
+    def all_to_all(
         self, send: Sequence[Sequence[Tensor]], receive_sizes: Sequence[int], *, dtype: torch.dtype = torch.float32
     ) -> list[Tensor]:
         """Send 1-D tensors of `dtype`, on any device, to every rank; receive one of the given size from each.
@@ -29,11 +29,11 @@ class Exchange(Protocol):
         """
         ...
 
-    def total(self, value: int) -> int:
+    def all_reduce_sum(self, value: int) -> int:
         """The sum of `value` over ranks."""
         ...
 
-    def add_up(self, values: Tensor) -> Tensor:
+    def all_reduce_tensor(self, values: Tensor) -> Tensor:
         """The sum of `values` over ranks, element by element, on the CPU."""
         ...
 
@@ -44,21 +44,21 @@ class OneRank:
     rank = 0
     world_size = 1
 
-    def tables(self, rows: Tensor) -> Tensor:
+    def gather_slices(self, rows: Tensor) -> Tensor:
         """Its own rows."""
         return with_ranks([rows])
 
-    def swap(
+    def all_to_all(
         self, send: Sequence[Sequence[Tensor]], receive_sizes: Sequence[int], *, dtype: torch.dtype = torch.float32
     ) -> list[Tensor]:
         """What it sent to itself."""
         return [_joined(send[0], dtype, None)]
 
-    def total(self, value: int) -> int:
+    def all_reduce_sum(self, value: int) -> int:
         """The value."""
         return value
 
-    def add_up(self, values: Tensor) -> Tensor:
+    def all_reduce_tensor(self, values: Tensor) -> Tensor:
         """The values."""
         return values
 
@@ -71,14 +71,14 @@ class Ranks:
         self.world_size = dist.get_world_size()
         self.device = device
 
-    def tables(self, rows: Tensor) -> Tensor:
+    def gather_slices(self, rows: Tensor) -> Tensor:
         """Gathered padded to the longest table."""
         lengths = self._gather(torch.tensor([len(rows)]))[:, 0].tolist()
         padded = rows.new_zeros(max(lengths), rows.shape[1])
         padded[: len(rows)] = rows
         return with_ranks([table[:n] for table, n in zip(self._gather(padded), lengths, strict=True)])
 
-    def swap(
+    def all_to_all(
         self, send: Sequence[Sequence[Tensor]], receive_sizes: Sequence[int], *, dtype: torch.dtype = torch.float32
     ) -> list[Tensor]:
         """One all-to-all with uneven parts."""
@@ -88,13 +88,13 @@ class Ranks:
         dist.all_to_all_single(incoming, outgoing, list(receive_sizes), sizes)
         return list(incoming.split(list(receive_sizes)))
 
-    def total(self, value: int) -> int:
+    def all_reduce_sum(self, value: int) -> int:
         """One all-reduce."""
         tensor = torch.tensor(value, dtype=torch.int64, device=self.device)
         dist.all_reduce(tensor)
         return int(tensor)
 
-    def add_up(self, values: Tensor) -> Tensor:
+    def all_reduce_tensor(self, values: Tensor) -> Tensor:
         """One all-reduce."""
         values = values.to(self.device, copy=True)
         dist.all_reduce(values)

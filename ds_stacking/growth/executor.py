@@ -66,7 +66,7 @@ class _Execution:
         rank = self.exchange.rank
         with self._clock("schedule"):
             moves = schedule(self.plan, self.reader.slices(), self.writer.slices(), self.exchange)
-            own = [move for move in moves if move.owner == move.wanter == rank]
+            own = [move for move in moves if move.src_rank == move.dst_rank == rank]
             crossing = [move for move in moves if move.crosses]
         with self._clock("copy"):
             for move in own:
@@ -78,7 +78,7 @@ class _Execution:
             self.writer.commit({entry.target: entry.info.step for entry in self.plan.entries})
         with self._clock("verify"):
             wrong = self._verify(own)
-            if self.exchange.total(len(wrong)):
+            if self.exchange.all_reduce_sum(len(wrong)):
                 where = ", ".join(wrong[:5]) or "on another rank"
                 raise RuntimeError(f"After the move these tensors differ from their source: {where}.")
             self.report.tensors_verified = sum(entry.source is not None for entry in self.plan.entries)
@@ -115,24 +115,24 @@ class _Execution:
         """One round: pack what this rank sends, swap, write what it received."""
         rank, outgoing, sizes = self.exchange.rank, *self._empty_parts()
         for move in moves:
-            if move.owner == rank:
+            if move.src_rank == rank:
                 values = [part for _, part in self._values(move)]
-                outgoing[move.wanter] += values
+                outgoing[move.dst_rank] += values
                 self.sent.append((move, torch.stack([digest(part) for part in values])))
-            elif move.wanter == rank:
-                sizes[move.owner] += len(self._moved(move)) * move.numel
-        incoming = self.exchange.swap(outgoing, sizes)
+            elif move.dst_rank == rank:
+                sizes[move.src_rank] += len(self._moved(move)) * move.numel
+        incoming = self.exchange.all_to_all(outgoing, sizes)
         taken = 4 * (sum(sizes) + sum(part.numel() for parts in outgoing for part in parts))
         self.report.bytes_received += 4 * sum(sizes)
         self.report.largest_round = max(self.report.largest_round, taken)
         position = [0] * self.exchange.world_size
         for move in moves:
-            if move.crosses and move.wanter == rank:
+            if move.crosses and move.dst_rank == rank:
                 self.received.append(move)
                 for kind, _ in self._moved(move):
-                    start = position[move.owner]
-                    position[move.owner] = start + move.numel
-                    self.writer.write(move.target, kind, incoming[move.owner][start : start + move.numel])
+                    start = position[move.src_rank]
+                    position[move.src_rank] = start + move.numel
+                    self.writer.write(move.target, kind, incoming[move.src_rank][start : start + move.numel])
 
     def _empty_parts(self) -> tuple[list[list[Tensor]], list[int]]:
         world = self.exchange.world_size
@@ -149,16 +149,16 @@ class _Execution:
         returning, sizes = self._empty_parts()
         for move in self.received:
             found = [digest(self.writer.read(move.target, kind)) for kind, _ in self._moved(move)]
-            returning[move.owner].append(torch.stack(found).flatten())
+            returning[move.src_rank].append(torch.stack(found).flatten())
         for move, taken in self.sent:
-            sizes[move.wanter] += taken.numel()
+            sizes[move.dst_rank] += taken.numel()
         if self.exchange.world_size > 1:
-            found = self.exchange.swap(returning, sizes, dtype=torch.int64)
+            found = self.exchange.all_to_all(returning, sizes, dtype=torch.int64)
             position = [0] * self.exchange.world_size
             for move, taken in self.sent:
-                start = position[move.wanter]
-                position[move.wanter] = start + taken.numel()
-                if not torch.equal(found[move.wanter][start : start + taken.numel()].cpu(), taken.flatten()):
+                start = position[move.dst_rank]
+                position[move.dst_rank] = start + taken.numel()
+                if not torch.equal(found[move.dst_rank][start : start + taken.numel()].cpu(), taken.flatten()):
                     wrong.append(move.entry.target)
         return wrong
 

@@ -69,5 +69,5 @@ def holdings(pieces: Iterable[TensorSlice], names: Iterable[str], exchange: Exch
     """What all ranks hold of the tensors `names`, given this rank's `pieces` of any tensors. Collective."""
     numbers = {name: number for number, name in enumerate(names)}
     own = [(numbers[piece.name], piece.start, piece.stop) for piece in pieces if piece.name in numbers]
-    everyone = exchange.tables(torch.tensor(own, dtype=torch.int64).reshape(-1, 3))
+    everyone = exchange.gather_slices(torch.tensor(own, dtype=torch.int64).reshape(-1, 3))
     return Holdings(list(numbers), everyone.roll(-1, 1))  # the rank behind the slice

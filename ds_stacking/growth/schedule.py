@@ -26,18 +26,18 @@ ROUND = 2 << 20
 
 
 class Move(NamedTuple):
-    """Elements on their way from `owner` to `wanter`."""
+    """Elements on their way from `src_rank` to `dst_rank`."""
 
     entry: PlanEntry
     start: int
     stop: int
-    owner: int
-    wanter: int
+    src_rank: int
+    dst_rank: int
 
     @property
     def crosses(self) -> bool:
         """Whether they leave their rank."""
-        return self.owner != self.wanter
+        return self.src_rank != self.dst_rank
 
     @property
     def numel(self) -> int:
@@ -82,9 +82,9 @@ def rounds(moves: Iterable[Move], limit: int, exchange: Exchange) -> list[list[M
     streams: dict[tuple[int, int], list[Move]] = {}
     load = torch.zeros(exchange.world_size, 2, dtype=torch.int64)  # (sent, received)
     for move in moves:
-        streams.setdefault((move.owner, move.wanter), []).append(move)
-        load[exchange.rank, int(move.wanter == exchange.rank)] += move.numel
-    count = -(-int(exchange.add_up(load).max()) // limit)
+        streams.setdefault((move.src_rank, move.dst_rank), []).append(move)
+        load[exchange.rank, int(move.dst_rank == exchange.rank)] += move.numel
+    count = -(-int(exchange.all_reduce_tensor(load).max()) // limit)
     result: list[list[Move]] = [[] for _ in range(count)]
     for stream in streams.values():
         for number, part in _equal_parts(stream, count):
@@ -116,8 +116,8 @@ def _arriving(
         if any(have.start <= want.start and want.stop <= have.stop for have in own.get(entry.source, ())):
             yield Move(entry, want.start, want.stop, rank, rank)
         else:
-            for start, stop, owner in _owners(sources, entry.source, want.start, want.stop, rank):
-                yield Move(entry, start, stop, owner, rank)
+            for start, stop, src_rank in _source_ranks(sources, entry.source, want.start, want.stop, rank):
+                yield Move(entry, start, stop, src_rank, rank)
 
 
 def _leaving(
@@ -127,12 +127,12 @@ def _leaving(
     for have in held:
         if have.name not in unmet.numbers:
             continue
-        for _, first, last, wanter, number in unmet.overlapping(have.name, have.start, have.stop).tolist():
-            if wanter != rank:
+        for _, first, last, dst_rank, number in unmet.overlapping(have.name, have.start, have.stop).tolist():
+            if dst_rank != rank:
                 start, stop = max(first, have.start), min(last, have.stop)
-                for begin, end, owner in _owners(sources, have.name, start, stop, wanter):
-                    if owner == rank:
-                        yield Move(plan.entries[number], begin, end, rank, wanter)
+                for begin, end, src_rank in _source_ranks(sources, have.name, start, stop, dst_rank):
+                    if src_rank == rank:
+                        yield Move(plan.entries[number], begin, end, rank, dst_rank)
 
 
 def _unmet(plan: GrowthPlan, sources: Holdings, targets: Holdings) -> Holdings:
@@ -147,19 +147,21 @@ def _unmet(plan: GrowthPlan, sources: Holdings, targets: Holdings) -> Holdings:
     return Holdings(sources.names, wants[~sources.covers(wants)])
 
 
-def _owners(sources: Holdings, name: str, start: int, stop: int, wanter: int) -> Iterator[tuple[int, int, int]]:
-    """Cut elements start..stop of a source at every holder's bounds: (start, stop, owner) of each part.
+def _source_ranks(
+    sources: Holdings, name: str, start: int, stop: int, dst_rank: int
+) -> Iterator[tuple[int, int, int]]:
+    """Cut elements start..stop of a source at every holder's bounds: (start, stop, src_rank) of each part.
 
     A sweep over the holders in the order in which they begin; those that have begun wait in a heap, the best first.
     """
     holders = sources.overlapping(name, start, stop).tolist()
     bounds = (min(max(bound, start), stop) for holder in holders for bound in holder[1:3])
-    begun: list[tuple[bool, int, int]] = []  # (another rank than the wanter, rank, its last element's successor)
+    begun: list[tuple[bool, int, int]] = []  # (another rank than the dst_rank, rank, its last element's successor)
     position = 0
     for begin, end in pairwise(sorted({start, stop, *bounds})):
         while position < len(holders) and holders[position][1] <= begin:
             _, _, last, rank, *_ = holders[position]
-            heapq.heappush(begun, (rank != wanter, rank, last))
+            heapq.heappush(begun, (rank != dst_rank, rank, last))
             position += 1
         while begun and begun[0][2] <= begin:
             heapq.heappop(begun)

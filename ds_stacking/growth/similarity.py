@@ -40,7 +40,7 @@ def norms(
     whole = dict.fromkeys(rows, 0)
     for name, label in labels.items():
         whole[label] += numels[name]
-    found = exchange.add_up(sums).tolist()
+    found = exchange.all_reduce_tensor(sums).tolist()
     return {
         row: math.sqrt(squares * whole[row] / elements) for row, (squares, elements) in zip(rows, found, strict=True)
     }
@@ -105,13 +105,13 @@ class _Comparison:
         held = self.state.slices()
         moves = schedule(self.plan, held, held, self.exchange)
         for move in moves:
-            if move.owner == move.wanter == self.exchange.rank:
+            if move.src_rank == move.dst_rank == self.exchange.rank:
                 for index, kind in enumerate(self.kinds):
                     self._add(move, index, self.state.read(move.source, kind))
         crossing = [move for move in moves if move.crosses]
         for carried in rounds(crossing, round_limit(self.plan), self.exchange):
             self._carry(carried)
-        sums = self.exchange.add_up(self.sums)
+        sums = self.exchange.all_reduce_tensor(self.sums)
         return {kind: {block: _cosine(sums[block, i]) for block in pairs} for i, kind in enumerate(self.kinds)}
 
     def _carry(self, moves: list[Move]) -> None:
@@ -119,18 +119,21 @@ class _Comparison:
         rank, world = self.exchange.rank, self.exchange.world_size
         outgoing: list[list[Tensor]] = [[] for _ in range(world)]
         for move in moves:
-            if move.owner == rank:
-                outgoing[move.wanter] += [self.state.read(move.source, kind) for kind in self.kinds]
-        mine = [move for move in moves if move.wanter == rank]
-        sizes = [len(self.kinds) * sum(move.numel for move in mine if move.owner == owner) for owner in range(world)]
-        incoming = self.exchange.swap(outgoing, sizes)
-        parts = {owner: iter(self._split(mine, owner, incoming[owner])) for owner in range(world)}
+            if move.src_rank == rank:
+                outgoing[move.dst_rank] += [self.state.read(move.source, kind) for kind in self.kinds]
+        mine = [move for move in moves if move.dst_rank == rank]
+        sizes = [
+            len(self.kinds) * sum(move.numel for move in mine if move.src_rank == src_rank)
+            for src_rank in range(world)
+        ]
+        incoming = self.exchange.all_to_all(outgoing, sizes)
+        parts = {src_rank: iter(self._split(mine, src_rank, incoming[src_rank])) for src_rank in range(world)}
         for move in mine:
             for index in range(len(self.kinds)):
-                self._add(move, index, next(parts[move.owner]))
+                self._add(move, index, next(parts[move.src_rank]))
 
-    def _split(self, moves: list[Move], owner: int, values: Tensor) -> tuple[Tensor, ...]:
-        return values.split([move.numel for move in moves if move.owner == owner for _ in self.kinds])
+    def _split(self, moves: list[Move], src_rank: int, values: Tensor) -> tuple[Tensor, ...]:
+        return values.split([move.numel for move in moves if move.src_rank == src_rank for _ in self.kinds])
 
     def _add(self, move: Move, index: int, partner: Tensor) -> None:
         own = self.state.read(move.target, self.kinds[index]).double()

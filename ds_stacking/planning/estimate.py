@@ -13,6 +13,7 @@ from ds_stacking.common.errors import UserError
 from ds_stacking.config import RunConfig, StageConfig
 from ds_stacking.models.flops import training_flops
 from ds_stacking.planning.collectives import Collective, bytes_sent, calls_of_step, gather, latency
+from ds_stacking.planning.gpus import GpuSpec
 from ds_stacking.planning.memory import (
     Memory,
     activation_bytes,
@@ -21,7 +22,6 @@ from ds_stacking.planning.memory import (
     state_bytes,
     sum_bytes,
 )
-from ds_stacking.planning.parts import Part
 
 REBUILD = 3.0
 """Seconds in which a growth builds a model and an engine, whatever their size."""
@@ -40,7 +40,7 @@ OPTIMIZER_TRAFFIC = 56
 class Cluster:
     """What a run is planned for."""
 
-    part: Part
+    gpu: GpuSpec
     """The GPU."""
     nodes: int
     """Nodes."""
@@ -60,10 +60,10 @@ class Cluster:
         """Seconds of collective calls over all GPUs, one after the other."""
         if self.gpus == 1:
             return 0.0
-        speed = min(self.part.link, self.part.network) if self.nodes > 1 else self.part.link
+        speed = min(self.gpu.link, self.gpu.network) if self.nodes > 1 else self.gpu.link
         seconds = 0.0
         for calls in collectives:
-            wait = latency(calls.kind, nodes=self.nodes, gpus_per_node=self.gpus_per_node, link=self.part.link)
+            wait = latency(calls.kind, nodes=self.nodes, gpus_per_node=self.gpus_per_node, link=self.gpu.link)
             seconds += bytes_sent(calls, self.gpus) / speed + calls.calls * wait
         return seconds
 
@@ -136,9 +136,9 @@ def plan_stage(config: RunConfig, stage: StageConfig, cluster: Cluster, *, zero_
     collectives = calls_of_step(parameters, zero_stage=zero_stage, accumulation=accumulation, bucket=cluster.bucket)
     talking = cluster.seconds(collectives)
     host = HOST * (12 * stage.layers + 10)  # tensors of a block, and of embeddings and heads
-    computing = max(flops / (cluster.mfu * cluster.part.bf16), accumulation * host)
+    computing = max(flops / (cluster.mfu * cluster.gpu.bf16), accumulation * host)
     updated = parameters / (cluster.gpus if zero_stage else 1)
-    updating = updated * OPTIMIZER_TRAFFIC / cluster.part.bandwidth
+    updating = updated * OPTIMIZER_TRAFFIC / cluster.gpu.bandwidth
     together = max(computing, talking) if zero_stage == 3 else computing + talking  # only ZeRO-3's overlaps
     moved = 12 * parameters / cluster.gpus
     return StagePlan(
@@ -153,9 +153,7 @@ def plan_stage(config: RunConfig, stage: StageConfig, cluster: Cluster, *, zero_
         communication_bytes=sum(bytes_sent(call, cluster.gpus) for call in collectives),
         communication_seconds=talking,
         step_seconds=together + updating + host,
-        growth_seconds=0.0
-        if first
-        else REBUILD + moved / cluster.part.bandwidth + cluster.seconds([gather(moved, 1)]),
+        growth_seconds=0.0 if first else REBUILD + moved / cluster.gpu.bandwidth + cluster.seconds([gather(moved, 1)]),
     )
 
 
@@ -202,7 +200,7 @@ def _memory(
 
 def _micro_batch(bytes_of: dict[int, float], limit: int | str, cluster: Cluster) -> int:
     """The largest micro-batch within the limit that leaves a tenth of the memory free, or the smallest of all."""
-    fits = [size for size, total in bytes_of.items() if total <= 0.9 * cluster.part.memory]
+    fits = [size for size, total in bytes_of.items() if total <= 0.9 * cluster.gpu.memory]
     return max((size for size in fits if limit == "auto" or size <= int(limit)), default=1)
 
 

@@ -8,7 +8,7 @@ from ds_stacking.common.errors import UserError
 from ds_stacking.config import RunConfig
 from ds_stacking.planning.calibration import Calibration
 from ds_stacking.planning.estimate import Cluster, StagePlan, saved_share
-from ds_stacking.planning.parts import Part
+from ds_stacking.planning.gpus import GpuSpec
 
 BUCKET = 50_000_000
 """reduce_bucket_size of ds_configs/."""
@@ -33,7 +33,7 @@ def complete(config: RunConfig) -> RunConfig:
     return replace(config, model=replace(config.model, vocab_size=-(-size // 8) * 8))
 
 
-def make_cluster(part: Part, *, nodes: int, gpus_per_node: int, mfu: float) -> Cluster:
+def make_cluster(gpu: GpuSpec, *, nodes: int, gpus_per_node: int, mfu: float) -> Cluster:
     """Raises UserError for sizes that cannot be."""
     if nodes < 1 or gpus_per_node < 1:
         raise UserError(f"{nodes} nodes of {gpus_per_node} GPUs cannot be planned; both must be positive.")
@@ -43,7 +43,7 @@ def make_cluster(part: Part, *, nodes: int, gpus_per_node: int, mfu: float) -> C
         )
     if not 0 < mfu <= 1:
         raise UserError(f"--mfu is {mfu}; it is a share of the peak, in (0, 1].")
-    return Cluster(part=part, nodes=nodes, gpus_per_node=gpus_per_node, mfu=mfu, bucket=BUCKET)
+    return Cluster(gpu=gpu, nodes=nodes, gpus_per_node=gpus_per_node, mfu=mfu, bucket=BUCKET)
 
 
 def plan_table(config: RunConfig, plans: list[StagePlan], cluster: Cluster) -> str:
@@ -58,7 +58,7 @@ def plan_table(config: RunConfig, plans: list[StagePlan], cluster: Cluster) -> s
     lines += [
         "",
         f"in all {_hours(seconds)}, {seconds / 3600 * cluster.gpus:,.1f} GPU hours{_saved(plans)}",
-        f"assumed, not measured on this part: MFU {cluster.mfu:.0%} of the arithmetic; links and network as sold, "
+        f"assumed, not measured on this gpu: MFU {cluster.mfu:.0%} of the arithmetic; links and network as sold, "
         f"latencies as in NCCL's own model",
     ]
     return "\n".join(lines)
@@ -85,7 +85,7 @@ def _stage_lines(plan: StagePlan, number: int, cluster: Cluster, length: int) ->
         f"  batch          {plan.accumulation} micro-batches of {plan.micro_batch_size} sequences on each GPU",
     ]
     for zero_stage, memory in plan.memory.items():
-        fits = "" if memory.total <= cluster.part.memory else "  DOES NOT FIT"
+        fits = "" if memory.total <= cluster.gpu.memory else "  DOES NOT FIT"
         lines.append(
             f"  memory ZeRO-{zero_stage}  {_gib(memory.total)} = states {_gib(memory.states)}, activations "
             f"{_gib(memory.activations)}, buffers {_gib(memory.buffers)}{fits}"

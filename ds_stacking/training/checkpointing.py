@@ -35,7 +35,7 @@ from ds_stacking.training.changes import (
 )
 from ds_stacking.training.compatibility import check_fits
 from ds_stacking.training.ledger import Ledger
-from ds_stacking.training.reporting import settle
+from ds_stacking.training.reporting import charge_flops
 from ds_stacking.training.run_directory import CHECKPOINTS, METRICS, SAVED, refuse_lost_checkpoints
 from ds_stacking.training.saved_state import ledger_values, saved_state
 
@@ -165,7 +165,7 @@ def make_writer(
 def save(run: Pretraining, *, stage_end: bool = False, required: bool = False) -> None:
     """Save the run between two steps; a stage's end is kept for good. All ranks call it together."""
     with run.ledger.clock("checkpoint"):
-        settle(run)
+        charge_flops(run)
         parts = [torch.zeros_like(run.loss_sum) for _ in range(run.world_size)]
         dist.all_gather(parts, run.loss_sum)
         metrics = run.run_dir / METRICS
@@ -192,10 +192,10 @@ def save(run: Pretraining, *, stage_end: bool = False, required: bool = False) -
             keep=stage_end,
             required=required,
         )
-    tell_reports(run)
+    log_failed_saves(run)
 
 
-def tell_reports(run: Pretraining) -> None:
+def log_failed_saves(run: Pretraining) -> None:
     """Say which saves failed; one that succeeded is silent."""
     for report in run.writer.reports():
         if report.error or report.warning:

@@ -10,7 +10,7 @@ from ds_stacking.checkpoint.share import side_by_side
 from ds_stacking.common.files import write_json
 from ds_stacking.common.own_files import make_inside
 from ds_stacking.growth.exchange import make_exchange
-from ds_stacking.training.checkpointing import tell_reports
+from ds_stacking.training.checkpointing import log_failed_saves
 from ds_stacking.training.controls import measure_controls
 from ds_stacking.training.export import finish_export
 from ds_stacking.training.held_out import HeldOutLoss
@@ -25,8 +25,8 @@ def finish(run: Pretraining) -> None:
     loss, shuffled = run.evaluate(), run.evaluate_shuffled()
     exchange = make_exchange(run.device)
     run.writer.wait()
-    tell_reports(run)  # a last save that failed must not go unsaid
-    missing = exchange.total(int(run.rank == 0 and not _exported(run).is_dir()))
+    log_failed_saves(run)  # a last save that failed must not go unsaid
+    missing = exchange.all_reduce_sum(int(run.rank == 0 and not _exported(run).is_dir()))
     if missing:  # resumed at the very end, into a new directory
         if run.evaluated is known:
             log_evaluation(run, loss)
@@ -58,7 +58,7 @@ def _write_reports(run: Pretraining, loss: HeldOutLoss, shuffled: HeldOutLoss) -
         "steps": run.position.step,
         **ledger.totals(),
         "seconds_by_phase": dict(ledger.phases),
-        "eval_loss": loss.every,
+        "eval_loss": loss.all_positions,
         "eval_loss_masked": loss.masked,
         "eval_loss_shuffled": shuffled.masked,
         "unigram_entropy": run.data.unigram_entropy,

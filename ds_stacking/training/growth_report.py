@@ -19,7 +19,7 @@ from ds_stacking.growth.exchange import make_exchange
 from ds_stacking.growth.similarity import copies, cosines, norms, seams
 from ds_stacking.growth.state import ParkedState, TensorSlice
 from ds_stacking.training.progress import growth_later_line
-from ds_stacking.training.reporting import event
+from ds_stacking.training.reporting import make_record
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -33,14 +33,14 @@ def is_looked_at(steps: int) -> bool:
     return digits[0] in "125" and set(digits[1:]) <= {"0"}
 
 
-def moments_before(run: Pretraining) -> ParkedState | None:
+def snapshot_moments(run: Pretraining) -> ParkedState | None:
     """Before a step: this rank's exp_avg, on the host, where the growth is looked at after the step."""
     if run.growing or not run.position.stage or not run.growths or not is_looked_at(run.position.stage_step + 1):
         return None
     return ParkedState(LiveState(run.engine), kinds=("exp_avg",))
 
 
-def look(run: Pretraining, before: ParkedState, *, taken: bool) -> None:
+def observe_growth(run: Pretraining, before: ParkedState, *, taken: bool) -> None:
     """After the step: log what the blocks look like, and keep it in the growth's record. Collective.
 
     Without a step `taken` there is no gradient to tell of.
@@ -48,7 +48,7 @@ def look(run: Pretraining, before: ParkedState, *, taken: bool) -> None:
     with run.ledger.clock("evaluation"):
         found = _observation(run, before, taken)
     run.growths[-1].observations.append(found)
-    run.tracker.log(event(run, "after_growth") | found)
+    run.tracker.log(make_record(run, "after_growth") | found)
 
 
 def note_later_loss(run: Pretraining) -> None:
@@ -57,7 +57,7 @@ def note_later_loss(run: Pretraining) -> None:
         return
     growth = run.growths[-1]
     if growth.stage == run.position.stage and growth.eval_loss_later is None:
-        run.growths[-1] = replace(growth, eval_loss_later=run.evaluated[1].every)
+        run.growths[-1] = replace(growth, eval_loss_later=run.evaluated[1].all_positions)
         run.console.line(growth_later_line(asdict(run.growths[-1]), run.position.stage_step))
 
 

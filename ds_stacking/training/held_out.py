@@ -17,7 +17,7 @@ from ds_stacking.data.batches import Batch, EvalBatches
 class HeldOutLoss:
     """Mean cross entropy in nats per predicted token of the held-out blocks."""
 
-    every: float
+    all_positions: float
     """Over all predicted positions: 80 % [MASK], 10 % random tokens, 10 % left as they were."""
     masked: float
     """Over the positions that hold [MASK] alone: visible tokens, which can be copied, do not count."""
@@ -53,7 +53,7 @@ def held_out_loss(
     if dist.is_initialized():
         dist.all_reduce(totals)
     loss, tokens, masked_loss, masked_tokens = totals.tolist()
-    return HeldOutLoss(every=loss / tokens, masked=masked_loss / max(1.0, masked_tokens))
+    return HeldOutLoss(all_positions=loss / tokens, masked=masked_loss / max(1.0, masked_tokens))
 
 
 def _rounds(blocks: int, micro_batch_size: int) -> list[tuple[np.ndarray, int]]:

@@ -30,9 +30,9 @@ from ds_stacking.engine.stage_manager import GrowthRecord, StageManager
 from ds_stacking.engine.stepping import optimizer_step
 from ds_stacking.growth.exchange import make_exchange
 from ds_stacking.training.batching import BatchPlan
-from ds_stacking.training.checkpointing import save, tell_reports
+from ds_stacking.training.checkpointing import log_failed_saves, save
 from ds_stacking.training.export import export_stage
-from ds_stacking.training.growth_report import look, moments_before, note_later_loss
+from ds_stacking.training.growth_report import note_later_loss, observe_growth, snapshot_moments
 from ds_stacking.training.health import Health
 from ds_stacking.training.held_out import HeldOutLoss, held_out_loss
 from ds_stacking.training.ledger import Ledger
@@ -110,7 +110,7 @@ class Pretraining:
         self.health = Health(
             limit=self.config.max_skipped_steps, sigma=self.config.skip_above_sigma, device=self.device
         )
-        self.manager.evaluate = lambda _: self.evaluate().every
+        self.manager.evaluate = lambda _: self.evaluate().all_positions
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
         self.loss_sum = torch.zeros((), dtype=torch.float64, device=self.device)
         self.steps_in_loss = 0
@@ -213,7 +213,7 @@ class Pretraining:
         """
         stage = self.position.stage
         self.set_learning_rate()
-        before = moments_before(self)
+        before = snapshot_moments(self)
         self.told = self.told or self.asked.read() > 0
         work = self.reduce(batches)
         step_loss = torch.zeros_like(self.loss_sum)
@@ -231,7 +231,7 @@ class Pretraining:
         self.position.by_length = counted | {length: counted.get(length, 0) + plan.sequences}
         self.ledger.add_step(tokens=plan.sequences * plan.sequence_length)
         if before is not None:
-            look(self, before, taken=taken)
+            observe_growth(self, before, taken=taken)
 
     def reduce(self, batches: StepBatches) -> Tensor:
         """The step's counts over all ranks, [4] int64 on the device: the only reduction beside DeepSpeed's own."""
@@ -291,7 +291,7 @@ class Pretraining:
         after_growth = position.stage and position.stage_step == self.config.eval_after_growth
         if not (regular or after_growth) or position.stage_step >= stage.steps:
             return False
-        ended = end_on_plateau(self, stage, self.evaluate().every)
+        ended = end_on_plateau(self, stage, self.evaluate().all_positions)
         if ended and self.steps_in_loss:
             log_training(self)  # a stage ends with a line
         return ended
@@ -317,7 +317,7 @@ class Pretraining:
         if not self.growing:
             save(self, required=True)
         saved = self.writer.wait()
-        tell_reports(self)
+        log_failed_saves(self)
         stopped = f"stopped by {self.stop.reason or 'another rank'} at step {self.position.step}"
         if not saved:  # no RunAgain: a batch script would start it again and again, for nothing
             raise RunFailed(f"{stopped}, but the last checkpoint could not be saved; go on with --resume auto")
@@ -355,10 +355,10 @@ class Pretraining:
         """Evaluate and export the stage's model."""
         loss = self.evaluate()
         refuse_diverged(self, loss)
-        self.ledger.stage.eval_loss_end = loss.every
+        self.ledger.stage.eval_loss_end = loss.all_positions
         self.ledger.stage.eval_loss_masked_end = loss.masked
         fault = self.export(index, stage)
-        failed = bool(make_exchange(self.device).total(int(fault is not None)))
+        failed = bool(make_exchange(self.device).all_reduce_sum(int(fault is not None)))
         save(self, stage_end=not failed, required=failed)
         if failed:  # the stage's work is saved first, and a resumption exports again
             self.writer.wait()

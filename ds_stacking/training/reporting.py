@@ -19,9 +19,9 @@ if TYPE_CHECKING:
     from ds_stacking.training.loop import Pretraining
 
 
-def event(run: Pretraining, kind: str) -> dict[str, Any]:
+def make_record(run: Pretraining, kind: str) -> dict[str, Any]:
     """The fields that every record has: where the run stands, and the ledger's totals."""
-    settle(run)
+    charge_flops(run)
     return {
         "kind": kind,
         "step": run.position.step,
@@ -31,7 +31,7 @@ def event(run: Pretraining, kind: str) -> dict[str, Any]:
     }
 
 
-def settle(run: Pretraining) -> None:
+def charge_flops(run: Pretraining) -> None:
     """Charge the FLOPs of the steps since the last call; what they masked and attended to is known to the device."""
     steps, run.settled = run.position.step - run.settled, run.position.step
     if steps:
@@ -58,7 +58,7 @@ def log_training(run: Pretraining) -> None:
     norm = run.engine.get_global_grad_norm()
     position = run.position
     rate = run.schedule(position.step - 1, position.stage, position.stage_step - 1)
-    record = event(run, "train")
+    record = make_record(run, "train")
     rates = run.ledger.rates()
     record |= {"loss": loss, "lr": rate, "grad_norm": None if norm is None else float(norm), **rates}
     record["skipped_steps"] = run.health.skipped
@@ -78,12 +78,12 @@ def log_training(run: Pretraining) -> None:
 
 def log_evaluation(run: Pretraining, loss: HeldOutLoss) -> None:
     """Log a held-out loss of the current engine."""
-    run.tracker.log(event(run, "eval") | {"eval_loss": loss.every, "eval_loss_masked": loss.masked})
+    run.tracker.log(make_record(run, "eval") | {"eval_loss": loss.all_positions, "eval_loss_masked": loss.masked})
 
 
 def log_growth(run: Pretraining, growth: GrowthRecord) -> None:
     """Log a growth, and say it."""
-    record = event(run, "growth")
+    record = make_record(run, "growth")
     later = ("eval_loss_later", "observations")
     record |= {name: value for name, value in asdict(growth).items() if name not in record and name not in later}
     record["seconds_growth"] = growth.seconds
@@ -107,7 +107,7 @@ def check_health(run: Pretraining) -> None:
 
 def refuse_diverged(run: Pretraining, loss: HeldOutLoss) -> None:
     """Raise Unhealthy where a stage has ended with a model that is worth nothing; all ranks know the same loss."""
-    if not math.isfinite(loss.every):
+    if not math.isfinite(loss.all_positions):
         run.writer.wait()
         raise Unhealthy(
             f"The held-out loss at the end of stage {run.position.stage + 1} (step {run.position.step}) is not "

@@ -35,7 +35,7 @@ from ds_stacking.growth.operators import layer_map, parse_operator
 from ds_stacking.growth.triggers import parse_trigger
 from ds_stacking.models.bert import Bert, has_kernels
 from ds_stacking.models.compiling import compile_parts
-from ds_stacking.planning.parts import part_of
+from ds_stacking.planning.gpus import gpu_spec_of
 from ds_stacking.training.alarm import Alarm
 from ds_stacking.training.batching import BatchPlan, plan_batch
 from ds_stacking.training.capacity import refuse_what_cannot_fit
@@ -170,7 +170,7 @@ def _undo(run: Pretraining) -> None:
 
 def _claim(run: Pretraining, found: Found | None) -> None:
     """Make the run directory this run's, now that it can start: what was there before is deleted or gone on with."""
-    asked = make_exchange(run.device).total(int(run.stop.asked()))
+    asked = make_exchange(run.device).all_reduce_sum(int(run.stop.asked()))
     if asked:
         if run.stop.reason == "SIGINT":
             raise KeyboardInterrupt
@@ -350,7 +350,7 @@ def _build(
         data=data,
         manager=StageManager(factory, seed=config.seed, growth_memory=config.growth_memory),
         batches=batches,
-        held_out=_evaluation(config, data, data.eval, config.eval_blocks),
+        held_out=_evaluation(config, data, data.eval, config.eval_sequences),
         training_text=_evaluation(config, data, data.train, FITTED_BLOCKS),
         plans=plans,
         ledger=Ledger(peak=_peak()),
@@ -367,7 +367,7 @@ def _build(
 
 def _peak() -> float | None:
     """Dense bf16 peak of all GPUs of the run, if the part is known."""
-    part = part_of(torch.cuda.get_device_name()) if device().type == "cuda" else None
+    part = gpu_spec_of(torch.cuda.get_device_name()) if device().type == "cuda" else None
     return part.bf16 * dist.get_world_size() if part else None
 
 

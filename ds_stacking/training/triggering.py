@@ -24,7 +24,7 @@ from ds_stacking.growth.triggers import (
 )
 from ds_stacking.models.bert import Bert
 from ds_stacking.models.flops import training_flops_per_token
-from ds_stacking.training.reporting import event, settle
+from ds_stacking.training.reporting import charge_flops, make_record
 
 if TYPE_CHECKING:
     from ds_stacking.training.loop import Pretraining
@@ -106,7 +106,7 @@ def end_on_plateau(run: Pretraining, stage: StageConfig, loss: float) -> bool:
     position, trigger = run.position, parse_trigger(run.config.trigger)
     if trigger.kind != "plateau" or position.stage + 1 == len(run.stages):
         return False
-    settle(run)
+    charge_flops(run)
     new = not run.held_out_losses or run.held_out_losses[-1][0] < run.ledger.flops  # else asked again by a resumption
     if new and math.isfinite(loss) and position.step > run.config.warmup_steps:
         run.held_out_losses.append((run.ledger.flops, loss))
@@ -128,7 +128,7 @@ def choose_operator(run: Pretraining, stage: StageConfig, spec: EngineSpec) -> s
         with run.ledger.clock("growth"):
             losses[operator] = _try(run, operator, int(trigger.numbers[0]), stage, spec)
         record = {"operator": operator, "steps_tried": int(trigger.numbers[0]), "eval_loss": losses[operator]}
-        run.tracker.log(event(run, "trial") | record)
+        run.tracker.log(make_record(run, "trial") | record)
         run.console.line(
             f"trial of {operator}: held-out loss {losses[operator]:.3f} after {trigger.numbers[0]:.0f} steps"
         )
@@ -146,8 +146,8 @@ def _try(run: Pretraining, operator: str, steps: int, stage: StageConfig, spec: 
         with closing(run.stream(steps)) as batches:
             for batch in batches:
                 run.train_step(batch)
-        loss = run.held_out_loss().every
-        settle(run)
+        loss = run.held_out_loss().all_positions
+        charge_flops(run)
     run.manager.evaluate = evaluate
     run.position, run.settled, run.ledger.stage.steps = position, position.step, counted
     run.loss_sum.zero_()

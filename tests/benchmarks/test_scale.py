@@ -54,11 +54,11 @@ def test_the_moves_of_all_ranks_fit_together(scale: Any, name: str, zero_stage: 
     arriving, leaving = Counter(), Counter()
     for rank in range(world_size):
         for move in case.moves(rank)[0]:
-            assert rank in (move.owner, move.wanter)
-            assert all((move.source.name, e) in holds[move.owner] for e in range(move.start, move.stop))
-            if move.wanter == rank:
+            assert rank in (move.src_rank, move.dst_rank)
+            assert all((move.source.name, e) in holds[move.src_rank] for e in range(move.start, move.stop))
+            if move.dst_rank == rank:
                 arriving[move] += 1
-            if move.owner == rank:
+            if move.src_rank == rank:
                 leaving[move] += 1
     assert arriving == leaving and set(arriving.values()) == {1}
     found = Counter((m.wanter, m.entry.target, e) for m in arriving for e in range(m.start, m.stop))
@@ -81,11 +81,11 @@ def test_rounds_are_agreed_on_and_bounded(scale: Any, limit: int) -> None:
     assert load.sum() > 0 and {len(parts) for parts in made} == {-(-int(load.max()) // limit)}
     for number in range(len(made[0])):
         for rank in range(5):
-            sent = [move for move in made[rank][number] if move.owner == rank]
+            sent = [move for move in made[rank][number] if move.src_rank == rank]
             for other in range(5):
-                got = [move for move in made[other][number] if move.owner == rank and move.wanter == other]
-                assert got == [move for move in sent if move.wanter == other], "in the same order at both ends"
-            assert sum(move.numel for move in sent) <= limit + len({move.wanter for move in sent})
+                got = [move for move in made[other][number] if move.src_rank == rank and move.dst_rank == other]
+                assert got == [move for move in sent if move.dst_rank == other], "in the same order at both ends"
+            assert sum(move.numel for move in sent) <= limit + len({move.dst_rank for move in sent})
     for rank, moves in enumerate(crossing):
         elements = Counter((m.entry.target, m.owner, m.wanter, e) for m in moves for e in range(m.start, m.stop))
         assert elements == Counter(

@@ -66,7 +66,7 @@ def resume(folder: str, old: bool) -> tuple[float, int]:
             return time.monotonic() - begin, len(signs)
         if exchange.rank == 0:  # as it was: one rank reads while the others wait in a collective call
             newest_valid(Path(folder), IDENTITY)
-        exchange.total(1)
+        exchange.all_reduce_sum(1)
     return time.monotonic() - begin, 0
 
 

@@ -154,15 +154,15 @@ def snapshot_pinned_like_the_state(self: Snapshot, state: StateReader, file: Pie
 
 
 def look_with_host_tensors(*args: Any) -> Any:
-    with replaced(Ranks, "swap", swap_with_host_tensors):
+    with replaced(Ranks, "all_to_all", swap_with_host_tensors):
         return cosines(*args)
 
 
 cosines = similarity.cosines
 FAULTS: dict[str, tuple[Any, str, Callable, str]] = {
-    "host tensors in a growth's rounds": (Ranks, "swap", swap_with_host_tensors, r"cat: expected .* cpu\[0\]"),
+    "host tensors in a growth's rounds": (Ranks, "all_to_all", swap_with_host_tensors, r"cat: expected .* cpu\[0\]"),
     "host tensors in the look's rounds": (similarity, "cosines", look_with_host_tensors, r"cat: expected .* cpu\[0\]"),
-    "host tensor in a reduction": (Ranks, "total", total_on_the_host, "allreduce_: no backend type"),
+    "host tensor in a reduction": (Ranks, "all_reduce_sum", total_on_the_host, "allreduce_: no backend type"),
     "optimizer state on the host": (zero_state, "_materialise", state_on_the_host, "_fused_adamw_: expected all"),
     "device tensor written to a file": (Snapshot, "take", snapshot_as_it_lies, "convert cuda device type tensor"),
     "pinned memory on the device": (Snapshot, "_reserve", snapshot_pinned_like_the_state, "cannot pin memory"),

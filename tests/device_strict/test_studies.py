@@ -23,7 +23,7 @@ def fine_tune(folder: Path) -> None:
         run = GlueRun(GlueConfig(**options, seeds=1, tasks="SST-2,STS-B", lr="5e-3", epochs="2", batch_size="8"))
         run.check_data()
         run.claim()
-        run.work()
+        run.run()
 
 
 @pytest.mark.distributed

@@ -28,10 +28,10 @@ class ThreadRank:
         self._barrier.wait(timeout=60)
         return everyone
 
-    def tables(self, rows: Tensor) -> Tensor:
+    def gather_slices(self, rows: Tensor) -> Tensor:
         return with_ranks(self._share(rows))
 
-    def swap(
+    def all_to_all(
         self, send: Sequence[Sequence[Tensor]], receive_sizes: Sequence[int], *, dtype: torch.dtype = torch.float32
     ) -> list[Tensor]:
         joined = [torch.cat([torch.empty(0, dtype=dtype), *parts]) for parts in send]
@@ -40,10 +40,10 @@ class ThreadRank:
         assert [part.numel() for part in incoming] == list(receive_sizes)
         return incoming
 
-    def total(self, value: int) -> int:
+    def all_reduce_sum(self, value: int) -> int:
         return sum(self._share(value))
 
-    def add_up(self, values: Tensor) -> Tensor:
+    def all_reduce_tensor(self, values: Tensor) -> Tensor:
         return sum(self._share(values))
 
 

@@ -157,7 +157,7 @@ def test_what_a_rank_holds_it_takes_from_itself(growth) -> None:
     for rank, own in enumerate(held):
         elements = {(piece.name, element) for piece in own for element in range(piece.start, piece.stop)}
         for move in moves[rank]:
-            if move.crosses and move.wanter == rank:
+            if move.crosses and move.dst_rank == rank:
                 assert not any((move.source.name, element) in elements for element in range(move.start, move.stop))
 
 

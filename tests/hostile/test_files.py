@@ -59,8 +59,8 @@ def on(data: str, *options: str) -> Command:
 
 
 RESUME = run_of("run", "--resume=auto")
-GROW_RUN = ("grow_checkpoint.py", "run", "grown", "--to-layers=8")
-GROW_MODEL = ("grow_checkpoint.py", "model", "grown", "--to-layers=8")
+GROW_RUN = ("grow_checkpoint.py", "run", "grown", "--to_layers=8")
+GROW_MODEL = ("grow_checkpoint.py", "model", "grown", "--to_layers=8")
 NEWEST = "run/checkpoints/step-5*"
 TEXTS = tuple(f"formats/{name}" for name in ("a.txt", "a.jsonl", "a.xml"))
 PACKED = tuple(f"formats/{name}" for name in ("b.jsonl.gz", "b.txt.bz2", "b.jsonl.zst", "a.parquet"))

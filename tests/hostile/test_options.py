@@ -49,7 +49,7 @@ BASE: dict[str, tuple[str, ...]] = {
     "pretrain.py": ("--deepspeed_config=default.json", "--data=corpus", "--output_dir=new", *SMALL),
     "prepare_data.py": ("--data=corpus", "--output_dir=fresh", *PREPARE),
     "plan.py": (*PLAN[1:], "--recipe=recipe.json"),
-    "grow_checkpoint.py": ("model", "grown", "--to-layers=8"),
+    "grow_checkpoint.py": ("model", "grown", "--to_layers=8"),
     "analyze_attention.py": (*MAPS[1:], "--model=model"),
     "finetune_glue.py": (*TUNE[1:], "--model=model", "--data=glue"),
     "dashboard.py": ("finished",),

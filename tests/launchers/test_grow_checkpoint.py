@@ -50,7 +50,7 @@ def launch(*arguments: object) -> subprocess.CompletedProcess:
 def test_a_hugging_face_folder_in_shards_is_grown(tmp_path) -> None:
     weights = llama(tmp_path / "small")
     assert len(list((tmp_path / "small").glob("*.safetensors"))) > 1
-    done = launch(tmp_path / "small", tmp_path / "big", "--operator", "interleave", "--to-layers", 4)
+    done = launch(tmp_path / "small", tmp_path / "big", "--operator", "interleave", "--to_layers", 4)
     assert done.returncode == 0, done.stderr
     assert "0 0' 1 1'" in done.stdout
     model, info = AutoModelForCausalLM.from_pretrained(tmp_path / "big", output_loading_info=True)
@@ -94,7 +94,7 @@ def test_bad_input_is_one_sentence_and_leaves_nothing(tmp_path) -> None:
     llama(tmp_path / "small", shard="1GB")
     weights = load_file(tmp_path / "small" / "model.safetensors")
     before = (tmp_path / "small" / "model.safetensors").read_bytes()
-    done = launch(tmp_path / "small", tmp_path / "big", "--to-layers", 3)
+    done = launch(tmp_path / "small", tmp_path / "big", "--to_layers", 3)
     assert done.returncode == 2 and "3 is not a multiple of 2" in done.stderr and "Traceback" not in done.stderr
     cases = [
         ({"operator": "fresh", "layers": 3}, "only a model can initialise"),

@@ -77,13 +77,13 @@ def make(name: str, kind: str) -> None:
         ("out/inner", "4", [], "file", "out/inner cannot be made: .*/out is no folder"),
         ("/proc/nothing/out", "4", [], "", "/proc/nothing/out cannot be made"),
         ("x" * 300, "4", [], "", "could not be written|cannot be made"),
-        ("out", "0", [], "", "--to-layers is .*; it must be a whole number from 1 to"),
-        ("out", "-1", [], "", "--to-layers is .*; it must be a whole number from 1 to"),
+        ("out", "0", [], "", "--to_layers is .*; it must be a whole number from 1 to"),
+        ("out", "-1", [], "", "--to_layers is .*; it must be a whole number from 1 to"),
         ("out", "1", [], "", "would shrink the model"),
-        ("out", "1000000000", [], "", "--to-layers is .*; it must be a whole number from 1 to"),
-        ("out", str(10**30), [], "", "--to-layers is .*; it must be a whole number from 1 to"),
-        ("out", "nan", [], "", "--to-layers is .*; it must be a whole number from 1 to"),
-        ("out", "9" * 5000, [], "", "--to-layers is .*; it must be a whole number from 1 to"),
+        ("out", "1000000000", [], "", "--to_layers is .*; it must be a whole number from 1 to"),
+        ("out", str(10**30), [], "", "--to_layers is .*; it must be a whole number from 1 to"),
+        ("out", "nan", [], "", "--to_layers is .*; it must be a whole number from 1 to"),
+        ("out", "9" * 5000, [], "", "--to_layers is .*; it must be a whole number from 1 to"),
         ("out", "4", ["--operator="], "", "operator is empty"),
         ("out", "4", ["--operator=0,1,99,0"], "", "names block 99, but the model has blocks 0 to 1"),
         ("out", "4", ["--operator=0,1,0"], "", "lists 3 blocks, but the grown model has 4"),
@@ -100,7 +100,7 @@ def test_bad_input_is_one_sentence_and_leaves_nothing(
         make("out", made)
     before = everything(here)
     with pytest.raises(UserError) as error:
-        call(source, target.replace("SOURCE", source), f"--to-layers={layers}", *options)
+        call(source, target.replace("SOURCE", source), f"--to_layers={layers}", *options)
     said = str(error.value)
     assert re.search(words, said) and "\n" not in said and len(said) < 700, said
     assert everything(here) == before
@@ -121,7 +121,7 @@ def test_a_source_that_is_none(here: Path, source: str, made: str, words: str) -
     if made:
         make("in", made)
     with pytest.raises(UserError, match=words):
-        call(source, "out", "--to-layers=4")
+        call(source, "out", "--to_layers=4")
     assert not (here / "out").exists()
 
 
@@ -133,7 +133,7 @@ def test_a_run_without_checkpoints(here: Path, with_folder: bool) -> None:
     if with_folder:
         (here / "new" / "checkpoints").mkdir()
     with pytest.raises(UserError, match="There is no checkpoint in new"):
-        call("new", "out", "--to-layers=4")
+        call("new", "out", "--to_layers=4")
 
 
 def fails_late(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -154,9 +154,9 @@ def test_a_full_disk_is_one_sentence_and_leaves_nothing(
     with monkeypatch.context() as patch:
         fails_late(patch)
         with pytest.raises(RunFailed, match="new/out: No space left on device; free space on its disk and run"):
-            call(source, "new/out", "--to-layers=4")
+            call(source, "new/out", "--to_layers=4")
     assert everything(here) == before
-    call(source, "new/out", "--to-layers=4")
+    call(source, "new/out", "--to_layers=4")
 
 
 def in_child(body: Callable[[], None]) -> int:
@@ -196,20 +196,20 @@ def test_what_a_kill_leaves_goes_with_the_next_start(here: Path, source: str, mo
     assert not (here / "out").exists()
     (left,) = {path.name for path in here.iterdir()} - {"model", "run"}
     assert left.startswith(".out.")
-    call(source, "out", "--to-layers=4")
+    call(source, "out", "--to_layers=4")
     assert {path.name for path in here.iterdir()} == {"model", "run", "out"}
 
 
 def test_an_empty_folder_may_stand_there(here: Path) -> None:
     (here / "out").mkdir()
-    call("run", "out", "--to-layers=4")
+    call("run", "out", "--to_layers=4")
     assert [path.name for path in (here / "out").iterdir()] == ["step-100"]
     assert (here / "out").stat().st_mode & 0o077 == 0
 
 
 def test_what_is_taken_over_is_listed(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (here / "model" / "modeling_evil.py").write_text("")
-    call("model", "out", "--to-layers=4")
+    call("model", "out", "--to_layers=4")
     said = capsys.readouterr().out
     assert "taken over as they are: tokenizer.json, tokenizer_config.json" in said
     assert "not taken over: 'modeling_evil.py'" in said and not (here / "out" / "modeling_evil.py").exists()

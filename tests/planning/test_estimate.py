@@ -14,7 +14,7 @@ from ds_stacking.models.flops import training_flops
 from ds_stacking.planning.calibration import calibrate
 from ds_stacking.planning.collectives import bytes_sent, calls_of_step, latency
 from ds_stacking.planning.estimate import plan_run, saved_share
-from ds_stacking.planning.parts import PARTS, part_named, part_of
+from ds_stacking.planning.gpus import GPUS, gpu_spec_named, gpu_spec_of
 from ds_stacking.planning.text import calibration_table, complete, make_cluster, plan_table
 
 LARGE = ModelConfig(hidden_size=1024, num_heads=16, vocab_size=30528)
@@ -25,7 +25,7 @@ def run(**fields: object) -> RunConfig:
 
 
 def cluster(nodes: int, gpus_per_node: int = 8):
-    return make_cluster(part_named("h100"), nodes=nodes, gpus_per_node=gpus_per_node, mfu=0.4)
+    return make_cluster(gpu_spec_named("h100"), nodes=nodes, gpus_per_node=gpus_per_node, mfu=0.4)
 
 
 def test_one_gpu_talks_to_nobody_and_computes_at_the_assumed_rate() -> None:
@@ -98,7 +98,7 @@ def test_gradients_of_all_weights_are_held_while_they_accumulate(
     found = []
     for micro in (2**13, 2**12):
         config = RunConfig(model=LARGE, stages="24:100", tokens_per_step=2**22, micro_batch_size=micro)
-        big = replace(cluster(1), part=replace(part_named("h100"), memory=1e15))
+        big = replace(cluster(1), gpu=replace(gpu_spec_named("h100"), memory=1e15))
         (plan,) = plan_run(config, big, zero_stage=zero_stage)
         assert plan.accumulation == 2**13 // micro
         found.append(plan.memory[zero_stage].states / plan.parameters)
@@ -106,7 +106,9 @@ def test_gradients_of_all_weights_are_held_while_they_accumulate(
 
 
 def test_shallow_stages_take_larger_micro_batches() -> None:
-    shallow, deep = plan_run(run(), make_cluster(part_named("l4"), nodes=1, gpus_per_node=8, mfu=0.4), zero_stage=2)
+    shallow, deep = plan_run(
+        run(), make_cluster(gpu_spec_named("l4"), nodes=1, gpus_per_node=8, mfu=0.4), zero_stage=2
+    )
     assert shallow.micro_batch_size > deep.micro_batch_size
     assert shallow.micro_batch_size * shallow.accumulation == deep.micro_batch_size * deep.accumulation
 
@@ -121,7 +123,7 @@ def test_the_table_names_what_does_not_fit() -> None:
     config = run(kernels="torch")
     text = plan_table(config, plan_run(config, cluster(128), zero_stage=2), cluster(128))
     assert "128 x 8 GPUs" in text and "stage 2: 24 layers" in text and "DOES NOT FIT" not in text
-    tiny = make_cluster(part_named("l4"), nodes=1, gpus_per_node=1, mfu=0.4)
+    tiny = make_cluster(gpu_spec_named("l4"), nodes=1, gpus_per_node=1, mfu=0.4)
     huge = RunConfig(model=ModelConfig(hidden_size=4096, num_heads=32, vocab_size=50000), stages="24:1")
     assert "DOES NOT FIT" in plan_table(huge, plan_run(huge, tiny, zero_stage=2), tiny)
 
@@ -146,19 +148,19 @@ def test_a_vocabulary_is_completed() -> None:
     ],
 )
 def test_devices_are_recognised(name: str, part: str) -> None:
-    assert part_of(name) is PARTS[part]
+    assert gpu_spec_of(name) is GPUS[part]
 
 
 def test_an_unknown_device_has_no_peak() -> None:
-    assert part_of("Quadro T1000") is None
+    assert gpu_spec_of("Quadro T1000") is None
 
 
 def test_bad_input_is_refused() -> None:
     with pytest.raises(UserError, match="did you mean h100"):
-        part_named("h10")
+        gpu_spec_named("h10")
     for sizes, message in (((0, 8, 0.4), "0 nodes"), ((1, 8, 1.5), "--mfu is 1.5")):
         with pytest.raises(UserError, match=message):
-            make_cluster(part_named("h100"), nodes=sizes[0], gpus_per_node=sizes[1], mfu=sizes[2])
+            make_cluster(gpu_spec_named("h100"), nodes=sizes[0], gpus_per_node=sizes[1], mfu=sizes[2])
     with pytest.raises(UserError, match="do not divide by 24 GPUs; give --tokens_per_step a multiple of 1,536"):
         plan_run(run(), cluster(3), zero_stage=2)
 

@@ -30,7 +30,7 @@ def train(folder: str, output: str, options: tuple[str, ...] = (), point: str = 
     arguments = [
         *small_options(Path(folder)),
         f"--output_dir={folder}/{output}",
-        *("--stages=1:8,2:8", "--log_every=2", "--eval_every=5", "--eval_blocks=8", "--checkpoint_every=3"),
+        *("--stages=1:8,2:8", "--log_every=2", "--eval_every=5", "--eval_sequences=8", "--checkpoint_every=3"),
         *("--tracking=none", "--resume=auto"),
         *options,
     ]

@@ -62,7 +62,7 @@ def runs(folder: str) -> list[list[dict]]:
     from ds_stacking.training import loop
     from ds_stacking.training.run import pretrain
 
-    step, look = stepping.guarded_step, loop.look
+    step, observe_growth = stepping.guarded_step, loop.observe_growth
     gradients: dict[str, torch.Tensor] = {}
     expected: list[dict] = []
 
@@ -74,9 +74,9 @@ def runs(folder: str) -> list[list[dict]]:
 
     def recording_look(run: Any, before: Any, *, taken: bool) -> None:
         expected.append(reference(run.engine, gradients))
-        look(run, before, taken=taken)
+        observe_growth(run, before, taken=taken)
 
-    stepping.guarded_step, loop.look = recording_step, recording_look
+    stepping.guarded_step, loop.observe_growth = recording_step, recording_look
     results = []
     for zero_stage in range(4):
         expected.clear()

@@ -45,7 +45,7 @@ def measure(micro_batch_size: int, shuffled: bool) -> tuple[float, float, bool]:
     loss = held_out_loss(
         bert, batches(), micro_batch_size=micro_batch_size, device=torch.device("cpu"), shuffled=shuffled
     )
-    return loss.every, loss.masked, bert.training and torch.equal(state, torch.get_rng_state())
+    return loss.all_positions, loss.masked, bert.training and torch.equal(state, torch.get_rng_state())
 
 
 @pytest.fixture(scope="module")

@@ -174,7 +174,7 @@ def test_a_branch_ends_as_the_run_that_was_whole(folder: Path) -> None:
     """With the trunk's recipe it ends as the trunk, with another operator as a whole run with that one."""
     whole_run(folder, 2)
     branch = (f"--branch_from={folder}/whole-2/checkpoints/step-8",)
-    other = ("--operator=last", "--optimizer_state=reset", "--eval_blocks=16")
+    other = ("--operator=last", "--optimizer_state=reset", "--eval_sequences=16")
     run_ranks(2, run, str(folder), "same", 2, (13,), branch)  # stopped and resumed too
     run_ranks(2, run, str(folder), "other", 2, (), (*branch, *other))
     run_ranks(2, run, str(folder), "whole-other", 2, (), other)

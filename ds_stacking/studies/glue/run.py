@@ -55,9 +55,9 @@ class GlueRun(GlueResults):
         """Read every task before any is trained. Raises UserError for what is missing or wrong."""
         for task in select_tasks(self.config.tasks):
             for note in self.data(task.name).notes:
-                self.say(note)
+                self.log(note)
 
-    def work(self) -> None:
+    def run(self) -> None:
         """Take jobs until none is free; a choice is waited for, since it brings more.
 
         Rank 0 stays until all are settled, and takes those of ranks that died.
@@ -66,9 +66,9 @@ class GlueRun(GlueResults):
         while True:
             before, known = known, self.jobs()
             for job in known:
-                with self.take(job) as mine:
+                with self.claim_job(job) as mine:
                     if mine:
-                        self.do(job)
+                        self.run_job(job)
             awaited = [job for job in known if self.rank == 0 or job.choosing]
             if all(self.settled(job) for job in awaited) and self.jobs() == known:
                 return
@@ -76,7 +76,7 @@ class GlueRun(GlueResults):
                 time.sleep(POLL_SECONDS)
 
     @contextmanager
-    def take(self, job: Job) -> Iterator[bool]:
+    def claim_job(self, job: Job) -> Iterator[bool]:
         """Hold a job; False where it is settled or another rank holds it."""
         lock = FileLock(self.folder / "results" / f".{job.name}.lock")
         try:
@@ -89,7 +89,7 @@ class GlueRun(GlueResults):
         finally:
             lock.release()
 
-    def do(self, job: Job) -> None:
+    def run_job(self, job: Job) -> None:
         """Train and evaluate one job and write its result; what fails at run time is its result, and others go on."""
         start = time.monotonic()
         try:
@@ -101,7 +101,7 @@ class GlueRun(GlueResults):
         except Exception as error:
             failed = plain(f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}")
             write_json(self.path(job), asdict(job) | {"failed": failed}, inside=self.folder)
-            self.say(f"{job.name} failed: {failed}")
+            self.log(f"{job.name} failed: {failed}")
             return
         seconds = time.monotonic() - start
         self.write_predictions(job, outcome)
@@ -113,7 +113,7 @@ class GlueRun(GlueResults):
             f"{name} " + ", ".join(f"{metric} {value:.1f}" for metric, value in values.items())
             for name, values in (outcome.scores | outcome.test_scores).items()
         )
-        self.say(f"{job.name}: {shown} ({seconds:.0f} s)")
+        self.log(f"{job.name}: {shown} ({seconds:.0f} s)")
 
     def compute(self, job: Job, data: TaskData) -> tuple[Outcome, dict[str, Any]]:
         """Train and evaluate one job; what a baseline chose."""
@@ -134,7 +134,7 @@ class GlueRun(GlueResults):
             rows = [f"{index}\t{word}\n" for index, word in zip(ids, words, strict=True)]
             write_text(path, "".join(["index\tprediction\n", *rows]), inside=self.folder)
 
-    def say(self, text: str) -> None:
+    def log(self, text: str) -> None:
         """One line for a person."""
         print(f"[rank {self.rank}] {text}", flush=True)
 
@@ -149,5 +149,5 @@ def run_glue(config: GlueConfig) -> list[str] | None:
     with writing(run.folder):
         run.claim()
         init_distributed(alone=True)
-        run.work()
+        run.run()
         return run.finish() if run.rank == 0 else None

@@ -79,7 +79,7 @@ def run(folder: Path, name: str) -> tuple[list[Job], dict[str, Any]]:
     )  # fmt: skip
     one = GlueRun(config)
     one.claim()
-    one.work()
+    one.run()
     names = one.finish()
     assert {path.stem for path in (folder / name / "results").glob("*.json")} == set(names)
     return [job for job, _ in seen], json.loads((folder / name / "choices.json").read_text())

@@ -190,7 +190,7 @@ def fine_tunings(folder: Path) -> dict[str, Any]:
             run = GlueRun(config)
             run.check_data()
             run.claim()
-            run.work()
+            run.run()
         files = sorted((folder / "out" / "results").glob("*.json"))
         times |= {path.stem: path.stat().st_mtime_ns for path in files}
     refused = []
@@ -201,7 +201,7 @@ def fine_tunings(folder: Path) -> dict[str, Any]:
         try:
             run = GlueRun(config)
             run.claim()
-            run.work()
+            run.run()
         except UserError as error:
             refused.append(str(error))
     return {
@@ -308,7 +308,7 @@ def glue_run(tmp_path_factory: pytest.TempPathFactory) -> GlueRun:
     run.claim()
     for job in run.jobs():
         if job.arm == "bag_of_words":
-            run.do(job)
+            run.run_job(job)
     return run
 
 
