@@ -18,7 +18,7 @@ from ds_stacking.config import ModelConfig, OptimizerConfig
 from ds_stacking.engine.factory import Engine, EngineFactory, EngineSpec, device
 from ds_stacking.engine.release import collect, release
 from ds_stacking.engine.stepping import optimizer_step
-from ds_stacking.models.bert import Bert
+from ds_stacking.models.bert import Bert, bert_class
 from ds_stacking.models.compiling import compile_parts
 from ds_stacking.models.convert import to_huggingface
 
@@ -70,7 +70,7 @@ class Case:
 def our_model(case: Case, *, compiled: bool) -> Bert:
     """Our model with the case's weights."""
     torch.manual_seed(0)
-    model = Bert(case.model, case.layers, fused=case.fused)
+    model = bert_class(case.fused)(case.model, case.layers)
     if compiled:
         compile_parts(model)
     return model
