@@ -94,15 +94,11 @@ def guarded_step(engine: DeepSpeedEngine) -> bool:
         before = engine.skipped_steps
         engine.step()
         return engine.skipped_steps == before
-    if not engine.is_gradient_accumulation_boundary() or _finite(engine.module):
-        engine.step()
-        return True
-    engine.optimizer.step = lambda *_: None  # hides the method: the engine clears gradients and counts as ever
-    try:
-        engine.step()
-    finally:
-        del engine.optimizer.step
-    return False
+    taken = not engine.is_gradient_accumulation_boundary() or _finite(engine.module)
+    if not taken:
+        engine.zero_grad()  # the engine counts as ever, and AdamW passes over parameters without a gradient
+    engine.step()
+    return taken
 
 
 def _finite(module: torch.nn.Module) -> bool:
