@@ -16,7 +16,6 @@ from torch import Tensor
 
 from ds_stacking.checkpoint.durable import sweep
 from ds_stacking.checkpoint.format import PieceFile
-from ds_stacking.checkpoint.generators import capture_generators
 from ds_stacking.checkpoint.job import SaveError, SaveJob, explain
 from ds_stacking.checkpoint.manifest import Unusable
 from ds_stacking.checkpoint.retention import prune
@@ -24,6 +23,7 @@ from ds_stacking.checkpoint.snapshot import Snapshot, responsible
 from ds_stacking.checkpoint.verify import verify
 from ds_stacking.common.errors import UserError
 from ds_stacking.common.files import write_json
+from ds_stacking.common.generators import capture_generators
 from ds_stacking.growth.exchange import Exchange
 from ds_stacking.growth.holdings import holdings
 from ds_stacking.growth.plan import ParameterInfo

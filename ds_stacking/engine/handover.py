@@ -6,14 +6,11 @@ phase succeeds on all ranks or fails on all (ds_stacking.engine.agreement).
 
 from __future__ import annotations
 
-import random
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
-import numpy as np
-import torch
 from deepspeed.runtime.engine import DeepSpeedEngine
 from torch import nn
 
@@ -173,17 +170,3 @@ def _clock(seconds: dict[str, float], phase: str) -> Iterator[None]:
     start = time.perf_counter()
     yield
     seconds[phase] = time.perf_counter() - start
-
-
-@contextmanager
-def isolated_generators(seed: int) -> Iterator[None]:
-    """Seed torch inside, and leave every generator (Python, NumPy, torch, devices) as it was outside."""
-    python, numpy = random.getstate(), np.random.get_state()
-    devices = [device().index] if device().type == "cuda" else []
-    try:
-        with torch.random.fork_rng(devices=devices):
-            torch.manual_seed(seed)
-            yield
-    finally:
-        random.setstate(python)
-        np.random.set_state(numpy)

@@ -13,9 +13,10 @@ from typing import Literal
 
 from deepspeed.runtime.engine import DeepSpeedEngine
 
+from ds_stacking.common.generators import isolated_generators
 from ds_stacking.engine.agreement import agreed
 from ds_stacking.engine.factory import EngineFactory, EngineSpec, device
-from ds_stacking.engine.handover import Handover, Undone, hand_over, hand_over_parked, isolated_generators
+from ds_stacking.engine.handover import Handover, Undone, hand_over, hand_over_parked
 from ds_stacking.engine.record import GrowthRecord, growth_record
 from ds_stacking.engine.release import collect, release
 from ds_stacking.engine.working_copies import verify_working_copies

@@ -9,10 +9,10 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from ds_stacking.checkpoint.generators import restore_generators
 from ds_stacking.checkpoint.select import find_together
 from ds_stacking.checkpoint.store import CheckpointReader
 from ds_stacking.checkpoint.write import CheckpointWriter
+from ds_stacking.common.generators import restore_generators
 from ds_stacking.engine import release
 from ds_stacking.engine.consolidate import gather_masters
 from ds_stacking.engine.factory import device

@@ -7,8 +7,8 @@ import json
 import pytest
 import torch
 
-from ds_stacking.checkpoint.generators import capture_generators, restore_generators
 from ds_stacking.checkpoint.write import CheckpointWriter
+from ds_stacking.common.generators import capture_generators, restore_generators
 from ds_stacking.growth.exchange import OneRank
 from ds_stacking.growth.state import KINDS, FullState
 from tests.checkpoint.stores import IDENTITY, PARAMETERS, equal, random_state, stored
