@@ -165,13 +165,16 @@ class CheckpointWriter:
         ended = self._join_together(timeout)
         return self.exchange.all_reduce_sum(int(not (ended and self._succeeded))) == 0
 
-    def close(self, timeout: float | None = None) -> None:
+    def close(self, timeout: float | None = None) -> bool:
         """Wait for this rank's part of the save under way, `timeout` seconds at most (default: twice `patience`).
 
-        For the end of a run. After a failure the other ranks may be dead, and waiting for their parts would only keep
-        this one from ending.
+        Returns whether it ended. For the end of a run: after a failure the other ranks may be dead, and waiting for
+        their parts would only keep this one from ending.
         """
-        self._join(timeout)
+        if self._thread is None:
+            return True
+        self._thread.join(2 * self.patience if timeout is None else timeout)
+        return not self._thread.is_alive()
 
     def _ready(self, *, wait: bool) -> bool:
         """Whether no rank is writing any more."""
@@ -188,15 +191,9 @@ class CheckpointWriter:
         """
         end = time.monotonic() + (2 * self.patience if timeout is None else timeout)
         while True:
-            ended = self._join(TOGETHER)
+            ended = self.close(TOGETHER)
             if self.exchange.all_reduce_sum(int(not ended and time.monotonic() < end)) == 0:
                 return ended
-
-    def _join(self, timeout: float | None) -> bool:
-        if self._thread is not None:
-            self._thread.join(2 * self.patience if timeout is None else timeout)
-            return not self._thread.is_alive()
-        return True
 
     def _run(self, job: SaveJob, values: Tensor, start: float) -> None:
         """In the background: nothing may escape from here."""

@@ -69,7 +69,7 @@ class EngineFactory:
         """A new engine; `parameters` fixes the parameter groups of a grown model. All ranks call it together."""
         config = self._config(spec)
         with agreed("making the model"):
-            model = self._construct(spec.layers, initialize, config)
+            model = self.construct(spec.layers, initialize, config)
         if parameters is None:
             parameters = self.describe(model)
         optimizer = self._make_optimizer(self._groups(model, parameters), offload=offloads_optimizer(config))
@@ -110,7 +110,8 @@ class EngineFactory:
             world_size=torch.distributed.get_world_size(),
         )
 
-    def _construct(self, layers: int, initialize: bool, config: Mapping[str, Any]) -> nn.Module:
+    def construct(self, layers: int, initialize: bool, config: Mapping[str, Any]) -> nn.Module:
+        """The model of an engine with this DeepSpeed configuration; under ZeRO 3 its parameters may be cut already."""
         if self.layer_by_layer and config["zero_optimization"]["stage"] == 3:
             return construct_partitioned(lambda: self.build_model(layers, initialize), config)
         return self.build_model(layers, initialize)

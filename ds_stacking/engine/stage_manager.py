@@ -91,9 +91,14 @@ class StageManager:
         spec, stage = self._spec, self.stage
         assert spec is not None
         yield
+        self.close()
+        self.restore(spec, parameters, state, stage=stage)
+
+    def close(self) -> None:
+        """Free the current engine."""
         release(self.engine)
         collect()
-        self.restore(spec, parameters, state, stage=stage)
+        self._engine = None
 
     def current_parameters(self) -> dict[str, ParameterInfo]:
         """The parameters with their present step counts."""

@@ -15,7 +15,6 @@ from ds_stacking.common.errors import OtherRankFailed
 from ds_stacking.engine import agreement, handover
 from ds_stacking.engine.agreement import Stranded, agreed
 from ds_stacking.engine.factory import EngineFactory
-from ds_stacking.engine.release import collect, release
 from ds_stacking.engine.stage_manager import StageManager
 from tests.engine import tiny
 from tests.ranks import run_ranks
@@ -67,8 +66,7 @@ def one_fails() -> dict[str, Any]:
         losses += tiny.train(manager, 2, 2)
         manager.grow(tiny.spec(4))
         results[name] = (type(met.value).__name__, str(met.value), seconds, losses + tiny.train(manager, 4, 1))
-        release(manager.engine)
-        collect()
+        manager.close()
     return results
 
 

@@ -23,7 +23,7 @@ def inputs(predicted: int) -> dict[str, torch.Tensor]:
 
 def test_a_growth_compiles_nothing() -> None:
     torch.manual_seed(0)
-    torch._dynamo.reset()
+    torch.compiler.reset()
     start, graphs = compilations().graphs, {}
     for layers in (2, 4, 8):
         model = Bert(CONFIG, layers)
