@@ -14,12 +14,12 @@ from typing import Any
 
 from torch import Tensor
 
-from ds_stacking.checkpoint.durable import sweep
+from ds_stacking.checkpoint.durable import remove_leftovers
 from ds_stacking.checkpoint.format import PieceFile
 from ds_stacking.checkpoint.job import SaveError, SaveJob, explain
 from ds_stacking.checkpoint.manifest import Unusable
 from ds_stacking.checkpoint.retention import prune
-from ds_stacking.checkpoint.snapshot import Snapshot, responsible
+from ds_stacking.checkpoint.snapshot import Snapshot, pieces_to_write
 from ds_stacking.checkpoint.verify import verify
 from ds_stacking.common.errors import UserError
 from ds_stacking.common.files import write_json
@@ -99,7 +99,7 @@ class CheckpointWriter:
         self._valid = {path.absolute(): True for path in verified}
         self._reports: queue.SimpleQueue[SaveReport] = queue.SimpleQueue()
         if exchange.rank == 0:
-            sweep(self.folder)
+            remove_leftovers(self.folder)
 
     def save(
         self,
@@ -135,7 +135,7 @@ class CheckpointWriter:
             identity=self.identity,
             state=json.dumps(content | {"extra": extra}).encode(),
             generators=json.dumps(capture_generators()).encode(),
-            file=PieceFile(responsible(pieces, everyone, rank)),
+            file=PieceFile(pieces_to_write(pieces, everyone, rank)),
             names=list(parameters),
             patience=self.patience,
         )
@@ -201,7 +201,7 @@ class CheckpointWriter:
         try:
             if job.rank == 0:
                 self._check_hold()
-                sweep(self.folder, besides=job.temporary)
+                remove_leftovers(self.folder, besides=job.temporary)
             job.write_share(values)
             if job.rank == 0:
                 self._check_hold()

@@ -32,13 +32,13 @@ def _step(engine: DeepSpeedEngine, losses: Iterable[torch.Tensor]) -> bool:
     if steps == 1 or stage == 3:
         for loss in losses:
             engine.backward(loss, scale_wrt_gas=False)
-            taken = guarded_step(engine)
+            taken = step_if_finite(engine)
         return taken
     with _reduced_once(engine), _summed_in_fp32(engine):
         for loss in losses:
             engine.backward(loss, scale_wrt_gas=False)
     for _ in range(steps):  # all but the last only count
-        taken = guarded_step(engine)
+        taken = step_if_finite(engine)
     return taken
 
 
@@ -84,7 +84,7 @@ def _summed_in_fp32(engine: DeepSpeedEngine) -> Iterator[None]:
         parameter.grad = sums.pop(parameter).to(parameter.dtype)
 
 
-def guarded_step(engine: DeepSpeedEngine) -> bool:
+def step_if_finite(engine: DeepSpeedEngine) -> bool:
     """Call `engine.step()`; False where an update was due and no rank made it, since gradients were not finite.
 
     DeepSpeed's own optimizers look for themselves and agree over ranks. ZeRO stage 0 in fp32 has a plain optimizer,

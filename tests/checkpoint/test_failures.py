@@ -38,7 +38,7 @@ def attempt(made: CheckpointWriter, step: int, **options) -> SaveReport:
     return report
 
 
-def full_disk(*_: object) -> None:
+def full_disk(*_: object, **__: object) -> None:
     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 

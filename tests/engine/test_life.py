@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from ds_stacking.common.errors import UserError
 from ds_stacking.engine import handover
-from ds_stacking.engine.release import release, warn_of_leaks, watch
+from ds_stacking.engine.release import release, state_references, warn_of_leaks
 from ds_stacking.engine.stage_manager import StageManager
 from ds_stacking.engine.zero_state import LiveState
 from ds_stacking.growth.exchange import make_exchange
@@ -86,7 +86,7 @@ def low_memory() -> dict:
         losses = {}
         for memory in ("normal", "low", "failing"):
             manager = start(zero_stage, growth_memory="normal" if memory == "normal" else "low")
-            watched, alive = watch(manager.engine), []
+            watched, alive = state_references(manager.engine), []
             inner = manager.factory.build_model
 
             def build_model(layers, initialize, inner=inner, watched=watched, alive=alive):

@@ -22,7 +22,7 @@ NORMS = pytest.mark.parametrize("norm", ["post", "pre"])
 
 
 def inputs() -> dict[str, Tensor]:
-    """Two rows of 12 tokens with five documents."""
+    """Two sequences of 12 tokens with five documents."""
     positions = torch.tensor([1, 4, 9, 13, 22])
     return {
         "input_ids": torch.arange(1, 25).view(2, 12),
