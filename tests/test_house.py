@@ -42,7 +42,7 @@ ARROWS = {
 }
 """Rooms of the library and the rooms that each may import, beside `common`, which all but the kernels may."""
 PACKAGES = {
-    "common": {"pydantic", "typing_extensions"},
+    "common": {"pydantic", "typing_extensions", "numpy", "torch"},  # the last two: the generators are theirs
     "config": set(),
     "kernels": {"torch", "triton"},
     "growth": {"torch"},
