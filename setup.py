@@ -27,7 +27,6 @@ setup(
         "safetensors",
         "wandb",
         "wandb-workspaces",
-        "jsonargparse>=4.49",
         "docstring_parser",
         "numpy",
         "rich",

@@ -7,8 +7,9 @@ alike, NaN and infinite numbers wherever a shape says `Finite`.
 
 from __future__ import annotations
 
+import json
 from dataclasses import is_dataclass
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
@@ -26,6 +27,8 @@ Count = Annotated[int, Field(ge=0)]
 """A whole number, 0 or more."""
 KEEP_OTHERS = ConfigDict(extra="allow", strict=True)
 """`__pydantic_config__` of a TypedDict that keeps the fields which it does not name."""
+LARGEST_SETTINGS = 1 << 20
+"""Bytes of a file that a person writes."""
 
 
 def read_json(path: Path, shape: type[Shape], *, mend: str, inside: Path | None = None, limit: int = LIMIT) -> Shape:
@@ -65,11 +68,21 @@ def check_value(value: Any, shape: type[Shape], *, where: str, mend: str) -> Sha
         raise UserError(f"{where} is damaged or made up: {_first(error)}; {mend}.") from None
 
 
-def keys_once(where: str, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """The object of `object_pairs_hook`, whose keys stand there once each: `json` would let the last one win.
+def read_settings(path: Path, *, where: str) -> dict[str, Any]:
+    """The object of a JSON file that its user has written and named; `where` names it in the sentence.
 
-    Raises UserError.
+    Raises UserError, also where a key stands there twice: `json` would let the last one win.
     """
+    try:
+        content = read_named(path, limit=LARGEST_SETTINGS)
+    except OSError as error:
+        raise UserError(f"{where} cannot be read ({error.strerror}); name a JSON file.") from None
+    # first by a parser that neither depth nor digits exhaust
+    parse_json(content, dict[str, Any], where=where, mend="mend it")
+    return json.loads(content, object_pairs_hook=partial(_keys_once, where))
+
+
+def _keys_once(where: str, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) < len(pairs):
         names = [name for name, _ in pairs]
