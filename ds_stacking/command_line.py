@@ -29,8 +29,7 @@ from pydantic import ConfigDict, TypeAdapter, ValidationError
 from ds_stacking.common import environment
 from ds_stacking.common.environment import check_environment
 from ds_stacking.common.errors import OtherRankFailed, RunAgain, UserError
-from ds_stacking.common.explain import explain, take_option
-from ds_stacking.common.failures import exit_code, follows_a_loss, note_failure
+from ds_stacking.common.failures import exit_code, explain, follows_a_loss, note_failure, take_option
 from ds_stacking.common.json_files import read_settings
 from ds_stacking.common.streams import keep_streams
 from ds_stacking.common.words import nearest, plain
@@ -199,7 +198,7 @@ def _checked(name: str, hint: Any, value: Any, make: Callable) -> Any:
         with contextlib.suppress(ValidationError):
             adapter = TypeAdapter(hint, config=ConfigDict(strict=True, allow_inf_nan=False))
             return adapter.validate_python(tuple(value) if isinstance(value, list) else value)
-    shown = value if isinstance(value, str) else json.dumps(value, default=str)
+    shown = str(value) if isinstance(value, str | float) else json.dumps(value)
     shown = shown if shown and shown.isprintable() else ascii(shown)
     raise UserError(f"{name} is {plain(shown, 80)}; it must be {_describe(hint)}.")
 

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NoReturn
 
 from ds_stacking.common.errors import UserError
-from ds_stacking.common.explain import EPILOG
+from ds_stacking.common.failures import EPILOG
 from ds_stacking.common.words import nearest, plain, shown
 
 
@@ -43,7 +43,7 @@ class Options(ArgumentParser):
 
     def _unknown(self, option: str) -> str:
         name = option.removeprefix("--")
-        if name == option:
+        if not option.startswith("-"):
             return f"Argument {shown(option)} belongs to no option; options begin with --, and --help lists them."
         if name in self._renamed:
             return f"{name} is now called {self._renamed[name]}."

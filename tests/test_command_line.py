@@ -275,7 +275,7 @@ def test_missing_recipe(tmp_path: Path) -> None:
         (["--lr", "fast"], "lr is fast; it must be a finite number."),
         *(
             (["--lr", value], f"lr is {said}; it must be a finite number.")
-            for value, said in (("inf", "inf"), ("nan", "nan"), ("1e999", "Infinity"), ("Infinity", "Infinity"))
+            for value, said in (("inf", "inf"), ("nan", "nan"), ("1e999", "inf"), ("Infinity", "inf"))
         ),
         (["--name=" + "[" * 100_000], f"name has 100,000 characters ({'[' * 20!r}...); 4,000 are the most."),
         (["--lr=" + "[" * 100_000], f"lr is {'[' * 80}...; it must be a finite number."),
@@ -287,7 +287,7 @@ def test_missing_recipe(tmp_path: Path) -> None:
         ),
         (
             ["--stages", '[{"layers": 1, "steps": 2, "lr": 1e999}]'],
-            "stages[0].lr is Infinity; it must be a finite number or null.",
+            "stages[0].lr is inf; it must be a finite number or null.",
         ),
         (["--output_dir", ""], "output_dir is empty; give it a value, or leave it out for its default."),
         (["--lr", "null"], "lr is null; it must be a finite number."),
