@@ -28,7 +28,6 @@ setup(
         "safetensors",
         "wandb",
         "wandb-workspaces",
-        "jsonargparse>=4.49",
         "docstring_parser",
         "numpy",
         "rich",

@@ -20,6 +20,8 @@ LARGEST_VOCABULARY = 2**22
 """Entries of a tokenizer at most: four times those of the largest in use."""
 OPTIMIZER_STATES = ("stack", "new_reset", "reset", "second_only")
 """Optimizer state policies without an argument; `scale:c` takes one."""
+RENAMED = {"eval_blocks": "eval_sequences"}
+"""Options that had another name once."""
 
 
 LARGEST = {

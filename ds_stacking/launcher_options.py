@@ -1,46 +1,66 @@
-"""The few options that a launcher has for itself, by argparse, whatever is wrong with them said in one sentence."""
+"""Options by argparse, whatever is wrong with them said in one sentence."""
 
 from __future__ import annotations
 
 import math
 import re
-from argparse import ArgumentParser, ArgumentTypeError
-from collections.abc import Callable
-from typing import NoReturn
+from argparse import ArgumentError, ArgumentParser, ArgumentTypeError
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, NoReturn
 
 from ds_stacking.common.errors import UserError
-from ds_stacking.common.explain import EPILOG
+from ds_stacking.common.failures import EPILOG
 from ds_stacking.common.words import nearest, plain, shown
 
 
 class Options(ArgumentParser):
     """A parser without abbreviations that raises UserError in the place of printing its usage and ending."""
 
-    def __init__(self, description: str) -> None:
-        super().__init__(description=description, epilog=EPILOG, allow_abbrev=False)
+    def __init__(
+        self, description: str, *, renamed: Mapping[str, str] | None = None, others: Iterable[str] = (), **more: Any
+    ) -> None:
+        """`renamed`: new names of options by their old ones; `others`: those that were taken off before."""
+        super().__init__(description=description, epilog=EPILOG, allow_abbrev=False, exit_on_error=False, **more)
+        self._renamed, self._others = renamed or {}, tuple(others)
+
+    def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """Parse all of the command line. Raises UserError."""
+        found, left = self.parse_known_args(args, namespace)
+        if left:
+            raise UserError(self._unknown(left[0].partition("=")[0]))
+        return found
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """Parse the command line; also what of it belongs to no option. Raises UserError."""
+        try:
+            return super().parse_known_args(args, namespace)
+        except ArgumentError as error:
+            raise UserError(f"{error.argument_name} {plain(error.message, 200).rstrip('.')}.") from None
 
     def error(self, message: str) -> NoReturn:
-        """Raise UserError with argparse's message in a sentence of ours."""
-        text = " ".join(message.split())
-        if match := re.match(r"unrecognized arguments: (.*)", text):
-            raise UserError(self._unknown(match[1]))
-        if match := re.match(r"argument ([^:]*): expected (one|at least one) argument", text):
-            raise UserError(f"{match[1]} needs a value.")
-        if match := re.match(r"argument ([^:]*): invalid choice: (.*?) \(choose from (.*)\)", text):
-            known = re.sub("'", "", match[3])
-            raise UserError(f"{match[1]} is {plain(match[2], 200)}; choose from {known}.")
-        if match := re.match(r"argument ([^:]*): (.*)", text):
-            raise UserError(f"{match[1]} {match[2].rstrip('.')}.")
-        if match := re.match(r"the following arguments are required: (.*)", text):
-            raise UserError(f"{match[1]} is missing; give it.")
-        raise UserError(f"{plain(text, 200)}; see --help.")
+        """Raise UserError where something is missing."""
+        raise UserError(f"{message[0].upper()}{plain(message[1:], 200)}; see --help.")
 
-    def _unknown(self, arguments: str) -> str:
-        first = arguments.split()[0].partition("=")[0]
-        known = [name[2:] for action in self._actions for name in action.option_strings if name.startswith("--")]
-        if not first.startswith("-"):
-            return f"Argument {shown(first)} belongs to no option; options begin with --, and --help lists them."
-        return f"Unknown option {shown(first)}; {nearest(first.lstrip('-'), known)}"
+    def _unknown(self, option: str) -> str:
+        name = option.removeprefix("--")
+        if not option.startswith("-"):
+            return f"Argument {shown(option)} belongs to no option; options begin with --, and --help lists them."
+        if name in self._renamed:
+            return f"{name} is now called {self._renamed[name]}."
+        known = [string.removeprefix("--") for string in self._option_string_actions if string.startswith("--")]
+        near = nearest(name, [*known, *self._others, "traceback"], otherwise="--help lists all.")
+        return f"Unknown option {shown(option)}; {near}"
+
+
+def one_of(*names: str) -> Callable[[str], str]:
+    """The type of an option that is one of the `names`."""
+
+    def read(text: str) -> str:
+        if text not in names:
+            raise ArgumentTypeError(f"is {shown(text)}; {nearest(text, names)}")
+        return text
+
+    return read
 
 
 def whole_number(least: int, most: int) -> Callable[[str], int]:

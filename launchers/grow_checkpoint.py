@@ -17,7 +17,10 @@ from ds_stacking.launcher_options import Options, whole_number
 
 def main() -> None:
     """Parse, grow, say what was done."""
-    parser = Options("Grow the model in IN to more layers and write it to the new folder OUT. IN stays as it is.")
+    parser = Options(
+        "Grow the model in IN to more layers and write it to the new folder OUT. IN stays as it is.",
+        renamed={"to-layers": "to_layers"},
+    )
     parser.add_argument("source", metavar="IN", help="Hugging Face folder, run directory or checkpoint")
     parser.add_argument("target", metavar="OUT", help="folder to be made")
     parser.add_argument("--operator", default="stack", help="stack, interleave, middle, last or a list: 0,1,2,2,1,0")

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from ds_stacking import command_line
-from ds_stacking.command_line import RECIPES, field_types, make_parser, parse_run, run_main
+from ds_stacking.command_line import RECIPES, field_types, parse_run, run_main
 from ds_stacking.common.errors import UserError
 from ds_stacking.config import RunConfig
 from ds_stacking.engine.ds_config import load_ds_config
@@ -149,11 +149,14 @@ def test_printed_configuration_is_a_recipe(tmp_path: Path, capsys: pytest.Captur
     assert parse_run(["--recipe", write(tmp_path, capsys.readouterr().out)]) == parse_run(options)
 
 
-def test_help_explains_every_option() -> None:
-    actions = {action.dest: action.help for action in make_parser()._actions}
-    assert all(actions[name] for name in field_types(RunConfig))
-    assert "Peak learning rate." in actions["lr"]
-    assert "0 means four times hidden_size" in actions["model.intermediate_size"]
+def test_help_explains_every_option(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="^0$"):
+        parse_run(["--help"])
+    words = " ".join(capsys.readouterr().out.split())
+    explained = re.findall(r"--([\w.]+) \S+ (?!--)", words)
+    assert set(field_types(RunConfig)) <= set(explained)
+    assert "--lr LR Peak learning rate. (default: 0.002)" in words
+    assert "0 means four times hidden_size" in words and "such as 20231101.en. (default: null)" in words
 
 
 @pytest.mark.parametrize(
@@ -168,39 +171,43 @@ def test_help_explains_every_option() -> None:
     ],
 )
 def test_unknown_options_name_the_nearest(option: str, near: str) -> None:
-    unknown = option.removeprefix("--")
-    wanted = f"Unknown option or recipe key {unknown!r}; did you mean {near!r}?"
-    assert refusal(option, "3") == refusal(f"{option}=3") == wanted
+    assert refusal(option, "3") == refusal(f"{option}=3") == f"Unknown option {option!r}; did you mean {near}?"
 
 
 def test_nothing_near_is_not_guessed() -> None:
-    assert refusal("--zzzzzz", "1") == "Unknown option or recipe key 'zzzzzz'; --help lists all."
+    assert refusal("--zzzzzz", "1") == "Unknown option '--zzzzzz'; --help lists all."
     assert refusal("extra") == "Argument 'extra' belongs to no option; options begin with --, and --help lists them."
+
+
+def test_an_old_name_is_refused_with_the_new_one(tmp_path: Path) -> None:
+    said = {refusal("--eval_blocks=3"), refusal("--recipe", write(tmp_path, {"eval_blocks": 3}))}
+    assert said == {"eval_blocks is now called eval_sequences."}
 
 
 @pytest.mark.parametrize(
     ("content", "sentence"),
     [
-        ({"schedul": "wsd"}, "Unknown option or recipe key 'schedul'; did you mean 'schedule'?"),
+        ({"schedul": "wsd"}, "Unknown recipe key 'schedul'; did you mean schedule?"),
         (
             {"model": {"hiden_size": 3}},
-            "Unknown option or recipe key 'model.hiden_size'; did you mean 'model.hidden_size'?",
+            "Unknown recipe key 'model.hiden_size'; did you mean model.hidden_size?",
         ),
         (
             {"stages": [{"layers": 2, "steps": 3}, {"layers": 4, "steps": 3, "warmup_step": 3}]},
-            "Unknown option or recipe key 'stages[1].warmup_step'; did you mean 'warmup_steps'?",
+            "Unknown recipe key 'stages[1].warmup_step'; did you mean stages[1].warmup_steps?",
         ),
-        ({"stages": [{"layers": 2}]}, "stages[0] has no steps; give it layers and steps."),
+        ({"stages": [{"layers": 2}]}, "stages[0].steps is missing; give it."),
         ({"stages": [{"layers": "two", "steps": 1}]}, "stages[0].layers is two; it must be a whole number."),
         ({"stages": [{"layers": 2, "steps": 1, "lr": "x"}]}, "stages[0].lr is x; it must be a finite number or null."),
-        ({"stages": [{"layers": 2, "steps": None}]}, "stages[0] has no steps; give it layers and steps."),
+        ({"stages": [{"layers": 2, "steps": None}]}, "stages[0].steps is null; it must be a whole number."),
         (
             {"stages": [{"layers": 2, "steps": 1, "rewarm_steps": None}]},
             "stages[0].rewarm_steps is null; it must be a whole number.",
         ),
-        ({"stages": [7]}, 'stages[0] is 7; it must be an object such as {"layers": 3, "steps": 50000}.'),
-        ({"stages": 5}, "stages is 5; it must be text such as 3:50000,6:70000 or a list of objects."),
-        ({"stages": None}, "stages is null; it must be text such as 3:50000,6:70000 or a list of objects."),
+        ({"stages": [{"layers": 2, "steps": "2"}]}, "stages[0].steps is 2; it must be a whole number."),
+        ({"stages": [7]}, "stages[0] is 7; it must be an object with layers and steps."),
+        ({"stages": 5}, "stages is 5; it must be a list of objects with layers and steps or text."),
+        ({"stages": None}, "stages is null; it must be a list of objects with layers and steps or text."),
         ({"lr": "fast"}, "lr is fast; it must be a finite number."),
         ({"lr": "x" * 500}, f"lr is {'x' * 80}...; it must be a finite number."),
         ({"lr": None}, "lr is null; it must be a finite number."),
@@ -209,7 +216,9 @@ def test_nothing_near_is_not_guessed() -> None:
         ({"model": 7}, "model is 7; it must be an object of its fields."),
         ({"model": {"norm": "mid"}}, "model.norm is mid; it must be pre or post."),
         ({"optimizer": {"betas": [0.9]}}, "optimizer.betas is [0.9]; it must be a list of 2 numbers."),
-        ({"recipe": "x"}, "Unknown option or recipe key 'recipe'; --help lists all."),
+        ({"lr": 10**400}, f"lr is {'1' + '0' * 79}...; it must be a finite number."),
+        ({"lr.x": 3}, "Unknown recipe key 'lr.x'; did you mean lr?"),
+        ({"recipe": "x"}, "Unknown recipe key 'recipe'; --help lists all."),
     ],
 )
 def test_bad_recipes(tmp_path: Path, content: Any, sentence: str) -> None:
@@ -224,28 +233,28 @@ def test_bad_recipes(tmp_path: Path, content: Any, sentence: str) -> None:
             "{",
             "lr: 1",
             '{"lr": 1,}',
-            '{"lr": NaN}',
             '{"seed": 1, "seed": 1}',
             '{"model": {"norm": 1, "norm": 2}}',
         ),
-        *(f'{{"seed": {"9" * digits}}}' for digits in (21, 400, 5000)),
+        f'{{"seed": {"9" * 5000}}}',
     ],
 )
 def test_recipe_that_is_no_json(tmp_path: Path, content: str) -> None:
     said = refusal("--recipe", write(tmp_path, content))
-    assert said.startswith(f"Recipe {tmp_path}/recipe.json is no JSON: ") or "stands there twice; keep one" in said
+    assert said.startswith(f"Recipe {tmp_path}/recipe.json")
+    assert "it is no JSON (" in said or "stands there twice; keep one" in said
 
 
 def test_recipe_that_is_binary_or_no_object(tmp_path: Path) -> None:
-    assert "must be a JSON object" in refusal("--recipe", write(tmp_path, "[1]"))
+    assert "its content: input should be an object" in refusal("--recipe", write(tmp_path, "[1]"))
     (tmp_path / "recipe.json").write_bytes(b"\xff\xfe\x00")
-    assert "is no JSON" in refusal("--recipe", str(tmp_path / "recipe.json"))
+    assert "it is no JSON" in refusal("--recipe", str(tmp_path / "recipe.json"))
 
 
 @pytest.mark.parametrize("brackets", ["[]", ['{"a":', "}"]])
 def test_recipe_that_is_nested_a_hundred_thousand_deep(tmp_path: Path, brackets: Any) -> None:
     path = write(tmp_path, brackets[0] * 100_000 + "1" + brackets[1] * 100_000)
-    assert refusal("--recipe", path) == f"Recipe {path} is nested too deeply; a recipe has two levels, and stages."
+    assert "recursion limit exceeded" in refusal("--recipe", path)
 
 
 def test_recipe_that_is_no_recipe_by_its_size(tmp_path: Path) -> None:
@@ -253,10 +262,10 @@ def test_recipe_that_is_no_recipe_by_its_size(tmp_path: Path) -> None:
 
 
 def test_missing_recipe(tmp_path: Path) -> None:
-    assert refusal("--recipe", "quikstart").endswith("is no file and no shipped recipe; did you mean 'quickstart'?")
-    assert "shipped are bert_base_gong2019, " in refusal("--recipe", str(tmp_path / "nothing.json"))
-    assert "shipped are bert_base_gong2019, " in refusal("--recipe", str(tmp_path))
-    assert refusal("--recipe") == "--recipe needs a value."
+    assert refusal("--recipe", "quikstart").endswith("is no file and no shipped recipe; did you mean quickstart?")
+    assert "choose from bert_base_gong2019, " in refusal("--recipe", str(tmp_path / "nothing.json"))
+    assert "choose from bert_base_gong2019, " in refusal("--recipe", str(tmp_path))
+    assert refusal("--recipe") == "--recipe expected one argument."
     assert refusal("--recipe", "quickstart", "--recipe=quickstart") == "--recipe is given 2 times; give one recipe."
 
 
@@ -266,21 +275,24 @@ def test_missing_recipe(tmp_path: Path) -> None:
         (["--lr", "fast"], "lr is fast; it must be a finite number."),
         *(
             (["--lr", value], f"lr is {said}; it must be a finite number.")
-            for value, said in (("inf", "inf"), ("nan", "nan"), ("1e999", "inf"), ("Infinity", "Infinity"))
+            for value, said in (("inf", "inf"), ("nan", "nan"), ("1e999", "inf"), ("Infinity", "inf"))
         ),
-        (["--name=" + "[" * 100_000], "--name has more than 1000 brackets; shorten it."),
+        (["--name=" + "[" * 100_000], f"name has 100,000 characters ({'[' * 20!r}...); 4,000 are the most."),
+        (["--lr=" + "[" * 100_000], f"lr is {'[' * 80}...; it must be a finite number."),
+        (["--lr", "9" * 400], f"lr is {'9' * 80}...; it must be a finite number."),
+        (["--precision="], "precision is ''; it must be auto or bf16 or fp32."),
         (
             ["--corpus.vocab_size", "1000000000000"],
             "corpus.vocab_size is 1000000000000; it must lie between 100 and 4194304.",
         ),
         (
             ["--stages", '[{"layers": 1, "steps": 2, "lr": 1e999}]'],
-            "Stage 1:2: lr is inf; it must be a finite number.",
+            "stages[0].lr is inf; it must be a finite number or null.",
         ),
         (["--output_dir", ""], "output_dir is empty; give it a value, or leave it out for its default."),
-        (["--lr", "null"], "lr is None; it must be a finite number."),
-        (["--lr"], "--lr needs a value."),
-        (["--stages"], "--stages needs a value."),
+        (["--lr", "null"], "lr is null; it must be a finite number."),
+        (["--lr"], "--lr expected one argument."),
+        (["--stages"], "--stages expected one argument."),
         (["--precision", "fp16"], "precision is fp16; it must be auto or bf16 or fp32."),
         (["--model", "x"], "model is x; it must be an object of its fields."),
         (["--stages", "3x4"], "Stage '3x4' of '3x4' is not LAYERS:STEPS; write for example 3:50000,6:70000."),

@@ -24,7 +24,7 @@ OTHERS = sorted(path for folder in ("benchmarks", "tests") for path in (ROOT / f
 ARROWS = {
     "common": set(),
     "config": set(),
-    "command_line": {"config"},
+    "command_line": {"config", "launcher_options"},
     "launcher_options": set(),
     "kernels": set(),
     "growth": {"config"},

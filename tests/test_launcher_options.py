@@ -5,16 +5,16 @@ from __future__ import annotations
 import pytest
 
 from ds_stacking.common.errors import UserError
-from ds_stacking.launcher_options import Options, share, wandb_name, whole_number
+from ds_stacking.launcher_options import Options, one_of, share, wandb_name, whole_number
 
 
 def options() -> Options:
-    parser = Options("A launcher.")
+    parser = Options("A launcher.", renamed={"see-ds": "seeds"})
     parser.add_argument("folder")
     parser.add_argument("--seeds", type=whole_number(1, 1000), default=3)
     parser.add_argument("--mfu", type=share)
     parser.add_argument("--project", type=wandb_name)
-    parser.add_argument("--clock", choices=["wall", "cpu"])
+    parser.add_argument("--clock", type=one_of("wall", "cpu"))
     return parser
 
 
@@ -26,12 +26,13 @@ def test_good_options_are_read() -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], "folder is missing; give it."),
+        ([], "The following arguments are required: folder; see --help."),
         (["a", "--sedes", "2"], "Unknown option '--sedes'; did you mean seeds?"),
         (["a", "--seed=2"], "Unknown option '--seed'; did you mean seeds?"),
-        (["a", "--zzz"], "Unknown option '--zzz'; choose from help, seeds, mfu, project, clock."),
+        (["a", "--zzz"], "Unknown option '--zzz'; --help lists all."),
+        (["a", "--see-ds=2"], "see-ds is now called seeds."),
         (["a", "b"], "Argument 'b' belongs to no option"),
-        (["a", "--seeds"], "--seeds needs a value."),
+        (["a", "--seeds"], "--seeds expected one argument."),
         (["a", "--seeds", "x"], "--seeds is 'x'; it must be a whole number from 1 to 1,000."),
         (["a", "--seeds", "0"], "--seeds is '0'"),
         (["a", "--seeds", "-1"], "--seeds is '-1'"),

@@ -20,7 +20,7 @@ from ds_stacking.checkpoint.offline import CheckpointState
 from ds_stacking.checkpoint.select import find
 from ds_stacking.checkpoint.store import CheckpointReader
 from ds_stacking.common.errors import UserError, require
-from ds_stacking.common.folders import explain_disk, whole_folder
+from ds_stacking.common.files import explain_disk, whole_folder
 from ds_stacking.common.json_files import KEEP_OTHERS, parse_json
 from ds_stacking.common.model_folder import CONFIG, MOST_BLOCKS
 from ds_stacking.common.words import shown

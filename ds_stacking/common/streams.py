@@ -1,14 +1,18 @@
-"""Standard output and error that a program outlives: closed ones, readers that are gone, names that are no text."""
+"""Standard output and error that a program outlives: closed ones, readers that are gone, pipes that are full."""
 
 from __future__ import annotations
 
+import faulthandler
 import io
 import os
 import sys
+import threading
 from typing import TextIO
 
 STANDARD = (0, 1, 2)
 """Descriptors of standard input, output and error."""
+PATIENCE = 3.0
+"""Seconds that the words may take."""
 
 
 def keep_streams() -> None:
@@ -49,3 +53,16 @@ def _kept(stream: TextIO | None, original: TextIO | None, number: int) -> TextIO
     )
     setattr(sys, f"__std{'out' if number == 1 else 'err'}__", kept)
     return kept
+
+
+def last_words(text: str, *, stacks: bool = False) -> None:
+    """Print `text` on standard error, with `stacks` where every thread stands too, in `PATIENCE` seconds at most."""
+
+    def speak() -> None:
+        print(text, file=sys.stderr, flush=True)
+        if stacks:
+            faulthandler.dump_traceback(all_threads=True)
+
+    speaker = threading.Thread(target=speak, name="last words", daemon=True)
+    speaker.start()
+    speaker.join(PATIENCE)

@@ -21,8 +21,19 @@ def plain(text: str, longest: int = 500) -> str:
     return words if len(words) <= longest else f"{words[:longest]}..."
 
 
-def nearest(unknown: str, known: Iterable[str]) -> str:
-    """The end of a sentence about an unknown name: the known one that was probably meant, or all of them."""
+def nearest(unknown: str, known: Iterable[str], *, otherwise: str = "") -> str:
+    """The end of a sentence about an unknown name: the known one that was probably meant, else `otherwise` or all.
+
+    Capitals, hyphens and underscores do not count; of a dotted name the last part may be given alone.
+    """
     names = list(known)
-    near = difflib.get_close_matches(unknown[:LONGEST], names, n=1)
-    return f"did you mean {near[0]}?" if near else f"choose from {', '.join(names)}."
+    whole = {_bare(name): name for name in names}
+    last = {_bare(name.rpartition(".")[2]): name for name in names}
+    for bare, cutoff in ((whole, 0.6), (last, 0.8)):
+        if near := difflib.get_close_matches(_bare(unknown), bare, n=1, cutoff=cutoff):
+            return f"did you mean {bare[near[0]]}?"
+    return otherwise or f"choose from {', '.join(names)}."
+
+
+def _bare(name: str) -> str:
+    return name.strip()[:LONGEST].lower().replace("-", "").replace("_", "")

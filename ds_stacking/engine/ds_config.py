@@ -7,23 +7,16 @@ an error, never a silent winner.
 from __future__ import annotations
 
 import copy
-import difflib
-import json
-from collections.abc import Iterable, Mapping
-from functools import partial
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
 from ds_stacking.common.errors import UserError
-from ds_stacking.common.json_files import keys_once, parse_json
-from ds_stacking.common.own_files import read_named
-from ds_stacking.common.words import shown
+from ds_stacking.common.json_files import read_settings
+from ds_stacking.common.words import nearest, shown
 from ds_stacking.engine.ds_keys import KEYS, SECTIONS
-
-LONGEST = 1 << 20
-"""Bytes of a configuration file."""
 
 
 def load_ds_config(path: str) -> dict[str, Any]:
@@ -32,15 +25,7 @@ def load_ds_config(path: str) -> dict[str, Any]:
     Raises UserError, one sentence, for a missing file, no JSON, keys that are unknown, refused or there twice, values
     that DeepSpeed would refuse later, and keys that contradict each other.
     """
-    try:
-        content = read_named(Path(path), limit=LONGEST)
-    except OSError as error:
-        raise UserError(
-            f"DeepSpeed configuration {path} cannot be read ({error.strerror}); give --deepspeed_config."
-        ) from None
-    # first by a parser that neither depth nor digits exhaust, then by one that sees a key that stands there twice
-    parse_json(content, dict[str, Any], where=f"DeepSpeed configuration {path}", mend="mend it")
-    raw = json.loads(content, object_pairs_hook=partial(keys_once, path))
+    raw = read_settings(Path(path), where=f"DeepSpeed configuration {path}")
     for name, value in raw.items():
         _check_key(path, name, value)
     raw.setdefault("zero_optimization", {}).setdefault("stage", 0)
@@ -61,16 +46,12 @@ def _check_key(path: str, name: str, value: Any) -> None:
     elif name not in KEYS:
         section = name.rpartition(".")[0]
         known = {key.removeprefix(section).strip(".").split(".")[0] for key in KEYS if key.startswith(section)}
-        raise UserError(f"{path}: unknown key {shown(name)}{_nearest(name.rpartition('.')[2], known)}")
+        near = nearest(name.rpartition(".")[2], sorted(known), otherwise="remove it.")
+        raise UserError(f"{path}: unknown key {shown(name)}; {near}")
     elif KEYS[name].refused:
         raise UserError(f"{path}: remove {name!r}, {KEYS[name].refused}.")
     elif not KEYS[name].check(value):
         raise UserError(f"{path}: {name} is {shown(value)}; it must be {KEYS[name].values}.")
-
-
-def _nearest(key: str, known: Iterable[str]) -> str:
-    near = difflib.get_close_matches(key, sorted(known), n=1)
-    return f"; did you mean {near[0]!r}?" if near else "; remove it."
 
 
 def _check_types(path: str, raw: Mapping[str, Any]) -> None:

@@ -17,8 +17,7 @@ from pydantic import Field
 from typing_extensions import TypedDict
 
 from ds_stacking.common.errors import UserError
-from ds_stacking.common.json_files import KEEP_OTHERS, read_json
-from ds_stacking.common.json_lines import read_json_lines
+from ds_stacking.common.json_files import KEEP_OTHERS, read_json, read_json_lines
 from ds_stacking.common.words import shown
 
 CLOCKS = {"training_seconds": "wall clock", "cpu_seconds": "processor time, the fair one on a shared CPU"}

@@ -15,8 +15,7 @@ from pydantic import ConfigDict, Field
 from typing_extensions import TypedDict
 
 from ds_stacking.common.errors import UserError
-from ds_stacking.common.json_files import KEEP_OTHERS, read_json
-from ds_stacking.common.json_lines import read_json_lines
+from ds_stacking.common.json_files import KEEP_OTHERS, read_json, read_json_lines
 
 Number = Annotated[float, Field(allow_inf_nan=False, ge=-1e39, le=1e39)]
 """What a run may measure; of larger ones, differences and squares would not be numbers any more."""

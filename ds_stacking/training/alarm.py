@@ -22,7 +22,7 @@ import torch.distributed as dist
 from ds_stacking.common.environment import local_rank
 from ds_stacking.common.errors import OtherRankFailed, RunAgain
 from ds_stacking.common.failures import LOST, exit_code, follows_a_loss
-from ds_stacking.common.last_words import last_words
+from ds_stacking.common.streams import last_words
 
 LOOK = 1.0
 """Seconds between two looks."""

@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor
 
 from ds_stacking.common.errors import RunFailed
-from ds_stacking.common.folders import explain_disk, whole_folder
+from ds_stacking.common.files import explain_disk, whole_folder
 from ds_stacking.common.own_files import make_inside, open_folder, open_inside
 from ds_stacking.config import ModelConfig
 from ds_stacking.data.prepared_data import PreparedData

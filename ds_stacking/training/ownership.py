@@ -28,8 +28,8 @@ from ds_stacking.common.environment import restarts
 from ds_stacking.common.errors import UserError
 from ds_stacking.common.failures import note_failure
 from ds_stacking.common.json_files import parse_json
-from ds_stacking.common.last_words import last_words
 from ds_stacking.common.own_files import make_inside, open_inside, read_inside
+from ds_stacking.common.streams import last_words
 from ds_stacking.config import RunConfig
 from ds_stacking.engine.factory import device
 from ds_stacking.growth.exchange import make_exchange

@@ -18,7 +18,7 @@ from ds_stacking.checkpoint.share import from_first_rank, side_by_side
 from ds_stacking.checkpoint.write import CheckpointWriter
 from ds_stacking.common.environment import rank, world_size
 from ds_stacking.common.errors import RunAgain, UserError
-from ds_stacking.common.explain import keep_tracebacks
+from ds_stacking.common.failures import keep_tracebacks
 from ds_stacking.config import ModelConfig, RunConfig, StageConfig
 from ds_stacking.data.batches import EvalBatches, MaskedBatches
 from ds_stacking.data.masking import Masker

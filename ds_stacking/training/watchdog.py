@@ -11,7 +11,7 @@ import threading
 import time
 from datetime import timedelta
 
-from ds_stacking.common.last_words import last_words
+from ds_stacking.common.streams import last_words
 
 MARGIN = 60.0
 """Seconds by which a collective call may outlast `hang_timeout`: the watchdog comes first and shows where it stood."""

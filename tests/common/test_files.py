@@ -1,19 +1,23 @@
-"""Every file is whole or absent, whenever the writer is killed; nothing is left where it failed."""
+"""Every file and folder appears whole or not at all: killed, out of space, raced for; what is left goes."""
 
 from __future__ import annotations
 
+import errno
 import json
 import os
+import resource
 import signal
 import stat
 import subprocess
 import sys
 import threading
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from ds_stacking.common.files import is_leftover, whole_file, write_json, write_text
+from ds_stacking.common.errors import RunFailed, UserError
+from ds_stacking.common.files import explain_disk, is_leftover, whole_file, whole_folder, write_json, write_text
 
 ROOT = Path(__file__).parents[2]
 KILLED = """
@@ -101,3 +105,125 @@ def test_permissions_are_those_that_the_umask_leaves(tmp_path: Path, mask: int) 
     finally:
         os.umask(old)
     assert stat.S_IMODE((tmp_path / "file").stat().st_mode) == 0o666 & ~mask
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def in_child(body: Callable[[], None]) -> int:
+    """The wait status of a fork that runs `body`; 0 where it returned, exit code 7 where it raised OSError."""
+    child = os.fork()
+    if child == 0:
+        try:
+            body()
+        except OSError:
+            os._exit(7)
+        os._exit(0)
+    return os.waitpid(child, 0)[1]
+
+
+def fill(folder: Path, content: str = "new") -> None:
+    (folder / "a").write_text(content)
+    (folder / "b").mkdir()
+    (folder / "b" / "c").write_text(content)
+
+
+def test_it_appears_whole(tmp_path: Path) -> None:
+    with whole_folder(tmp_path / "model") as unfinished:
+        fill(unfinished)
+        assert not (tmp_path / "model").exists()
+    assert names(tmp_path) == ["model"] and (tmp_path / "model" / "b" / "c").read_text() == "new"
+
+
+def test_where_the_body_raises_nothing_is_left(tmp_path: Path) -> None:
+    with pytest.raises(ZeroDivisionError), whole_folder(tmp_path / "model") as unfinished:
+        fill(unfinished)
+        _ = 1 / 0
+    assert names(tmp_path) == []
+
+
+def test_an_empty_folder_is_filled_and_no_other(tmp_path: Path) -> None:
+    (tmp_path / "model").mkdir()
+    with whole_folder(tmp_path / "model") as unfinished:
+        fill(unfinished)
+    with pytest.raises(OSError, match="not empty"), whole_folder(tmp_path / "model") as unfinished:
+        fill(unfinished, "newer")
+    assert (tmp_path / "model" / "a").read_text() == "new" and names(tmp_path) == ["model"]
+
+
+@pytest.mark.parametrize("kind", ["folder", "file", "link"])
+def test_with_replace_what_stood_there_goes(tmp_path: Path, kind: str) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "precious").write_text("x")
+    model = tmp_path / "run" / "model"
+    model.parent.mkdir()
+    if kind == "folder":
+        fill(tmp_path / "elsewhere")
+        model.mkdir()
+        fill(model, "old")
+    elif kind == "file":
+        model.write_text("old")
+    else:
+        model.symlink_to(tmp_path / "elsewhere")
+    with whole_folder(model, replace=True) as unfinished:
+        fill(unfinished)
+    assert names(model) == ["a", "b"] and names(model.parent) == ["model"] and not model.is_symlink()
+    assert (tmp_path / "elsewhere" / "precious").read_text() == "x"
+
+
+def test_no_link_below_is_followed(tmp_path: Path) -> None:
+    (tmp_path / "elsewhere").mkdir(), (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "export").symlink_to(tmp_path / "elsewhere")
+    target = tmp_path / "run" / "export" / "model"
+    with pytest.raises(UserError, match="is a link"), whole_folder(target, inside=tmp_path / "run"):
+        raise AssertionError
+    assert names(tmp_path / "elsewhere") == []
+
+
+def test_what_a_killed_process_left_goes_the_next_time(tmp_path: Path) -> None:
+    def killed() -> None:
+        with whole_folder(tmp_path / "model") as unfinished:
+            fill(unfinished)
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    assert in_child(killed) == signal.SIGKILL
+    (tmp_path / ".other.0123456789abcdef.tmp").mkdir()
+    assert len(names(tmp_path)) == 2 and not (tmp_path / "model").exists()
+    with whole_folder(tmp_path / "model") as unfinished:
+        fill(unfinished)
+    assert names(tmp_path) == [".other.0123456789abcdef.tmp", "model"]
+
+
+def test_what_another_process_is_filling_stays(tmp_path: Path) -> None:
+    with whole_folder(tmp_path / "model") as slow:
+        fill(slow, "slow")
+        with whole_folder(tmp_path / "model") as fast:
+            fill(fast, "fast")
+        assert (slow / "a").read_text() == "slow"
+        (tmp_path / "model").rename(tmp_path / "first")
+    assert (tmp_path / "first" / "a").read_text() == "fast" and (tmp_path / "model" / "a").read_text() == "slow"
+
+
+def test_a_file_that_may_not_grow_leaves_nothing(tmp_path: Path) -> None:
+    """As a full disk, or a quota, in the middle of a write."""
+
+    def limited() -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
+        with whole_folder(tmp_path / "model", replace=True) as unfinished:
+            fill(unfinished, "x" * 5000)
+
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "old").write_text("old")
+    assert os.waitstatus_to_exitcode(in_child(limited)) == 7
+    assert names(tmp_path) == ["model"] and (tmp_path / "model" / "old").read_text() == "old"
+
+
+def test_the_sentence_names_the_disk_where_it_is_full(tmp_path: Path) -> None:
+    full = explain_disk("The grown model", tmp_path, OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)))
+    assert isinstance(full, RunFailed)
+    assert str(full) == (
+        f"The grown model could not be written to {tmp_path}: No space left on device; free space on its disk and run "
+        f"the same command again."
+    )
+    assert "; mend that and" in str(explain_disk("It", tmp_path, PermissionError(13, "Permission denied")))

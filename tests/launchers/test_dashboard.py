@@ -28,7 +28,7 @@ PROJECT = ("--project", "p")
         ((*PROJECT, "--out", "x" * 10_000), "File name too long"),
         (("run", "--out", "w.json"), "give its --project too"),
         ((*PROJECT, "--projekt", "q"), "Unknown option '--projekt'; did you mean project?"),
-        (("--out",), "--out needs a value"),
+        (("--out",), "--out expected one argument"),
         (("-x",), "Unknown option '-x'"),
     ],
 )

@@ -18,7 +18,7 @@ from ds_stacking.checkpoint.select import newest_valid
 from ds_stacking.checkpoint.store import CheckpointReader
 from ds_stacking.checkpoint.write import CheckpointWriter
 from ds_stacking.common.errors import UserError
-from ds_stacking.common.folders import whole_folder
+from ds_stacking.common.files import whole_folder
 from ds_stacking.engine.factory import device
 from ds_stacking.engine.stage_manager import StageManager
 from ds_stacking.engine.zero_state import LiveState

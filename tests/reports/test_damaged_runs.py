@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from ds_stacking.common import files, json_lines
+from ds_stacking.common import files, json_files
 from ds_stacking.common.errors import RunFailed, UserError
 from ds_stacking.reports import run_files
 from ds_stacking.reports.run_files import read_metrics
@@ -194,6 +194,6 @@ def test_metrics_without_end_are_bounded(run: Path, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(run_files, "LARGEST_REST", 600)
     with pytest.raises(UserError, match="holds more about growths than any run writes"):
         read_metrics(run)
-    monkeypatch.setattr(json_lines, "LONGEST_LINE", 50)
+    monkeypatch.setattr(json_files, "LONGEST_LINE", 50)
     with pytest.raises(UserError, match="line 1 has more than 50 bytes"):
         read_metrics(run)

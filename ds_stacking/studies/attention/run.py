@@ -13,8 +13,7 @@ from torch import Tensor, nn
 from transformers import AutoModel, PreTrainedModel
 
 from ds_stacking.common.errors import UserError
-from ds_stacking.common.files import write_json
-from ds_stacking.common.folders import explain_disk
+from ds_stacking.common.files import explain_disk, write_json
 from ds_stacking.common.model_folder import check_links, one_sentence
 from ds_stacking.common.own_files import make_inside
 from ds_stacking.data.sources.corpus import iterate_documents

@@ -16,7 +16,7 @@ from ds_stacking.common.failures import LOST
 from ds_stacking.common.outputs import check_output_folder
 from ds_stacking.common.words import shown
 from ds_stacking.config import RunConfig
-from ds_stacking.launcher_options import Options, positive, whole_number
+from ds_stacking.launcher_options import Options, one_of, positive, whole_number
 from ds_stacking.studies.comparison.plan import PLAN
 from ds_stacking.studies.comparison.report import write_comparison
 from ds_stacking.studies.comparison.running import Comparison
@@ -74,7 +74,12 @@ def make_parser() -> Options:
         help="tune each arm's learning rate first, on this many other seeds (1)",
     )
     add("--minutes", type=positive, help="scale the recipe's steps so that all runs together take about so long")
-    add("--clock", choices=["wall", "cpu"], default="wall", help="what equal time means; cpu pins each run to a core")
+    add(
+        "--clock",
+        type=one_of("wall", "cpu"),
+        default="wall",
+        help="what equal time means; cpu: a core for each run",
+    )
     add("--parallel", type=whole_number(1, 256), default=1, metavar="N", help="runs at a time, each on its own core")
     add("--launch", help="starts pretrain.py; default: Python, one process")
     add("--task", type=whole_number(0, 100_000), help="only this arm and seed, for a job array")

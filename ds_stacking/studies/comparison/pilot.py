@@ -13,8 +13,7 @@ from typing import Any, NotRequired
 from typing_extensions import TypedDict
 
 from ds_stacking.common.errors import UserError
-from ds_stacking.common.json_files import KEEP_OTHERS, Count, Finite, read_json
-from ds_stacking.common.json_lines import read_json_lines
+from ds_stacking.common.json_files import KEEP_OTHERS, Count, Finite, read_json, read_json_lines
 from ds_stacking.config import RunConfig
 from ds_stacking.studies.comparison.arms import Arm
 from ds_stacking.studies.comparison.plan import Cost, pilot_stages

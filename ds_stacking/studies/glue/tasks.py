@@ -6,12 +6,11 @@ the hub numbers them, so that both sources give the same training.
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from ds_stacking.common.errors import UserError
-from ds_stacking.common.words import LONGEST, shown
+from ds_stacking.common.words import nearest, shown
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -144,9 +143,8 @@ def select_tasks(names: str) -> list[Task]:
     chosen = []
     for name in names.split(","):
         if _key(name) not in by_key:
-            near = difflib.get_close_matches(_key(name)[:LONGEST], by_key, n=1)
-            hint = f"did you mean {by_key[near[0]].name}?" if near else f"choose from all, {', '.join(TASKS)}."
-            raise UserError(f"--tasks names {shown(name.strip())}, which is no task of GLUE; {hint}")
+            near = nearest(name, ["all", *TASKS])
+            raise UserError(f"--tasks names {shown(name.strip())}, which is no task of GLUE; {near}")
         chosen.append(by_key[_key(name)].name)
     return [TASKS[name] for name in dict.fromkeys(chosen)]
 

@@ -5,19 +5,22 @@ from __future__ import annotations
 import os
 import re
 import stat
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 
-from ds_stacking.common import explain as room
 from ds_stacking.common.errors import OtherRankFailed, RunFailed, UserError
-from ds_stacking.common.explain import explain, keep_tracebacks, take_option
+from ds_stacking.common.failures import explain, keep_tracebacks, take_option
 
 
 @pytest.fixture(autouse=True)
-def forget(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(room, "_folders", [])
+def forget() -> Iterator[None]:
+    keep_tracebacks(None)
+    yield
+    keep_tracebacks(None)
 
 
 def of_torch() -> BaseException:
@@ -72,13 +75,13 @@ def test_a_traceback_goes_into_the_run_directory(tmp_path: Path) -> None:
         os.umask(old)
     path = tmp_path / "traceback-rank3.txt"
     assert said == f"KeyError: 'a'; the full traceback is in {path}"
-    assert path.read_text().startswith("Traceback (most recent call last):") and "test_explain.py" in path.read_text()
+    assert path.read_text().startswith("Traceback (most recent call last):") and "test_failures.py" in path.read_text()
     assert stat.S_IMODE(path.stat().st_mode) == 0o600
 
 
 @pytest.mark.parametrize("where", ["gone", "a file", "no folder"])
 def test_or_into_the_temporary_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str) -> None:
-    monkeypatch.setattr(room.tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     (tmp_path / "a file").touch()
     if where != "no folder":
         keep_tracebacks(tmp_path / where)
