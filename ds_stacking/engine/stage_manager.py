@@ -25,8 +25,7 @@ from ds_stacking.growth.blocks import find_blocks
 from ds_stacking.growth.blocks_alike import check_alike
 from ds_stacking.growth.exchange import make_exchange
 from ds_stacking.growth.executor import execute
-from ds_stacking.growth.operators import layer_map, parse_operator
-from ds_stacking.growth.plan import GrowthPlan, ParameterInfo, copy_plan, make_plan
+from ds_stacking.growth.plan import GrowthPlan, ParameterInfo, copy_plan, plan_growth
 from ds_stacking.growth.state import ParkedState, StateReader
 
 Evaluate = Callable[[DeepSpeedEngine], float]
@@ -107,15 +106,13 @@ class StageManager:
 
     def plan(self, layers: int, operator: str, optimizer_state: str) -> GrowthPlan:
         """The plan of a growth from the current engine, its step counts included."""
-        blocks = find_blocks(self.engine.module)
-        return make_plan(
+        return plan_growth(
             self.current_parameters(),
-            blocks,
-            layer_map(operator, blocks.count, layers),
+            find_blocks(self.engine.module),
+            layers,
             operator=operator,
             optimizer_state=optimizer_state,
             stage=self.stage + 1,
-            transform=parse_operator(operator).transform,
         )
 
     def grow(self, spec: EngineSpec, *, operator: str = "stack", optimizer_state: str = "stack") -> GrowthRecord:

@@ -13,7 +13,7 @@ from typing import Any
 
 from ds_stacking.common.errors import UserError
 from ds_stacking.growth.blocks import BlockNames
-from ds_stacking.growth.operators import LayerMap, originals
+from ds_stacking.growth.operators import LayerMap, layer_map, originals, parse_operator
 from ds_stacking.growth.policies import FRESH, StateRule, policy
 from ds_stacking.growth.transforms import COPY, OUTPUT_PROJECTION, ZEROS, Transform
 
@@ -152,6 +152,28 @@ def make_plan(
         optimizer_state=optimizer_state,
         layers=layers,
         entries=tuple(entries),
+    )
+
+
+def plan_growth(
+    source: Mapping[str, ParameterInfo],
+    blocks: BlockNames,
+    layers: int,
+    *,
+    operator: str,
+    optimizer_state: str,
+    stage: int,
+) -> GrowthPlan:
+    """The plan by which `operator` grows `source` to so many blocks. Raises what layer_map and make_plan raise."""
+    mapping, transform = layer_map(operator, blocks.count, layers), parse_operator(operator).transform
+    return make_plan(
+        source,
+        blocks,
+        mapping,
+        operator=operator,
+        optimizer_state=optimizer_state,
+        stage=stage,
+        transform=transform,
     )
 
 
