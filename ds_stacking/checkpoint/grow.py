@@ -204,7 +204,7 @@ def _plan(
     if None in layer_map(operator, blocks.count, layers):
         raise UserError(f"operator {operator!r} makes fresh blocks, which only a model can initialise; grow in a run.")
     try:
-        return plan_growth(parameters, blocks, layers, operator=operator, optimizer_state=optimizer_state, stage=stage)
+        return plan_growth(parameters, blocks, layers, operator, optimizer_state, stage)
     except KeyError as error:  # such as blocks.00.weight
         raise UserError(
             f"{source} cannot be grown: its blocks have no plain numbers, for there is no {shown(error.args[0])}."

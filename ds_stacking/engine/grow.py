@@ -48,9 +48,7 @@ def grow_engine(
         raise UserError("The engine is in the middle of an optimizer step; grow it after engine.step() has updated.")
     origin = _Origin(engine)
     stage = 1 + max(info.birth for info in origin.infos.values())
-    plan = plan_growth(
-        origin.infos, origin.blocks, layers, operator=operator, optimizer_state=optimizer_state, stage=stage
-    )
+    plan = plan_growth(origin.infos, origin.blocks, layers, operator, optimizer_state, stage)
 
     def build_checked() -> DeepSpeedEngine:
         with isolated_generators(seed):

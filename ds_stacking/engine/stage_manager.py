@@ -106,14 +106,8 @@ class StageManager:
 
     def plan(self, layers: int, operator: str, optimizer_state: str) -> GrowthPlan:
         """The plan of a growth from the current engine, its step counts included."""
-        return plan_growth(
-            self.current_parameters(),
-            find_blocks(self.engine.module),
-            layers,
-            operator=operator,
-            optimizer_state=optimizer_state,
-            stage=self.stage + 1,
-        )
+        blocks = find_blocks(self.engine.module)
+        return plan_growth(self.current_parameters(), blocks, layers, operator, optimizer_state, self.stage + 1)
 
     def grow(self, spec: EngineSpec, *, operator: str = "stack", optimizer_state: str = "stack") -> GrowthRecord:
         """Grow into the engine that `spec` describes. All ranks call it together, between optimizer steps.
@@ -128,14 +122,14 @@ class StageManager:
         assert self.engine.micro_steps % self.engine.gradient_accumulation_steps() == 0, "in the middle of a step"
         plan = self.plan(spec.layers, operator, optimizer_state)
         before = self.evaluate(self.engine) if self.evaluate else None
-        handover = self._grow_low_memory(plan, spec) if self.growth_memory == "low" else self._grow_beside(plan, spec)
+        if self.growth_memory == "low":
+            handover = self._grow_low_memory(plan, spec)
+        else:
+            handover = hand_over(self.engine, plan, lambda: self._build(plan, spec))
         self._engine, self._spec, self.parameters = handover.engine, spec, plan.parameters
         self.stage += 1
         after = self.evaluate(self.engine) if self.evaluate else None
         return growth_record(plan, handover, stage=self.stage, before=before, after=after)
-
-    def _grow_beside(self, plan: GrowthPlan, spec: EngineSpec) -> Handover:
-        return hand_over(self.engine, plan, lambda: self._build(plan, spec))
 
     def _grow_low_memory(self, plan: GrowthPlan, spec: EngineSpec) -> Handover:
         old, old_spec = self.engine, self._spec

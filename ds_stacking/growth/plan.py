@@ -159,7 +159,6 @@ def plan_growth(
     source: Mapping[str, ParameterInfo],
     blocks: BlockNames,
     layers: int,
-    *,
     operator: str,
     optimizer_state: str,
     stage: int,
@@ -167,13 +166,7 @@ def plan_growth(
     """The plan by which `operator` grows `source` to so many blocks. Raises what layer_map and make_plan raise."""
     mapping, transform = layer_map(operator, blocks.count, layers), parse_operator(operator).transform
     return make_plan(
-        source,
-        blocks,
-        mapping,
-        operator=operator,
-        optimizer_state=optimizer_state,
-        stage=stage,
-        transform=transform,
+        source, blocks, mapping, operator=operator, optimizer_state=optimizer_state, stage=stage, transform=transform
     )
 
 
