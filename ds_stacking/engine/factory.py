@@ -26,7 +26,7 @@ from ds_stacking.config import OptimizerConfig
 from ds_stacking.engine.agreement import all_ranks_or_none
 from ds_stacking.engine.construct import construct_partitioned
 from ds_stacking.engine.ds_config import offloads_optimizer, resolve_ds_config
-from ds_stacking.engine.epsilon import uncorrected
+from ds_stacking.engine.epsilon import uncorrected_epsilon
 from ds_stacking.engine.stepping import SkippingAdamW
 from ds_stacking.growth.plan import ParameterInfo, parameter_groups
 
@@ -139,7 +139,7 @@ class EngineFactory:
                 "params": [by_name[name] for name in names],
                 "weight_decay": self.optimizer.weight_decay if parameters[names[0]].decay else 0.0,
                 "birth": birth,
-                **({} if self.optimizer.eps_correction else uncorrected(self.optimizer.eps)),
+                **({} if self.optimizer.eps_correction else uncorrected_epsilon(self.optimizer.eps)),
             }
             for (birth, *_), names in parameter_groups(parameters)
         ]

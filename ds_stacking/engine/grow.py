@@ -16,7 +16,7 @@ from ds_stacking.engine.record import GrowthRecord, growth_record
 from ds_stacking.engine.release import release
 from ds_stacking.engine.zero_state import LiveState, parameter_numels
 from ds_stacking.growth.blocks import find_blocks
-from ds_stacking.growth.blocks_alike import check_alike
+from ds_stacking.growth.blocks_alike import check_blocks_alike
 from ds_stacking.growth.plan import GrowthPlan, ParameterInfo, plan_growth
 
 Groups = Callable[[nn.Module], list[dict[str, Any]]]
@@ -55,7 +55,7 @@ def grow_engine(
             new = build(layers, lambda model: origin.groups(model, plan))
         try:
             check_growable(new, "The engine that `build` made")
-            check_alike(engine.module, new.module, origin.blocks, plan.layers)
+            check_blocks_alike(engine.module, new.module, origin.blocks, plan.layers)
         except UserError:
             release(new)
             raise

@@ -22,7 +22,7 @@ from ds_stacking.engine.release import collect, release
 from ds_stacking.engine.working_copies import verify_working_copies
 from ds_stacking.engine.zero_state import LiveState
 from ds_stacking.growth.blocks import find_blocks
-from ds_stacking.growth.blocks_alike import check_alike
+from ds_stacking.growth.blocks_alike import check_blocks_alike
 from ds_stacking.growth.exchange import make_exchange
 from ds_stacking.growth.executor import execute
 from ds_stacking.growth.plan import GrowthPlan, ParameterInfo, copy_plan, plan_growth
@@ -156,5 +156,5 @@ class StageManager:
         with isolated_generators(self.seed + plan.to_layers):
             new = self.factory.build(spec, plan.parameters, initialize=fresh)
         old = self.engine.module
-        check_alike(old, new.module, find_blocks(old), plan.layers, besides=INITIALISATION)
+        check_blocks_alike(old, new.module, find_blocks(old), plan.layers, besides=INITIALISATION)
         return new

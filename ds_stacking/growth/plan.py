@@ -14,7 +14,7 @@ from typing import Any
 from ds_stacking.common.errors import UserError
 from ds_stacking.growth.blocks import BlockNames
 from ds_stacking.growth.operators import LayerMap, layer_map, originals, parse_operator
-from ds_stacking.growth.policies import FRESH, StateRule, policy
+from ds_stacking.growth.policies import FRESH, StateRule, parse_policy
 from ds_stacking.growth.transforms import COPY, OUTPUT_PROJECTION, ZEROS, Transform
 
 
@@ -107,7 +107,7 @@ def make_plan(
     unknown = [layer for layer in layers if layer is not None and not 0 <= layer < blocks.count]
     if unknown:
         raise UserError(f"The layer map names block {unknown[0]}, but the model has {blocks.count} blocks.")
-    rules = policy(optimizer_state)
+    rules = parse_policy(optimizer_state)
     first = originals(layers)
     suffixes = [parts[1] for name in source if (parts := blocks.split(name)) and parts[0] == 0]
     if transform.scale != 1 and not any(OUTPUT_PROJECTION.fullmatch(rest) for rest in suffixes):
