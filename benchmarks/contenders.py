@@ -165,7 +165,7 @@ class Bare:
         del self.model, self.working, self.masters, self.adamw
 
 
-def make_side(name: str, case: Case) -> InEngine | Bare:
+def make_contender(name: str, case: Case) -> InEngine | Bare:
     """`ours`, `ours compiled`, `bare`, `peer` or `peer compiled`."""
     if name == "bare":
         return Bare(case)

@@ -4,9 +4,10 @@
     python -m benchmarks.throughput --padded --fused --length 128
     python -m benchmarks.throughput --contenders ours bare --layers 8 --accumulation 16
 
-Prints one JSON line: per depth the real tokens/s of every side (medians over interleaved optimizer steps), MFU where
-the part's peak is known, peak memory on a GPU, and how often ours is faster. Sides: ours, ours compiled, bare (a plain
-PyTorch loop around our model), peer, peer compiled. On a CPU the size is the quickstart's and one thread computes.
+Prints one JSON line: per depth the real tokens/s of every contender (medians over interleaved optimizer steps), MFU
+where the GPU's peak is known, peak memory on a GPU, and how often ours is faster. Contenders: ours, ours compiled,
+bare (a plain PyTorch loop around our model), peer, peer compiled. On a CPU the size is the quickstart's and one thread
+computes.
 """
 
 from __future__ import annotations
@@ -23,30 +24,30 @@ from typing import Any
 import torch
 import transformers
 
-from benchmarks.contenders import MASKING_RATE, Case, make_side
+from benchmarks.contenders import MASKING_RATE, Case, make_contender
 from ds_stacking.config import ModelConfig
 from ds_stacking.engine.factory import device, init_distributed
+from ds_stacking.engine.host import keep_freed_memory
 from ds_stacking.models.flops import training_flops
-from ds_stacking.planning.parts import part_of
-from ds_stacking.training.run import keep_freed_memory
+from ds_stacking.planning.gpus import gpu_spec_of
 
 WARM_UP = 2
 
 
 def compare(case: Case, contenders: list[str], repeats: int) -> dict[str, Any]:
-    """Time all contenders in turn, their first losses compared before; one that cannot run is named with its reason.
+    """Time all in turn, after checking that first losses agree; one that cannot run is named with its reason.
 
-    Each side's peak memory is taken over its own steps and counts from what the process holds beside it.
+    Each one's peak memory is taken over its own steps and counts from what the process holds beside it.
     """
     found: dict[str, Any] = {}
     running = {}
     for name in contenders:
         try:
             before = _allocated()
-            running[name] = make_side(name, case)
+            running[name] = make_contender(name, case)
             loss = running[name].step().item()
             found[name] = {"loss": loss, "bytes": _peak() - before}
-        except Exception as error:  # noqa: BLE001 one side's failure must not cost the others
+        except Exception as error:  # one's failure must not cost the others
             found[name] = {"absent": f"{type(error).__name__}: {str(error)[:150]}"}
             running.pop(name, None)
     if not case.model.dropout:
@@ -54,13 +55,13 @@ def compare(case: Case, contenders: list[str], repeats: int) -> dict[str, Any]:
         assert max(losses) - min(losses) < (2e-2 if case.bf16 else 1e-3) * losses[0], found
     times: dict[str, list[float]] = {name: [] for name in running}
     for repeat in range(repeats + WARM_UP):
-        for name, side in running.items():
+        for name, contender in running.items():
             start = time.perf_counter()
-            side.step().item()  # the host waits for the device here
+            contender.step().item()  # the host waits for the device here
             if repeat >= WARM_UP:
                 times[name].append(time.perf_counter() - start)
-    for name, side in running.items():
-        side.close()
+    for name, contender in running.items():
+        contender.close()
         found[name] |= _figures(case, statistics.median(times[name]))
     ours = found.get("ours", {}).get("seconds")
     for name in running:
@@ -71,8 +72,8 @@ def compare(case: Case, contenders: list[str], repeats: int) -> dict[str, Any]:
 
 def _figures(case: Case, seconds: float) -> dict[str, float]:
     figures = {"seconds": seconds, "tokens_per_second": round(case.tokens / seconds)}
-    part = part_of(torch.cuda.get_device_name()) if device().type == "cuda" else None
-    if part:
+    gpu = gpu_spec_of(torch.cuda.get_device_name()) if device().type == "cuda" else None
+    if gpu:
         masked = MASKING_RATE * case.tokens
         lengths = case.bounds.diff().double()
         pairs = float(lengths.square().sum()) * case.accumulation
@@ -85,7 +86,7 @@ def _figures(case: Case, seconds: float) -> dict[str, float]:
             pairs=pairs,
             masked_pairs=pairs * masked / case.tokens,
         )
-        figures["mfu"] = round(flops / seconds / part.bf16, 4)
+        figures["mfu"] = round(flops / seconds / gpu.bf16, 4)
     return figures
 
 

@@ -15,8 +15,6 @@ Layer normalization: Ba, Kiros and Hinton 2016.
 
 from __future__ import annotations
 
-from typing import Literal, TypedDict, Unpack, overload
-
 import torch
 import triton
 import triton.language as tl
@@ -244,32 +242,6 @@ def _differentiate(ctx, dy, dsum, dmean, drstd):
 _add_layer_norm.register_autograd(_differentiate, setup_context=_save)
 
 
-class _Options(TypedDict, total=False):
-    residual: torch.Tensor | None
-    bias: torch.Tensor | None
-    dropout: float
-    seed: torch.Tensor | None
-    eps: float
-
-
-@overload
-def add_layer_norm(
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    shift: torch.Tensor,
-    *,
-    return_sum: Literal[False] = ...,
-    **options: Unpack[_Options],
-) -> torch.Tensor: ...
-@overload
-def add_layer_norm(
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    shift: torch.Tensor,
-    *,
-    return_sum: Literal[True],
-    **options: Unpack[_Options],
-) -> tuple[torch.Tensor, torch.Tensor]: ...
 def add_layer_norm(
     x: torch.Tensor,
     weight: torch.Tensor,

@@ -63,11 +63,10 @@ def _attention(
 def _norm(width: int, dropout: float, prenorm: bool) -> None:
     x, residual = _tensor(4096, width), _tensor(4096, width)
     weight, shift, bias = (_tensor(width) for _ in range(3))
-    options: dict[str, Any] = {"residual": residual, "bias": bias, "dropout": dropout, "seed": _index(1)}
-    if prenorm:
-        _backward(*add_layer_norm(x, weight, shift, return_sum=True, **options))
-    else:
-        _backward(add_layer_norm(x, weight, shift, **options))
+    out = add_layer_norm(
+        x, weight, shift, residual=residual, bias=bias, dropout=dropout, seed=_index(1), return_sum=prenorm
+    )
+    _backward(*(out if prenorm else (out,)))
 
 
 def _cross_entropy() -> None:

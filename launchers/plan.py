@@ -32,14 +32,14 @@ def main() -> None:
     from ds_stacking.planning.calibration import calibrate
     from ds_stacking.planning.estimate import check_sizes, plan_run
     from ds_stacking.planning.gpus import gpu_spec_named
-    from ds_stacking.planning.text import calibration_table, complete, make_cluster, plan_table
+    from ds_stacking.planning.text import calibration_table, make_cluster, plan_table, with_vocabulary
 
     cluster = make_cluster(
         gpu_spec_named(options.gpu), nodes=options.nodes, gpus_per_node=options.gpus_per_node, mfu=options.mfu
     )
     check_sizes(config)
     found = [] if options.run is None else calibrate(options.run)
-    config = _as_pretrain_does(complete(config), cluster.gpus, options.zero_stage)
+    config = _as_pretrain_does(with_vocabulary(config), cluster.gpus, options.zero_stage)
     print(plan_table(config, plan_run(config, cluster, zero_stage=options.zero_stage), cluster))
     for calibration in found:
         print(calibration_table(calibration))

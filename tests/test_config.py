@@ -23,7 +23,7 @@ from ds_stacking.config import (
     parse_stages,
 )
 from ds_stacking.data.preparation.configuration import PreparationConfig
-from ds_stacking.growth.policies import policy
+from ds_stacking.growth.policies import parse_policy
 
 REFUSED: list[tuple[type, dict[str, Any], str]] = [
     (ModelConfig, {"hidden_size": 130, "num_heads": 4}, "hidden_size 130 is not divisible by model.num_heads 4"),
@@ -133,7 +133,7 @@ def test_feed_forward_width_follows_the_hidden_size() -> None:
 @pytest.mark.parametrize("name", [*OPTIMIZER_STATES, "scale:0.5"])
 def test_every_optimizer_state_has_a_policy(name: str) -> None:
     assert RunConfig(optimizer_state=name).optimizer_state == name
-    policy(name)
+    parse_policy(name)
 
 
 def test_run_directory_follows_name_and_option() -> None:

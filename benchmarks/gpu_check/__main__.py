@@ -88,7 +88,7 @@ def attempt(function: Any, *args: Any) -> Any:
     """The result, or the error as text: one failure must not cost the other results."""
     try:
         return function(*args)
-    except Exception as error:  # noqa: BLE001
+    except Exception as error:
         return f"FAILED {type(error).__name__}: {str(error)[:200]}"
 
 

@@ -39,7 +39,7 @@ def collect(candidates: dict[str, Callable[[], dict[str, Run]]]) -> tuple[dict[s
             for run in made.values():
                 run()
             found[name] = made
-        except Exception as error:  # noqa: BLE001  a peer may fail in any way; ours must not
+        except Exception as error:  # a peer may fail in any way; ours must not
             if name == "ours":
                 raise
             absent[name] = f"{type(error).__name__}: {str(error).splitlines()[0][:80] if str(error) else ''}"

@@ -29,7 +29,7 @@ from ds_stacking.growth.checks import check_finite
 from ds_stacking.growth.exchange import OneRank
 from ds_stacking.growth.executor import MoveReport, execute
 from ds_stacking.growth.operators import layer_map, parse_operator
-from ds_stacking.growth.plan import GrowthPlan, ParameterInfo, make_plan
+from ds_stacking.growth.plan import GrowthPlan, ParameterInfo, plan_growth
 
 LONGEST_OPERATOR = 10_000
 """Characters, enough to list every block of the deepest model twice."""
@@ -201,19 +201,10 @@ def _plan(
     *,
     stage: int,
 ) -> GrowthPlan:
-    mapping = layer_map(operator, blocks.count, layers)
-    if None in mapping:
+    if None in layer_map(operator, blocks.count, layers):
         raise UserError(f"operator {operator!r} makes fresh blocks, which only a model can initialise; grow in a run.")
     try:
-        return make_plan(
-            parameters,
-            blocks,
-            mapping,
-            operator=operator,
-            optimizer_state=optimizer_state,
-            stage=stage,
-            transform=parse_operator(operator).transform,
-        )
+        return plan_growth(parameters, blocks, layers, operator, optimizer_state, stage)
     except KeyError as error:  # such as blocks.00.weight
         raise UserError(
             f"{source} cannot be grown: its blocks have no plain numbers, for there is no {shown(error.args[0])}."

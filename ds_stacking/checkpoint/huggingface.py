@@ -45,7 +45,7 @@ SHARD_BYTES = 5_000_000_000
 
 
 @dataclass(frozen=True, kw_only=True)
-class Stored:
+class StoredTensor:
     """A tensor as a folder holds it."""
 
     dtype: str
@@ -97,8 +97,8 @@ class HuggingFaceReader:
         whole = self._files[self.tensors[piece.name].file].get_tensor(piece.name)
         return whole.flatten()[piece.start : piece.stop].to(torch.float32)
 
-    def _describe(self) -> dict[str, Stored]:
-        found: dict[str, Stored] = {}
+    def _describe(self) -> dict[str, StoredTensor]:
+        found: dict[str, StoredTensor] = {}
         for file, opened in self._files.items():
             for name in opened.keys():  # noqa: SIM118 (safe_open is no mapping)
                 part = opened.get_slice(name)
@@ -113,7 +113,7 @@ class HuggingFaceReader:
                         f"{self.folder / file}: {shown(name)} has the type {part.get_dtype()}, which growth cannot "
                         f"convert; convert the weights to fp32."
                     )
-                found[name] = Stored(dtype=part.get_dtype(), shape=tuple(part.get_shape()), file=file)
+                found[name] = StoredTensor(dtype=part.get_dtype(), shape=tuple(part.get_shape()), file=file)
         for name, file in weight_map(self.folder).items():
             if name not in found or found[name].file != file:
                 raise UserError(
@@ -220,7 +220,7 @@ def grown_config(config: Mapping[str, Any], plan: GrowthPlan, folder: Path) -> d
     return grown
 
 
-def _reserve_file(path: Path, tensors: Mapping[str, Stored]) -> dict[str, Tensor]:
+def _reserve_file(path: Path, tensors: Mapping[str, StoredTensor]) -> dict[str, Tensor]:
     """A safetensors file with its header; returns flat views of its tensors. A full disk is an error here."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     at = 0

@@ -182,7 +182,7 @@ def _check_together(path: Path, fingerprint: str, exchange: Exchange, alive: Cal
     if blind or manifest is None:
         raise UserError(f"{blind} ranks do not see {path}; put the run directory on storage that all nodes share.")
     sizes = [record.size for record in manifest.files.values()]
-    names, mine = list(manifest.files), shares(sizes, exchange.world_size)[exchange.rank]
+    names, mine = list(manifest.files), share_out_files(sizes, exchange.world_size)[exchange.rank]
     read = [0]
 
     def count(size: int) -> None:
@@ -196,7 +196,7 @@ def _check_together(path: Path, fingerprint: str, exchange: Exchange, alive: Cal
     return describe_faults(names, exchange.all_reduce_tensor(faults).tolist())
 
 
-def shares(sizes: Sequence[int], ranks: int) -> list[list[int]]:
+def share_out_files(sizes: Sequence[int], ranks: int) -> list[list[int]]:
     """Indices of files by rank, each given to one: the largest first, to whoever has the least.
 
     Where there are fewer files than ranks, every n-th rank takes one, so that they are spread over the nodes.

@@ -17,7 +17,7 @@ EPS, UPDATES = "uncorrected_eps", "updates"
 """Keys of a parameter group with such an epsilon: its value, and Adam's step count."""
 
 
-def uncorrected(eps: float) -> dict[str, Any]:
+def uncorrected_epsilon(eps: float) -> dict[str, Any]:
     """Options of a parameter group of a new optimizer that give it such an epsilon."""
     return {EPS: eps, UPDATES: 0}
 

@@ -26,7 +26,8 @@ from ds_stacking.config import OptimizerConfig
 from ds_stacking.engine.agreement import all_ranks_or_none
 from ds_stacking.engine.construct import construct_partitioned
 from ds_stacking.engine.ds_config import offloads_optimizer, resolve_ds_config
-from ds_stacking.engine.epsilon import uncorrected
+from ds_stacking.engine.epsilon import uncorrected_epsilon
+from ds_stacking.engine.stepping import SkippingAdamW
 from ds_stacking.growth.plan import ParameterInfo, parameter_groups
 
 Engine = DeepSpeedEngine
@@ -72,7 +73,7 @@ class EngineFactory:
             model = self.construct(spec.layers, initialize, config)
         if parameters is None:
             parameters = self.parameter_infos(model)
-        optimizer = self._make_optimizer(self._groups(model, parameters), offload=offloads_optimizer(config))
+        optimizer = self._make_optimizer(self._groups(model, parameters), config)
         engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config, dist_init_required=False)
         if not self.optimizer.clip and hasattr(engine.optimizer, "check_grad_overflow"):
             # in fp32 DeepSpeed looks for gradients that are not finite only where it clips them
@@ -138,23 +139,24 @@ class EngineFactory:
                 "params": [by_name[name] for name in names],
                 "weight_decay": self.optimizer.weight_decay if parameters[names[0]].decay else 0.0,
                 "birth": birth,
-                **({} if self.optimizer.eps_correction else uncorrected(self.optimizer.eps)),
+                **({} if self.optimizer.eps_correction else uncorrected_epsilon(self.optimizer.eps)),
             }
             for (birth, *_), names in parameter_groups(parameters)
         ]
 
-    def _make_optimizer(self, groups: list[dict], *, offload: bool) -> torch.optim.Optimizer:
+    def _make_optimizer(self, groups: list[dict], config: dict[str, Any]) -> torch.optim.Optimizer:
         """AdamW where its state lives, one launch per flat group; the schedule sets the rate.
 
         PyTorch's fused AdamW reads and writes the same bytes as DeepSpeed's FusedAdam and needs no compiler.
         """
         settings: dict[str, Any] = {"lr": 0.0, "betas": self.optimizer.betas, "eps": self.optimizer.eps}
-        if offload:
+        if offloads_optimizer(config):
             from deepspeed.ops.adam import DeepSpeedCPUAdam
 
             load_cpu_adam()
             return DeepSpeedCPUAdam(groups, **settings)
-        return torch.optim.AdamW(groups, fused=True, **settings)
+        alone = config["zero_optimization"]["stage"] == 0 and not self.bf16
+        return (SkippingAdamW if alone else torch.optim.AdamW)(groups, fused=True, **settings)
 
 
 def init_distributed(*, alone: bool = False, limit: timedelta | None = None) -> None:

@@ -16,9 +16,8 @@ from ds_stacking.engine.record import GrowthRecord, growth_record
 from ds_stacking.engine.release import release
 from ds_stacking.engine.zero_state import LiveState, parameter_numels
 from ds_stacking.growth.blocks import find_blocks
-from ds_stacking.growth.blocks_alike import check_alike
-from ds_stacking.growth.operators import layer_map, parse_operator
-from ds_stacking.growth.plan import GrowthPlan, ParameterInfo, make_plan
+from ds_stacking.growth.blocks_alike import check_blocks_alike
+from ds_stacking.growth.plan import GrowthPlan, ParameterInfo, plan_growth
 
 Groups = Callable[[nn.Module], list[dict[str, Any]]]
 BuildEngine = Callable[[int, Groups], DeepSpeedEngine]
@@ -49,22 +48,14 @@ def grow_engine(
         raise UserError("The engine is in the middle of an optimizer step; grow it after engine.step() has updated.")
     origin = _Origin(engine)
     stage = 1 + max(info.birth for info in origin.infos.values())
-    plan = make_plan(
-        origin.infos,
-        origin.blocks,
-        layer_map(operator, origin.blocks.count, layers),
-        operator=operator,
-        optimizer_state=optimizer_state,
-        stage=stage,
-        transform=parse_operator(operator).transform,
-    )
+    plan = plan_growth(origin.infos, origin.blocks, layers, operator, optimizer_state, stage)
 
     def build_checked() -> DeepSpeedEngine:
         with isolated_generators(seed):
             new = build(layers, lambda model: origin.groups(model, plan))
         try:
             check_growable(new, "The engine that `build` made")
-            check_alike(engine.module, new.module, origin.blocks, plan.layers)
+            check_blocks_alike(engine.module, new.module, origin.blocks, plan.layers)
         except UserError:
             release(new)
             raise

@@ -11,6 +11,7 @@ from deepspeed.runtime.engine import DeepSpeedEngine
 
 from ds_stacking.common.errors import UserError
 from ds_stacking.engine.ds_keys import KEYS, SECTIONS
+from ds_stacking.engine.zero_state import base_optimizer
 
 OPTIMIZERS = (torch.optim.Adam, torch.optim.AdamW, FusedAdam, DeepSpeedCPUAdam)
 """Their state is `step`, `exp_avg` and `exp_avg_sq`. Subclasses may keep more: only these very types are taken."""
@@ -51,7 +52,7 @@ def _leaves(config: Mapping[str, Any], before: str = "") -> Iterator[tuple[str, 
 
 
 def _check_optimizer(engine: DeepSpeedEngine, what: str) -> None:
-    optimizer = getattr(engine.optimizer, "optimizer", engine.optimizer)
+    optimizer = base_optimizer(engine)
     if type(optimizer) not in OPTIMIZERS:
         raise UserError(
             f"{what} has the optimizer {type(optimizer).__name__}, whose state growth does not know; use torch's Adam "

@@ -61,19 +61,7 @@ def hand_over(old: DeepSpeedEngine, plan: GrowthPlan, build: Build) -> Handover:
     source = LiveState(old)
     with _clock(seconds, "check"), all_ranks_or_none("checking the state to be grown"):
         _check(old, plan, source)
-    new = None
-    try:
-        with _clock(seconds, "build"), all_ranks_or_none("building the grown engine"):
-            new = build()
-        with all_ranks_or_none("moving the state"):
-            report = _move(plan, source, new)
-    except CollectiveDeadlock:
-        raise
-    except BaseException:
-        if new is not None:
-            release(new)
-        collect()
-        raise
+    new, report = _build_and_fill(build, plan, source, seconds)
     _copy_counters(old.module, new, plan, _counters(old))
     with _clock(seconds, "release"):
         watched = state_references(old)
@@ -104,18 +92,12 @@ def hand_over_parked(
         del source
         release(old)
         collect()
-    new = None
     try:
-        with _clock(seconds, "build"), all_ranks_or_none("building the grown engine"):
-            new = build()
-        with all_ranks_or_none("moving the state"):
-            report = _move(plan, parked, new)
+        new, report = _build_and_fill(build, plan, parked, seconds)
         _copy_counters(shell, new, plan, counters)
     except CollectiveDeadlock:
         raise
     except Exception as error:
-        new = None
-        collect()
         with all_ranks_or_none("bringing the engine before the growth back"):
             restored = rebuild()
             _move(before, parked, restored)
@@ -136,6 +118,25 @@ def _check(engine: DeepSpeedEngine, plan: GrowthPlan, source: LiveState) -> None
     check_source(plan, holdings(source.slices(), dict.fromkeys(names), exchange))
     with all_ranks_or_none("looking for numbers that are not finite"):
         check_finite(source, OneRank())
+
+
+def _build_and_fill(
+    build: Build, plan: GrowthPlan, source: StateReader, seconds: dict[str, float]
+) -> tuple[DeepSpeedEngine, MoveReport]:
+    """The new engine with the state that `plan` makes of `source`; where a rank fails nothing of it stays."""
+    new = None
+    try:
+        with _clock(seconds, "build"), all_ranks_or_none("building the grown engine"):
+            new = build()
+        with all_ranks_or_none("moving the state"):
+            return new, _move(plan, source, new)
+    except CollectiveDeadlock:
+        raise
+    except BaseException:
+        if new is not None:
+            release(new)
+        collect()
+        raise
 
 
 def _move(plan: GrowthPlan, source: StateReader, new: DeepSpeedEngine) -> MoveReport:

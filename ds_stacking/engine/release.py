@@ -16,7 +16,7 @@ from deepspeed.runtime.engine import DeepSpeedEngine
 from deepspeed.runtime.zero import parameter_offload
 from torch import Tensor
 
-from ds_stacking.engine.zero_state import LiveState
+from ds_stacking.engine.zero_state import LiveState, base_optimizer
 from ds_stacking.growth.state import KINDS
 
 
@@ -29,8 +29,7 @@ def release(engine: DeepSpeedEngine) -> None:
         tensor.grad = None
         tensor.data = tensor.data.new_empty(0)
         vars(tensor).clear()  # DeepSpeed's shards and methods, which refer back to the optimizer
-    optimizer = engine.optimizer
-    base = getattr(optimizer, "optimizer", optimizer)
+    optimizer, base = engine.optimizer, base_optimizer(engine)
     base.state.clear()
     base.param_groups.clear()
     if base is not optimizer:

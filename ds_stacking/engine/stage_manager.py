@@ -22,11 +22,10 @@ from ds_stacking.engine.release import collect, release
 from ds_stacking.engine.working_copies import verify_working_copies
 from ds_stacking.engine.zero_state import LiveState
 from ds_stacking.growth.blocks import find_blocks
-from ds_stacking.growth.blocks_alike import check_alike
+from ds_stacking.growth.blocks_alike import check_blocks_alike
 from ds_stacking.growth.exchange import make_exchange
 from ds_stacking.growth.executor import execute
-from ds_stacking.growth.operators import layer_map, parse_operator
-from ds_stacking.growth.plan import GrowthPlan, ParameterInfo, copy_plan, make_plan
+from ds_stacking.growth.plan import GrowthPlan, ParameterInfo, copy_plan, plan_growth
 from ds_stacking.growth.state import ParkedState, StateReader
 
 Evaluate = Callable[[DeepSpeedEngine], float]
@@ -108,15 +107,7 @@ class StageManager:
     def plan(self, layers: int, operator: str, optimizer_state: str) -> GrowthPlan:
         """The plan of a growth from the current engine, its step counts included."""
         blocks = find_blocks(self.engine.module)
-        return make_plan(
-            self.current_parameters(),
-            blocks,
-            layer_map(operator, blocks.count, layers),
-            operator=operator,
-            optimizer_state=optimizer_state,
-            stage=self.stage + 1,
-            transform=parse_operator(operator).transform,
-        )
+        return plan_growth(self.current_parameters(), blocks, layers, operator, optimizer_state, self.stage + 1)
 
     def grow(self, spec: EngineSpec, *, operator: str = "stack", optimizer_state: str = "stack") -> GrowthRecord:
         """Grow into the engine that `spec` describes. All ranks call it together, between optimizer steps.
@@ -131,14 +122,14 @@ class StageManager:
         assert self.engine.micro_steps % self.engine.gradient_accumulation_steps() == 0, "in the middle of a step"
         plan = self.plan(spec.layers, operator, optimizer_state)
         before = self.evaluate(self.engine) if self.evaluate else None
-        handover = self._grow_low_memory(plan, spec) if self.growth_memory == "low" else self._grow_beside(plan, spec)
+        if self.growth_memory == "low":
+            handover = self._grow_low_memory(plan, spec)
+        else:
+            handover = hand_over(self.engine, plan, lambda: self._build(plan, spec))
         self._engine, self._spec, self.parameters = handover.engine, spec, plan.parameters
         self.stage += 1
         after = self.evaluate(self.engine) if self.evaluate else None
         return growth_record(plan, handover, stage=self.stage, before=before, after=after)
-
-    def _grow_beside(self, plan: GrowthPlan, spec: EngineSpec) -> Handover:
-        return hand_over(self.engine, plan, lambda: self._build(plan, spec))
 
     def _grow_low_memory(self, plan: GrowthPlan, spec: EngineSpec) -> Handover:
         old, old_spec = self.engine, self._spec
@@ -165,5 +156,5 @@ class StageManager:
         with isolated_generators(self.seed + plan.to_layers):
             new = self.factory.build(spec, plan.parameters, initialize=fresh)
         old = self.engine.module
-        check_alike(old, new.module, find_blocks(old), plan.layers, besides=INITIALISATION)
+        check_blocks_alike(old, new.module, find_blocks(old), plan.layers, besides=INITIALISATION)
         return new

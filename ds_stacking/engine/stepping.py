@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from deepspeed.runtime.engine import DeepSpeedEngine
@@ -85,22 +86,23 @@ def _summed_in_fp32(engine: DeepSpeedEngine) -> Iterator[None]:
 
 
 def step_if_finite(engine: DeepSpeedEngine) -> bool:
-    """Call `engine.step()`; False where an update was due and no rank made it, since gradients were not finite.
+    """Call `engine.step()`; False where an update was due and no rank made it, since gradients were not finite."""
+    before = engine.skipped_steps
+    engine.step()
+    return engine.skipped_steps == before
+
+
+class SkippingAdamW(torch.optim.AdamW):
+    """AdamW that takes no step with gradients that are not finite, and tells DeepSpeed by its attribute `overflow`.
 
     DeepSpeed's own optimizers look for themselves and agree over ranks. ZeRO stage 0 in fp32 has a plain optimizer,
-    which would spoil weights and moments for good; its gradients are the same on all ranks.
+    whose weights and moments would be spoilt for good; its gradients are the same on all ranks.
     """
-    if hasattr(engine.optimizer, "overflow"):
-        before = engine.skipped_steps
-        engine.step()
-        return engine.skipped_steps == before
-    taken = not engine.is_gradient_accumulation_boundary() or _finite(engine.module)
-    if not taken:
-        engine.zero_grad()  # the engine counts as ever, and AdamW passes over parameters without a gradient
-    engine.step()
-    return taken
 
+    overflow = False
 
-def _finite(module: torch.nn.Module) -> bool:
-    gradients = [p.grad for p in module.parameters() if p.grad is not None]
-    return bool(torch.isfinite(torch.stack(torch._foreach_norm(gradients))).all())
+    def step(self, closure: Any = None) -> Any:
+        """The step, or nothing."""
+        gradients = [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]
+        self.overflow = not torch.isfinite(torch.stack(torch._foreach_norm(gradients))).all()
+        return None if self.overflow else super().step(closure)

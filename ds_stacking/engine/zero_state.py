@@ -52,7 +52,7 @@ class LiveState:
     def __init__(self, engine: DeepSpeedEngine) -> None:
         self.engine = engine
         self.fragments = {fragment.name: fragment for fragment in _fragments(engine)}
-        self.base = _base_optimizer(engine)
+        self.base = base_optimizer(engine)
         for fragment in self.fragments.values():
             _materialise(self.base, fragment.master)
 
@@ -100,7 +100,7 @@ def parameter_numels(module: nn.Module) -> dict[str, int]:
     }
 
 
-def _base_optimizer(engine: DeepSpeedEngine) -> torch.optim.Optimizer:
+def base_optimizer(engine: DeepSpeedEngine) -> torch.optim.Optimizer:
     """The optimizer that holds the moments, under whatever wrapper."""
     optimizer = engine.optimizer
     return getattr(optimizer, "optimizer", optimizer)

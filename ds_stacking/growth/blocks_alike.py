@@ -23,7 +23,7 @@ DEEPSPEED = ("ds_", "applied_pre_backward_ref_cnt")
 """How the attributes begin that DeepSpeed keeps its books in."""
 
 
-def check_alike(
+def check_blocks_alike(
     old: nn.Module, new: nn.Module, blocks: BlockNames, layers: LayerMap, *, besides: frozenset[str] = frozenset()
 ) -> None:
     """Raise UserError where a block of `new` does something else than the block of `old` that it is made from.

@@ -13,8 +13,8 @@ from typing import Any
 
 from ds_stacking.common.errors import UserError
 from ds_stacking.growth.blocks import BlockNames
-from ds_stacking.growth.operators import LayerMap, originals
-from ds_stacking.growth.policies import FRESH, StateRule, policy
+from ds_stacking.growth.operators import LayerMap, layer_map, originals, parse_operator
+from ds_stacking.growth.policies import FRESH, StateRule, parse_policy
 from ds_stacking.growth.transforms import COPY, OUTPUT_PROJECTION, ZEROS, Transform
 
 
@@ -107,7 +107,7 @@ def make_plan(
     unknown = [layer for layer in layers if layer is not None and not 0 <= layer < blocks.count]
     if unknown:
         raise UserError(f"The layer map names block {unknown[0]}, but the model has {blocks.count} blocks.")
-    rules = policy(optimizer_state)
+    rules = parse_policy(optimizer_state)
     first = originals(layers)
     suffixes = [parts[1] for name in source if (parts := blocks.split(name)) and parts[0] == 0]
     if transform.scale != 1 and not any(OUTPUT_PROJECTION.fullmatch(rest) for rest in suffixes):
@@ -152,6 +152,21 @@ def make_plan(
         optimizer_state=optimizer_state,
         layers=layers,
         entries=tuple(entries),
+    )
+
+
+def plan_growth(
+    source: Mapping[str, ParameterInfo],
+    blocks: BlockNames,
+    layers: int,
+    operator: str,
+    optimizer_state: str,
+    stage: int,
+) -> GrowthPlan:
+    """The plan by which `operator` grows `source` to so many blocks. Raises what layer_map and make_plan raise."""
+    mapping, transform = layer_map(operator, blocks.count, layers), parse_operator(operator).transform
+    return make_plan(
+        source, blocks, mapping, operator=operator, optimizer_state=optimizer_state, stage=stage, transform=transform
     )
 
 

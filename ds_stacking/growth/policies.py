@@ -36,7 +36,7 @@ class Policy:
     copy: StateRule
 
 
-def policy(name: str) -> Policy:
+def parse_policy(name: str) -> Policy:
     """The policy called `name`; raises UserError for an unknown one.
 
     stack        a copy inherits its source's moments and step count (default)

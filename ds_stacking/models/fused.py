@@ -20,13 +20,17 @@ class FusedLayerNorm(LayerNorm):
     """LayerNorm, alone or of the residual sum before it."""
 
     def forward(self, x: Tensor) -> Tensor:  # [..., D] -> [..., D]
-        return kernels.add_layer_norm(x, self.weight, self.bias, eps=self.eps)
+        y = kernels.add_layer_norm(x, self.weight, self.bias, eps=self.eps)
+        assert isinstance(y, Tensor)
+        return y
 
     def add_norm(self, x: Tensor, residual: Tensor, bias: Tensor, p: float) -> tuple[Tensor, Tensor]:
         """Return LayerNorm(z) and z = residual + dropout(x + bias), all [..., D]."""
-        return kernels.add_layer_norm(
+        both = kernels.add_layer_norm(
             x, self.weight, self.bias, residual=residual, bias=bias, dropout=p, eps=self.eps, return_sum=True
         )
+        assert isinstance(both, tuple)
+        return both
 
 
 class FusedEmbeddings(Embeddings):

@@ -17,7 +17,7 @@ VOCABULARY = 30_528
 """Rows of the embedding where the tokenizer is not known before the run: BERT's, rounded up."""
 
 
-def complete(config: RunConfig) -> RunConfig:
+def with_vocabulary(config: RunConfig) -> RunConfig:
     """The configuration with a vocabulary, which a run takes from its tokenizer.
 
     Raises UserError for one that is smaller than that of the tokenizer which the run will train.

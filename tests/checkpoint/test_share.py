@@ -14,7 +14,7 @@ import torch.distributed as dist
 from ds_stacking.checkpoint import verify
 from ds_stacking.checkpoint.durable import file_sha256
 from ds_stacking.checkpoint.manifest import read_manifest
-from ds_stacking.checkpoint.select import find_together, newest_valid, shares
+from ds_stacking.checkpoint.select import find_together, newest_valid, share_out_files
 from ds_stacking.checkpoint.share import side_by_side
 from ds_stacking.common.errors import OtherRankFailed
 from ds_stacking.engine.factory import device, init_distributed
@@ -52,7 +52,7 @@ def resume(folder: str, old: bool) -> tuple[float, int]:
     for step in (1, 2):
         save(Path(folder), step, state, exchange)
     files = read_manifest(Path(folder) / "step-2").files
-    damaged = list(files)[shares([record.size for record in files.values()], 2)[1][0]]
+    damaged = list(files)[share_out_files([record.size for record in files.values()], 2)[1][0]]
     if exchange.rank == 0:  # the newest is damaged, in a file that is rank 1's to read
         file = Path(folder) / "step-2" / damaged
         file.write_bytes(file.read_bytes()[:-1] + b"?")
@@ -105,8 +105,9 @@ def test_the_others_wait_for_the_first_rank_outside_collective_calls() -> None:
 
 def test_every_file_is_read_once_and_the_work_is_even() -> None:
     sizes = [5, 90, 10, 10, 40, 30, 20, 90]
-    taken = shares(sizes, 3)
+    taken = share_out_files(sizes, 3)
     assert sorted(index for mine in taken for index in mine) == list(range(8))
     assert max(sum(sizes[index] for index in mine) for mine in taken) <= 100
-    assert [bool(mine) for mine in shares([7, 7], 8)] == [True, False, False, False] * 2, "spread over the nodes"
-    assert shares([], 2) == [[], []]
+    two = share_out_files([7, 7], 8)
+    assert [bool(mine) for mine in two] == [True, False, False, False] * 2, "spread over the nodes"
+    assert share_out_files([], 2) == [[], []]

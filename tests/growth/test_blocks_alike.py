@@ -18,7 +18,7 @@ from transformers import (
 
 from ds_stacking.common.errors import UserError
 from ds_stacking.growth.blocks import find_blocks
-from ds_stacking.growth.blocks_alike import check_alike
+from ds_stacking.growth.blocks_alike import check_blocks_alike
 from ds_stacking.growth.operators import layer_map
 
 SIZES = {"hidden_size": 16, "intermediate_size": 24, "num_attention_heads": 2, "vocab_size": 30}
@@ -59,7 +59,7 @@ def grown(old: nn.Module, new: nn.Module, operator: str = "stack") -> str:
     """What is said of a growth from `old` to `new`; empty where it is let through."""
     blocks = find_blocks(old)
     try:
-        check_alike(old, new, blocks, layer_map(operator, blocks.count, find_blocks(new).count))
+        check_blocks_alike(old, new, blocks, layer_map(operator, blocks.count, find_blocks(new).count))
     except UserError as error:
         return str(error)
     return ""

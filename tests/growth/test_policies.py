@@ -12,7 +12,7 @@ from ds_stacking.growth.exchange import OneRank
 from ds_stacking.growth.executor import execute
 from ds_stacking.growth.operators import layer_map, parse_operator
 from ds_stacking.growth.plan import ParameterInfo, make_plan, parameter_groups
-from ds_stacking.growth.policies import policy
+from ds_stacking.growth.policies import parse_policy
 from ds_stacking.growth.state import FullState
 from ds_stacking.models.bert import Bert
 
@@ -50,7 +50,7 @@ def updates(first: float, second: float, step: int, count: int, betas: tuple[flo
 @pytest.mark.parametrize("betas", [(0.9, 0.999), (0.9, 0.98), (0.9, 0.95)])
 @pytest.mark.parametrize("name", POLICIES)
 def test_first_updates_of_copies_follow_the_closed_form(name, betas) -> None:
-    rule = policy(name).copy
+    rule = parse_policy(name).copy
     healthy = [first_moment(beta, 0.0, OLD) for beta in betas]
     first, second = rule.first * healthy[0], rule.second * healthy[1]
     step = OLD if rule.keep_step else 0
@@ -97,7 +97,7 @@ class Pair(torch.nn.Module):
 
 def test_unknown_policies_are_refused() -> None:
     with pytest.raises(UserError, match="optimizer_state 'keep' is unknown"):
-        policy("keep")
+        parse_policy("keep")
 
 
 def grown_hidden(operator: str, norm: str) -> tuple[torch.Tensor, torch.Tensor]:
@@ -138,5 +138,5 @@ def test_zero_output_keeps_the_function_of_a_pre_ln_model(operator) -> None:
 )
 def test_factors_that_are_no_number_are_refused_in_one_short_sentence(factor):
     with pytest.raises(UserError, match="is unknown; choose one of") as error:
-        policy(f"scale:{factor}")
+        parse_policy(f"scale:{factor}")
     assert len(str(error.value)) < 300

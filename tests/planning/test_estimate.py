@@ -15,7 +15,7 @@ from ds_stacking.planning.calibration import calibrate
 from ds_stacking.planning.collectives import bytes_sent, calls_of_step, latency
 from ds_stacking.planning.estimate import plan_run, saved_share
 from ds_stacking.planning.gpus import GPUS, gpu_spec_named, gpu_spec_of
-from ds_stacking.planning.text import calibration_table, complete, make_cluster, plan_table
+from ds_stacking.planning.text import calibration_table, make_cluster, plan_table, with_vocabulary
 
 LARGE = ModelConfig(hidden_size=1024, num_heads=16, vocab_size=30528)
 
@@ -129,9 +129,9 @@ def test_the_table_names_what_does_not_fit() -> None:
 
 
 def test_a_vocabulary_is_completed() -> None:
-    assert complete(RunConfig()).model.vocab_size == 4096
-    assert complete(RunConfig(tokenizer="google-bert/bert-base-uncased")).model.vocab_size == 30528
-    assert complete(run()).model.vocab_size == 30528
+    assert with_vocabulary(RunConfig()).model.vocab_size == 4096
+    assert with_vocabulary(RunConfig(tokenizer="google-bert/bert-base-uncased")).model.vocab_size == 30528
+    assert with_vocabulary(run()).model.vocab_size == 30528
 
 
 @pytest.mark.parametrize(
