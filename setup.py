@@ -1,6 +1,7 @@
 """Packaging: `ds_stacking/` and, inside it, `kernels/` as `ds_stacking.kernels`.
 
 A distribution named `kernels` exists and transformers imports it, so ours must not install under that name.
+The link `ds_stacking/kernels` shows them to mypy, and to a checkout that is not installed.
 """
 
 from setuptools import find_packages, setup

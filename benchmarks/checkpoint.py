@@ -2,7 +2,7 @@
 
     LOCAL_SIZE=2 deepspeed --num_gpus 2 benchmarks/checkpoint.py
 
-Prints one JSON line. Figures are medians over rounds of the slowest rank's seconds; both sides take turns, and
+Prints one JSON line. Figures are medians over rounds of the slowest rank's seconds; both contenders take turns, and
 the first round, in which memory is touched for the first time, is not counted. `blocking` is how long a save keeps the
 training loop; `save` lasts until the checkpoint is published. Ours is then on the disk (fsync) and hashed; DeepSpeed's
 is in the page cache, and `save_synced` adds the fsync of its files. Our `load` reads and compares every hash first.

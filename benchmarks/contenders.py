@@ -1,7 +1,7 @@
 """Optimizer steps to be timed side by side: our model in a ZeRO engine and in a bare loop, transformers' in an engine.
 
-All sides of a case have the same weights, data, optimizer and clipping, in one process. The peer is BertForMaskedLM
-with SDPA attention and -100 as the label of tokens that are not predicted, as its users run it.
+All contenders of a case have the same weights, data, optimizer and clipping, in one process. The peer is
+BertForMaskedLM with SDPA attention and -100 as the label of tokens that are not predicted, as its users run it.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from ds_stacking.config import ModelConfig, OptimizerConfig
 from ds_stacking.engine.factory import Engine, EngineFactory, EngineSpec, device
 from ds_stacking.engine.release import collect, release
 from ds_stacking.engine.stepping import optimizer_step
-from ds_stacking.models.bert import Bert
+from ds_stacking.models.bert import Bert, bert_class
 from ds_stacking.models.compiling import compile_parts
 from ds_stacking.models.convert import to_huggingface
 
@@ -34,9 +34,9 @@ class Case:
     model: ModelConfig
     layers: int
     sequences: int
-    """Rows of a micro-batch."""
+    """Sequences of a micro-batch."""
     length: int
-    """Tokens of a row."""
+    """Tokens of a sequence."""
     accumulation: int = 1
     """Micro-batches of a step."""
     zero_stage: int = 2
@@ -44,7 +44,7 @@ class Case:
     fused: bool = False
     """Our model with its kernels."""
     padded: bool = False
-    """Rows are documents of random lengths up to `length`; the peer pads them, we pack them."""
+    """Sequences are documents of random lengths up to `length`; the peer pads them, we pack them."""
 
     def __post_init__(self) -> None:
         torch.manual_seed(0)
@@ -70,7 +70,7 @@ class Case:
 def our_model(case: Case, *, compiled: bool) -> Bert:
     """Our model with the case's weights."""
     torch.manual_seed(0)
-    model = Bert(case.model, case.layers, fused=case.fused)
+    model = bert_class(case.fused)(case.model, case.layers)
     if compiled:
         compile_parts(model)
     return model
@@ -177,7 +177,7 @@ def make_side(name: str, case: Case) -> InEngine | Bare:
         model.load_state_dict(case.state, strict=False)  # the tied decoder has no entry of its own
         return model.train()
 
-    side = InEngine(theirs, their_loss, case)
+    peer = InEngine(theirs, their_loss, case)
     if "compiled" in name:
-        side.engine.compile()
-    return side
+        peer.engine.compile()
+    return peer

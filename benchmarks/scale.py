@@ -34,9 +34,9 @@ import torch
 from torch import Tensor
 
 from ds_stacking.checkpoint.format import PieceFile
-from ds_stacking.checkpoint.generators import capture_generators
 from ds_stacking.checkpoint.job import SaveJob
 from ds_stacking.checkpoint.store import CheckpointReader
+from ds_stacking.common.generators import capture_generators
 from ds_stacking.config import ModelConfig
 from ds_stacking.growth.blocks import find_block_names
 from ds_stacking.growth.operators import layer_map

@@ -2,7 +2,7 @@
 
     python -m benchmarks.throughput
     python -m benchmarks.throughput --padded --fused --length 128
-    python -m benchmarks.throughput --sides ours bare --layers 8 --accumulation 16
+    python -m benchmarks.throughput --contenders ours bare --layers 8 --accumulation 16
 
 Prints one JSON line: per depth the real tokens/s of every side (medians over interleaved optimizer steps), MFU where
 the part's peak is known, peak memory on a GPU, and how often ours is faster. Sides: ours, ours compiled, bare (a plain
@@ -33,14 +33,14 @@ from ds_stacking.training.run import keep_freed_memory
 WARM_UP = 2
 
 
-def compare(case: Case, sides: list[str], repeats: int) -> dict[str, Any]:
-    """Time all sides in turn, after checking that first losses agree; a side that cannot run is named with its reason.
+def compare(case: Case, contenders: list[str], repeats: int) -> dict[str, Any]:
+    """Time all contenders in turn, after checking that first losses agree; one that cannot run is named with its reason.
 
     Each side's peak memory is taken over its own steps and counts from what the process holds beside it.
     """
     found: dict[str, Any] = {}
     running = {}
-    for name in sides:
+    for name in contenders:
         try:
             before = _allocated()
             running[name] = make_side(name, case)
@@ -102,7 +102,7 @@ def _peak() -> int:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--sides", nargs="+", default=["ours", "peer"])
+    parser.add_argument("--contenders", nargs="+", default=["ours", "peer"])
     parser.add_argument("--repeats", type=int, default=15)
     parser.add_argument("--dropout", type=float, default=0.1)
     parser.add_argument("--layers", type=int, nargs="+", default=[2, 4, 8])
@@ -117,7 +117,7 @@ def main() -> None:
     parser.add_argument("--padded", action="store_true", help="documents of random lengths: padded there, packed here")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    keep_freed_memory()  # for all sides, as pretrain.py does
+    keep_freed_memory()  # for all contenders, as pretrain.py does
     with contextlib.redirect_stdout(io.StringIO()):  # DeepSpeed speaks there; one JSON line is promised
         init_distributed()
         model = ModelConfig(
@@ -132,7 +132,7 @@ def main() -> None:
         shared = {name: getattr(options, name) for name in ("sequences", "length", "accumulation", "zero_stage")}
         shared |= {name: getattr(options, name) for name in ("bf16", "fused", "padded")}
         layers = {
-            str(layers): compare(Case(model=model, layers=layers, **shared), options.sides, options.repeats)
+            str(layers): compare(Case(model=model, layers=layers, **shared), options.contenders, options.repeats)
             for layers in options.layers
         }
     result = {

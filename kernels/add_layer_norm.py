@@ -15,6 +15,8 @@ Layer normalization: Ba, Kiros and Hinton 2016.
 
 from __future__ import annotations
 
+from typing import Literal, TypedDict, Unpack, overload
+
 import torch
 import triton
 import triton.language as tl
@@ -196,7 +198,7 @@ def _keep(x: torch.Tensor, seed: torch.Tensor, p: float) -> torch.Tensor:
     return keep_mask(seed, rows[:, None], columns[None, :], p)
 
 
-def _forward_reference(x, residual, bias, weight, shift, seed, p, eps, store_sum):  # noqa: ANN001
+def _forward_reference(x, residual, bias, weight, shift, seed, p, eps, store_sum):
     z = x.float() if x.dtype != torch.float64 else x
     if bias is not None:
         z = z + bias
@@ -210,7 +212,7 @@ def _forward_reference(x, residual, bias, weight, shift, seed, p, eps, store_sum
     return y.to(x.dtype), z.to(x.dtype, copy=True) if store_sum else x.new_empty(0), mean, rstd
 
 
-def _backward_reference(dy, dsum, z, weight, mean, rstd, seed, p, has_bias):  # noqa: ANN001
+def _backward_reference(dy, dsum, z, weight, mean, rstd, seed, p, has_bias):
     xhat = (z - mean[:, None]) * rstd[:, None]
     g = dy * weight
     dz = rstd[:, None] * (g - g.mean(1, keepdim=True) - xhat * (g * xhat).mean(1, keepdim=True))
@@ -221,7 +223,7 @@ def _backward_reference(dy, dsum, z, weight, mean, rstd, seed, p, has_bias):  # 
     return dz.to(z.dtype), dx.to(z.dtype) if p > 0 else z.new_empty(0), torch.stack(sums).to(weight.dtype)
 
 
-def _save(ctx, inputs, output):  # noqa: ANN001
+def _save(ctx, inputs, output):
     x, residual, bias, weight, _, seed, ctx.p, _, store_sum = inputs
     _, z, mean, rstd = output
     # without residual, bias and dropout the sum is x itself and was not stored
@@ -230,7 +232,7 @@ def _save(ctx, inputs, output):  # noqa: ANN001
     ctx.set_materialize_grads(False)
 
 
-def _differentiate(ctx, dy, dsum, dmean, drstd):  # noqa: ANN001
+def _differentiate(ctx, dy, dsum, dmean, drstd):
     z, weight, mean, rstd, seed = ctx.saved_tensors
     dy = torch.zeros_like(z) if dy is None else dy.contiguous()
     dsum = None if dsum is None else dsum.contiguous()
@@ -242,6 +244,32 @@ def _differentiate(ctx, dy, dsum, dmean, drstd):  # noqa: ANN001
 _add_layer_norm.register_autograd(_differentiate, setup_context=_save)
 
 
+class _Options(TypedDict, total=False):
+    residual: torch.Tensor | None
+    bias: torch.Tensor | None
+    dropout: float
+    seed: torch.Tensor | None
+    eps: float
+
+
+@overload
+def add_layer_norm(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    shift: torch.Tensor,
+    *,
+    return_sum: Literal[False] = ...,
+    **options: Unpack[_Options],
+) -> torch.Tensor: ...
+@overload
+def add_layer_norm(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    shift: torch.Tensor,
+    *,
+    return_sum: Literal[True],
+    **options: Unpack[_Options],
+) -> tuple[torch.Tensor, torch.Tensor]: ...
 def add_layer_norm(
     x: torch.Tensor,
     weight: torch.Tensor,
@@ -286,7 +314,7 @@ def add_layer_norm(
     return y.view_as(x), x if plain else z.view_as(x)
 
 
-def _check(x, weight, shift, residual, bias, dropout):  # noqa: ANN001
+def _check(x, weight, shift, residual, bias, dropout):
     check(x.is_contiguous(), f"x has strides {x.stride()} for shape {tuple(x.shape)}; make it contiguous.")
     for name, vector in (("weight", weight), ("shift", shift), ("bias", bias)):
         check(

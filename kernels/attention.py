@@ -6,8 +6,8 @@
 
 Only O and the rows' log-sum-exp are kept; the backward pass computes P again (Dao et al. 2022, FlashAttention; Dao
 2023). Softmax runs in base 2 with fp32 statistics. dQ has a kernel of its own, so nothing is added atomically and
-every result is deterministic. Heads of up to 64 channels in sequences up to 128
-tokens are differentiated whole, in one program each.
+every result is deterministic. In 16 bits, heads of up to 64 channels in short sequences (up to 128 tokens on sm_90,
+64 on sm_80 and sm_100) are differentiated whole, in one program each.
 
 Legend: T tokens of all sequences, B sequences, S longest sequence (or padded length), H heads, D head size.
 """

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -62,10 +63,11 @@ def _attention(
 def _norm(width: int, dropout: float, prenorm: bool) -> None:
     x, residual = _tensor(4096, width), _tensor(4096, width)
     weight, shift, bias = (_tensor(width) for _ in range(3))
-    out = add_layer_norm(
-        x, weight, shift, residual=residual, bias=bias, dropout=dropout, seed=_index(1), return_sum=prenorm
-    )
-    _backward(*(out if prenorm else (out,)))
+    options: dict[str, Any] = {"residual": residual, "bias": bias, "dropout": dropout, "seed": _index(1)}
+    if prenorm:
+        _backward(*add_layer_norm(x, weight, shift, return_sum=True, **options))
+    else:
+        _backward(add_layer_norm(x, weight, shift, **options))
 
 
 def _cross_entropy() -> None:
@@ -83,8 +85,8 @@ def _linear_gelu() -> None:
 
 def _embedding() -> None:
     tables = {"word": _tensor(30522, 768), "position": _tensor(512, 768), "segment": _tensor(2, 768)}
-    norm = {"weight": _tensor(768), "shift": _tensor(768), "dropout": 0.1, "seed": _index(1)}
-    _backward(embedding_norm(_index(4096), _index(4096), _index(4096), **tables, **norm))
+    norm: dict[str, Any] = {"weight": _tensor(768), "shift": _tensor(768), "dropout": 0.1, "seed": _index(1)}
+    _backward(embedding_norm(_index(4096), _index(4096), _index(4096), **tables | norm))
 
 
 def _gather() -> None:

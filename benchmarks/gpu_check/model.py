@@ -3,8 +3,8 @@
 Training steps of BERT-base and BERT-large in a ZeRO-2 engine on one GPU: tokens/s, MFU and peak memory of our model,
 eager and compiled, beside transformers' in the same engine and beside a bare PyTorch loop, at every depth of
 stacking. `gpu_check_model.json` goes to the folder in the environment variable OUT (default benchmarks/results) after
-every case. `--dry` runs it on a CPU with tiny shapes, the kernels' references and no compiled sides, which take
-minutes there: it proves the logic, its times mean nothing.
+every case. `--dry` runs it on a CPU with tiny shapes, the kernels' references and no compiled contenders, which
+take minutes there: it proves the logic, its times mean nothing.
 """
 
 from __future__ import annotations
@@ -35,23 +35,23 @@ MICRO_BATCH, STEP = 32_768, 262_144
 
 @dataclass(kw_only=True)
 class Goal:
-    """What our side has to reach: tokens/s, or the peer's time divided by ours. Beneath `must` lies the floor."""
+    """What ours has to reach: tokens/s, or the peer's time divided by ours. Beneath `must` lies the floor."""
 
     against: str
-    """A side, or "tokens/s", or "memory" (our bytes divided by the eager peer's; less is better)."""
+    """A contender, or "tokens/s", or "memory" (our bytes divided by the eager peer's; less is better)."""
     floor: float
     must: float
 
 
 @dataclass(kw_only=True)
 class Check:
-    """A case with its sides and goals."""
+    """A case with its contenders and goals."""
 
     name: str
     size: str
     layers: int
     length: int
-    sides: tuple[str, ...] = EVERY
+    contenders: tuple[str, ...] = EVERY
     padded: bool = False
     goals: list[Goal] = field(default_factory=list)
 
@@ -73,12 +73,12 @@ def checks() -> Iterator[Check]:
     yield _full("base", 12, 128, 500e3, 700e3)
     yield _full("base", 12, 512, 450e3, 620e3)
     yield Check(
-        name="base S=128, engine against a bare loop", size="base", layers=12, length=128, sides=("ours", "bare"),
+        name="base S=128, engine against a bare loop", size="base", layers=12, length=128, contenders=("ours", "bare"),
         goals=[Goal(against="bare", floor=0.95, must=0.95)],
     )  # fmt: skip
     yield Check(
         name="base S=512, documents of 8 to 512 tokens", size="base", layers=12, length=512, padded=True,
-        sides=("ours", "peer"), goals=[Goal(against="peer", floor=1.7 * 1.8, must=1.9 * 2.5)],
+        contenders=("ours", "peer"), goals=[Goal(against="peer", floor=1.7 * 1.8, must=1.9 * 2.5)],
     )  # fmt: skip
     yield _full("large", 24, 128, 170e3, 230e3)
     yield _full("large", 24, 512, 150e3, 210e3)
@@ -88,7 +88,7 @@ def checks() -> Iterator[Check]:
 
 
 def case_of(check: Check, *, dry: bool) -> Case:
-    """The check's model and batch; tiny in a dry run, with the same sides."""
+    """The check's model and batch; tiny in a dry run, with the same contenders."""
     width = {"base": 768, "large": 1024}[check.size]
     length = 16 if dry else check.length
     model = ModelConfig(
@@ -113,7 +113,7 @@ def case_of(check: Check, *, dry: bool) -> Case:
 
 
 def verdicts(check: Check, found: dict[str, Any]) -> list[str]:
-    """One line per goal. Our best side counts, eager or compiled."""
+    """One line per goal. Our best contender counts, eager or compiled."""
     ours = [found[name] for name in ("ours", "ours compiled") if "seconds" in found.get(name, {})]
     if not ours:
         return ["    ours did not run"]
@@ -149,8 +149,8 @@ def run(out: Path, *, dry: bool, minutes: float) -> list[str]:
             lines.append(f"out of time before: {check.name}")
             continue
         with contextlib.redirect_stdout(io.StringIO()):  # DeepSpeed's
-            sides = [side for side in check.sides if not (dry and "compiled" in side)]
-            found = compare(case_of(check, dry=dry), sides, repeats=1 if dry else 7)
+            contenders = [name for name in check.contenders if not (dry and "compiled" in name)]
+            found = compare(case_of(check, dry=dry), contenders, repeats=1 if dry else 7)
         if not dry:
             torch.cuda.empty_cache()
         report[check.name] = found

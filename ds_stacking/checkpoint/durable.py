@@ -71,7 +71,7 @@ def remove_checkpoint(path: Path) -> None:
     shutil.rmtree(doomed, ignore_errors=True)
 
 
-def sweep(folder: Path, *, besides: Path | None = None) -> None:
+def remove_leftovers(folder: Path, *, besides: Path | None = None) -> None:
     """Delete what interrupted saves left in `folder`, all but `besides`; what cannot be deleted stays."""
     for path in folder.glob(f"{TEMPORARY}*"):
         if path != besides:

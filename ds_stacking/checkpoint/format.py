@@ -8,7 +8,7 @@
         rank-00000.json         this rank's random number generators
 
 A tensor in a safetensors file is a piece of a flattened parameter, [N] float32, and its key says which:
-`exp_avg/blocks.3.mlp.weight/0-4096`. Nothing depends on ranks or ZeRO stages. There is no pickle.
+`exp_avg/blocks.3.attention.out.weight/0-4096`. Nothing depends on ranks or ZeRO stages. There is no pickle.
 """
 
 from __future__ import annotations

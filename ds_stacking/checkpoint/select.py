@@ -15,7 +15,7 @@ from ds_stacking.checkpoint.format import CHECKPOINT_NAME, MANIFEST
 from ds_stacking.checkpoint.manifest import Manifest, Unusable, read_manifest
 from ds_stacking.checkpoint.share import from_first_rank, side_by_side
 from ds_stacking.checkpoint.store import CheckpointReader, find_fault
-from ds_stacking.checkpoint.verify import content_fault, describe, find_faults, inspect
+from ds_stacking.checkpoint.verify import content_fault, describe_faults, find_faults, verify_cheaply
 from ds_stacking.common.errors import UserError
 from ds_stacking.growth.exchange import Exchange
 
@@ -145,7 +145,7 @@ def _judge(
 ) -> Generator[tuple[Path, Manifest], str | None, tuple[int, str | None]]:
     """The step of a checkpoint and why it must not be loaded, None where it may; what must be read is yielded."""
     try:
-        manifest = inspect(path, identity)
+        manifest = verify_cheaply(path, identity)
     except Unusable as unusable:
         return 0, str(unusable)
     fault = yield path, manifest
@@ -193,7 +193,7 @@ def _check_together(path: Path, fingerprint: str, exchange: Exchange, alive: Cal
 
     faults = torch.zeros(len(names), dtype=torch.int64)
     faults[mine] = torch.tensor(side_by_side(work, exchange, progress=lambda: read[0], alive=alive), dtype=torch.int64)
-    return describe(names, exchange.all_reduce_tensor(faults).tolist())
+    return describe_faults(names, exchange.all_reduce_tensor(faults).tolist())
 
 
 def shares(sizes: Sequence[int], ranks: int) -> list[list[int]]:

@@ -13,7 +13,7 @@ from ds_stacking.growth.holdings import Holdings
 from ds_stacking.growth.state import KINDS, StateReader, TensorSlice
 
 
-def responsible(pieces: Sequence[TensorSlice], everyone: Holdings, rank: int) -> list[TensorSlice]:
+def pieces_to_write(pieces: Sequence[TensorSlice], everyone: Holdings, rank: int) -> list[TensorSlice]:
     """What `rank`, which holds `pieces`, writes: of what all ranks hold, each element is written by one holder.
 
     What several ranks hold (ZeRO 0) they share out evenly.

@@ -17,10 +17,10 @@ from torch import Tensor
 from typing_extensions import TypedDict
 
 from ds_stacking.checkpoint.format import MANIFEST, STATE
-from ds_stacking.checkpoint.generators import Generators, check_generators
 from ds_stacking.checkpoint.index import PieceIndex
 from ds_stacking.checkpoint.manifest import Number, Unusable, read_manifest
 from ds_stacking.common.errors import UserError
+from ds_stacking.common.generators import Generators, check_generators
 from ds_stacking.common.json_files import KEEP_OTHERS, read_json
 from ds_stacking.growth.plan import ParameterInfo
 from ds_stacking.growth.state import Kind, TensorSlice

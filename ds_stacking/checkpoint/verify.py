@@ -25,13 +25,13 @@ def verify(path: Path, identity: Mapping[str, Any] | None = None) -> Manifest:
     With `identity`, each of its values must be the checkpoint's too. No file is opened that the manifest does not
     list, and none is interpreted before its checksum is right. Raises Unusable with the reason.
     """
-    manifest = inspect(path, identity)
+    manifest = verify_cheaply(path, identity)
     if reason := content_fault(path, manifest):
         raise Unusable(reason)
     return manifest
 
 
-def inspect(path: Path, identity: Mapping[str, Any] | None = None) -> Manifest:
+def verify_cheaply(path: Path, identity: Mapping[str, Any] | None = None) -> Manifest:
     """The same with the cheap checks only: manifest, name, identity, the sizes of all files."""
     if path.is_symlink() or not path.is_dir():
         raise Unusable("it is no directory")
@@ -83,7 +83,7 @@ def _check_sizes(path: Path, manifest: Manifest) -> None:
 def content_fault(path: Path, manifest: Manifest) -> str | None:
     """What is wrong with the content of a checkpoint's files, read by this rank alone; None where nothing is."""
     names = list(manifest.files)
-    return describe(names, find_faults(path, manifest, names))
+    return describe_faults(names, find_faults(path, manifest, names))
 
 
 def find_faults(
@@ -104,7 +104,7 @@ def find_faults(
         return pool.map(fault, names, chunksize=1)
 
 
-def describe(names: Sequence[str], faults: Sequence[int]) -> str | None:
+def describe_faults(names: Sequence[str], faults: Sequence[int]) -> str | None:
     """The first of the faults in words; None where there is none."""
     for name, fault in zip(names, faults, strict=True):
         if fault == CHANGED:

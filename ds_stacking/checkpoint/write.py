@@ -14,16 +14,16 @@ from typing import Any
 
 from torch import Tensor
 
-from ds_stacking.checkpoint.durable import sweep
+from ds_stacking.checkpoint.durable import remove_leftovers
 from ds_stacking.checkpoint.format import PieceFile
-from ds_stacking.checkpoint.generators import capture_generators
 from ds_stacking.checkpoint.job import SaveError, SaveJob, explain
 from ds_stacking.checkpoint.manifest import Unusable
 from ds_stacking.checkpoint.retention import prune
-from ds_stacking.checkpoint.snapshot import Snapshot, responsible
+from ds_stacking.checkpoint.snapshot import Snapshot, pieces_to_write
 from ds_stacking.checkpoint.verify import verify
 from ds_stacking.common.errors import UserError
 from ds_stacking.common.files import write_json
+from ds_stacking.common.generators import capture_generators
 from ds_stacking.growth.exchange import Exchange
 from ds_stacking.growth.holdings import holdings
 from ds_stacking.growth.plan import ParameterInfo
@@ -99,7 +99,7 @@ class CheckpointWriter:
         self._valid = {path.absolute(): True for path in verified}
         self._reports: queue.SimpleQueue[SaveReport] = queue.SimpleQueue()
         if exchange.rank == 0:
-            sweep(self.folder)
+            remove_leftovers(self.folder)
 
     def save(
         self,
@@ -135,7 +135,7 @@ class CheckpointWriter:
             identity=self.identity,
             state=json.dumps(content | {"extra": extra}).encode(),
             generators=json.dumps(capture_generators()).encode(),
-            file=PieceFile(responsible(pieces, everyone, rank)),
+            file=PieceFile(pieces_to_write(pieces, everyone, rank)),
             names=list(parameters),
             patience=self.patience,
         )
@@ -165,13 +165,16 @@ class CheckpointWriter:
         ended = self._join_together(timeout)
         return self.exchange.all_reduce_sum(int(not (ended and self._succeeded))) == 0
 
-    def close(self, timeout: float | None = None) -> None:
+    def close(self, timeout: float | None = None) -> bool:
         """Wait for this rank's part of the save under way, `timeout` seconds at most (default: twice `patience`).
 
-        For the end of a run. After a failure the other ranks may be dead, and waiting for their parts would only keep
-        this one from ending.
+        Returns whether it ended. For the end of a run: after a failure the other ranks may be dead, and waiting for
+        their parts would only keep this one from ending.
         """
-        self._join(timeout)
+        if self._thread is None:
+            return True
+        self._thread.join(2 * self.patience if timeout is None else timeout)
+        return not self._thread.is_alive()
 
     def _ready(self, *, wait: bool) -> bool:
         """Whether no rank is writing any more."""
@@ -188,15 +191,9 @@ class CheckpointWriter:
         """
         end = time.monotonic() + (2 * self.patience if timeout is None else timeout)
         while True:
-            ended = self._join(TOGETHER)
+            ended = self.close(TOGETHER)
             if self.exchange.all_reduce_sum(int(not ended and time.monotonic() < end)) == 0:
                 return ended
-
-    def _join(self, timeout: float | None) -> bool:
-        if self._thread is not None:
-            self._thread.join(2 * self.patience if timeout is None else timeout)
-            return not self._thread.is_alive()
-        return True
 
     def _run(self, job: SaveJob, values: Tensor, start: float) -> None:
         """In the background: nothing may escape from here."""
@@ -204,7 +201,7 @@ class CheckpointWriter:
         try:
             if job.rank == 0:
                 self._check_hold()
-                sweep(self.folder, besides=job.temporary)
+                remove_leftovers(self.folder, besides=job.temporary)
             job.write_share(values)
             if job.rank == 0:
                 self._check_hold()

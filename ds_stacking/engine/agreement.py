@@ -26,16 +26,16 @@ LONGEST_PAUSE = 0.1
 _numbers = itertools.count()
 
 
-class Stranded(RuntimeError):
+class CollectiveDeadlock(RuntimeError):
     """A rank failed and others wait for it in a collective call: no rank can go on, the run must end."""
 
 
 @contextmanager
-def agreed(what: str) -> Iterator[None]:
+def all_ranks_or_none(what: str) -> Iterator[None]:
     """Leave the body on all ranks, or on none. All ranks enter together; the body may hold collective calls.
 
     A rank on which the body raised raises that again. The others raise OtherRankFailed, or UserError where it was one.
-    Raises Stranded where a rank failed while others, or their devices, wait for it inside the body.
+    Raises CollectiveDeadlock where a rank failed while others, or their devices, wait for it inside the body.
     """
     if not dist.is_initialized() or dist.get_world_size() == 1:
         yield
@@ -59,7 +59,7 @@ def _report(what: str, error: Exception | None) -> RuntimeError | UserError | No
     if error is None:
         try:
             reports.wait(device_work())
-        except Stranded:
+        except CollectiveDeadlock:
             raise
         except Exception as caught:  # the device tells only now what went wrong there
             error = caught
@@ -80,7 +80,7 @@ class _Reports:
         self._end = float("inf")
 
     def wait(self, until: Callable[[], bool], error: Exception | None = None) -> None:
-        """Look until `until()` holds. Raises Stranded where a rank has failed and others are silent for too long."""
+        """Look until `until()` holds. Raises CollectiveDeadlock where a rank has failed and others stay silent."""
         pause = 0.001
         while not until():
             if self._end == float("inf") and self.store.check(["failed"]):
@@ -93,7 +93,7 @@ class _Reports:
             pause = min(2 * pause, LONGEST_PAUSE)
         if self.store.check(["stranded"]):  # also for a rank that reports too late
             silent = dist.get_world_size() - self.store.add("reports", 0)
-            raise Stranded(f"{_read(self.store)}; {silent} ranks wait for it and cannot go on") from error
+            raise CollectiveDeadlock(f"{_read(self.store)}; {silent} ranks wait for it and cannot go on") from error
 
 
 def device_work() -> Callable[[], bool]:

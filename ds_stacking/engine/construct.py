@@ -38,12 +38,12 @@ def construct_partitioned(build: Callable[[], nn.Module], config: Mapping[str, A
         if converted:
             converted[0].convert_to_zero_parameters(param_list=own)
         else:  # the first module's parameters carry the configuration to all others
-            deepspeed.zero.Init(module=_Only(own), config_dict_or_path=dict(config))
+            deepspeed.zero.Init(module=_OwnParameters(own), config_dict_or_path=dict(config))
         converted += own
     return model
 
 
-class _Only(nn.Module):
+class _OwnParameters(nn.Module):
     """Parameters of a module without those of its children, which are not filled yet."""
 
     def __init__(self, parameters: list[nn.Parameter]) -> None:

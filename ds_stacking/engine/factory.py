@@ -23,7 +23,7 @@ from torch import nn
 from ds_stacking.common.environment import check_meeting_place, local_rank, rank
 from ds_stacking.common.errors import UserError
 from ds_stacking.config import OptimizerConfig
-from ds_stacking.engine.agreement import agreed
+from ds_stacking.engine.agreement import all_ranks_or_none
 from ds_stacking.engine.construct import construct_partitioned
 from ds_stacking.engine.ds_config import offloads_optimizer, resolve_ds_config
 from ds_stacking.engine.epsilon import uncorrected
@@ -68,10 +68,10 @@ class EngineFactory:
     ) -> DeepSpeedEngine:
         """A new engine; `parameters` fixes the parameter groups of a grown model. All ranks call it together."""
         config = self._config(spec)
-        with agreed("making the model"):
-            model = self._construct(spec.layers, initialize, config)
+        with all_ranks_or_none("making the model"):
+            model = self.construct(spec.layers, initialize, config)
         if parameters is None:
-            parameters = self.describe(model)
+            parameters = self.parameter_infos(model)
         optimizer = self._make_optimizer(self._groups(model, parameters), offload=offloads_optimizer(config))
         engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config, dist_init_required=False)
         if not self.optimizer.clip and hasattr(engine.optimizer, "check_grad_overflow"):
@@ -110,12 +110,13 @@ class EngineFactory:
             world_size=torch.distributed.get_world_size(),
         )
 
-    def _construct(self, layers: int, initialize: bool, config: Mapping[str, Any]) -> nn.Module:
+    def construct(self, layers: int, initialize: bool, config: Mapping[str, Any]) -> nn.Module:
+        """The model of an engine with this DeepSpeed configuration; under ZeRO 3 its parameters may be cut already."""
         if self.layer_by_layer and config["zero_optimization"]["stage"] == 3:
             return construct_partitioned(lambda: self.build_model(layers, initialize), config)
         return self.build_model(layers, initialize)
 
-    def describe(self, model: nn.Module) -> dict[str, ParameterInfo]:
+    def parameter_infos(self, model: nn.Module) -> dict[str, ParameterInfo]:
         """The trainable parameters of a first stage's model, in an engine or not.
 
         Biases and norms, which have one dimension, do not decay. ZeRO-3 leaves an empty tensor in the model and keeps

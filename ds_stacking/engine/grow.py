@@ -9,8 +9,9 @@ from deepspeed.runtime.engine import DeepSpeedEngine
 from torch import nn
 
 from ds_stacking.common.errors import UserError
+from ds_stacking.common.generators import isolated_generators
 from ds_stacking.engine.growable import check_growable
-from ds_stacking.engine.handover import hand_over, isolated_generators
+from ds_stacking.engine.handover import hand_over
 from ds_stacking.engine.record import GrowthRecord, growth_record
 from ds_stacking.engine.release import release
 from ds_stacking.engine.zero_state import LiveState, parameter_numels

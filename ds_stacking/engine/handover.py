@@ -6,21 +6,18 @@ phase succeeds on all ranks or fails on all (ds_stacking.engine.agreement).
 
 from __future__ import annotations
 
-import random
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
-import numpy as np
-import torch
 from deepspeed.runtime.engine import DeepSpeedEngine
 from torch import nn
 
 from ds_stacking.common.errors import UserError
-from ds_stacking.engine.agreement import Stranded, agreed
+from ds_stacking.engine.agreement import CollectiveDeadlock, all_ranks_or_none
 from ds_stacking.engine.factory import device
-from ds_stacking.engine.release import collect, release, warn_of_leaks, watch
+from ds_stacking.engine.release import collect, release, state_references, warn_of_leaks
 from ds_stacking.engine.working_copies import verify_working_copies
 from ds_stacking.engine.zero_state import LiveState
 from ds_stacking.growth.checks import check_finite, check_source
@@ -45,7 +42,7 @@ class Handover:
     """Bytes of the old engine's state that are still in memory."""
 
 
-class Undone(Exception):
+class GrowthRolledBack(Exception):
     """A growth failed after the old engine was freed; `engine` is the old one, built anew with its parked state."""
 
     def __init__(self, engine: DeepSpeedEngine) -> None:
@@ -58,28 +55,28 @@ def hand_over(old: DeepSpeedEngine, plan: GrowthPlan, build: Build) -> Handover:
 
     Raises UserError before anything is touched for bad input, and whatever `build` raises; where the state of the
     new engine differs from its source it raises RuntimeError, and OtherRankFailed where it was another rank that
-    failed. In each case `old` is as it was. Raises Stranded where no rank can go on.
+    failed. In each case `old` is as it was. Raises CollectiveDeadlock where no rank can go on.
     """
     seconds: dict[str, float] = {}
     source = LiveState(old)
-    with _clock(seconds, "check"), agreed("checking the state to be grown"):
+    with _clock(seconds, "check"), all_ranks_or_none("checking the state to be grown"):
         _check(old, plan, source)
     new = None
     try:
-        with _clock(seconds, "build"), agreed("building the grown engine"):
+        with _clock(seconds, "build"), all_ranks_or_none("building the grown engine"):
             new = build()
-        with agreed("moving the state"):
+        with all_ranks_or_none("moving the state"):
             report = _move(plan, source, new)
-    except Stranded:
+    except CollectiveDeadlock:
         raise
     except BaseException:
         if new is not None:
             release(new)
         collect()
         raise
-    _carry(old.module, new, plan, _counters(old))
+    _copy_counters(old.module, new, plan, _counters(old))
     with _clock(seconds, "release"):
-        watched = watch(old)
+        watched = state_references(old)
         del source
         release(old)
         leaked = warn_of_leaks(watched)
@@ -91,39 +88,39 @@ def hand_over_parked(
 ) -> Handover:
     """The same in less device memory: the old state is copied to the host and `old` freed before `build` is called.
 
-    Raises UserError before anything is touched for bad input; where the rest fails on any rank, raises Undone from the
-    error with an engine made by `rebuild`, to which the plan `before` brought the parked state back. Raises Stranded
-    where no rank can go on.
+    Raises UserError before anything is touched for bad input; where the rest fails on any rank, raises
+    GrowthRolledBack from the error with an engine made by `rebuild`, to which the plan `before` brought the parked
+    state back. Raises CollectiveDeadlock where no rank can go on.
     """
     seconds: dict[str, float] = {}
     source = LiveState(old)
-    with _clock(seconds, "check"), agreed("checking the state to be grown"):
+    with _clock(seconds, "check"), all_ranks_or_none("checking the state to be grown"):
         _check(old, plan, source)
     with _clock(seconds, "park"):
-        with agreed("copying the state to the host"):
+        with all_ranks_or_none("copying the state to the host"):
             parked, counters = ParkedState(source), _counters(old)
         shell = old.module
-        watched = watch(old)
+        watched = state_references(old)
         del source
         release(old)
         collect()
     new = None
     try:
-        with _clock(seconds, "build"), agreed("building the grown engine"):
+        with _clock(seconds, "build"), all_ranks_or_none("building the grown engine"):
             new = build()
-        with agreed("moving the state"):
+        with all_ranks_or_none("moving the state"):
             report = _move(plan, parked, new)
-        _carry(shell, new, plan, counters)
-    except Stranded:
+        _copy_counters(shell, new, plan, counters)
+    except CollectiveDeadlock:
         raise
     except Exception as error:
         new = None
         collect()
-        with agreed("bringing the engine before the growth back"):
+        with all_ranks_or_none("bringing the engine before the growth back"):
             restored = rebuild()
             _move(before, parked, restored)
-        _carry(shell, restored, before, counters)
-        raise Undone(restored) from error
+        _copy_counters(shell, restored, before, counters)
+        raise GrowthRolledBack(restored) from error
     return Handover(engine=new, report=report, seconds=seconds | report.seconds, leaked_bytes=warn_of_leaks(watched))
 
 
@@ -137,7 +134,7 @@ def _check(engine: DeepSpeedEngine, plan: GrowthPlan, source: LiveState) -> None
         )
     names = [entry.source for entry in plan.entries if entry.source is not None]
     check_source(plan, holdings(source.slices(), dict.fromkeys(names), exchange))
-    with agreed("looking for numbers that are not finite"):
+    with all_ranks_or_none("looking for numbers that are not finite"):
         check_finite(source, OneRank())
 
 
@@ -148,7 +145,7 @@ def _move(plan: GrowthPlan, source: StateReader, new: DeepSpeedEngine) -> MoveRe
             f"The grown model has the parameter {min(unplanned)}, which the plan does not know; build it as the old "
             f"one was, only deeper."
         )
-    with agreed("making the optimizer's state"):
+    with all_ranks_or_none("making the optimizer's state"):
         target = LiveState(new)
     exchange = make_exchange(device())
     report = execute(plan, source, target, exchange)
@@ -161,7 +158,7 @@ def _counters(engine: DeepSpeedEngine) -> dict[str, int]:
     return {name: getattr(engine, name) for name in ("global_steps", "global_samples", "skipped_steps")}
 
 
-def _carry(old: nn.Module, new: DeepSpeedEngine, plan: GrowthPlan, counters: dict[str, int]) -> None:
+def _copy_counters(old: nn.Module, new: DeepSpeedEngine, plan: GrowthPlan, counters: dict[str, int]) -> None:
     """Counters, and whether the model was training or evaluating."""
     for name, value in counters.items():
         setattr(new, name, value)
@@ -173,17 +170,3 @@ def _clock(seconds: dict[str, float], phase: str) -> Iterator[None]:
     start = time.perf_counter()
     yield
     seconds[phase] = time.perf_counter() - start
-
-
-@contextmanager
-def isolated_generators(seed: int) -> Iterator[None]:
-    """Seed torch inside, and leave every generator (Python, NumPy, torch, devices) as it was outside."""
-    python, numpy = random.getstate(), np.random.get_state()
-    devices = [device().index] if device().type == "cuda" else []
-    try:
-        with torch.random.fork_rng(devices=devices):
-            torch.manual_seed(seed)
-            yield
-    finally:
-        random.setstate(python)
-        np.random.set_state(numpy)

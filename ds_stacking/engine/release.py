@@ -44,7 +44,7 @@ def collect() -> None:
     get_accelerator().empty_cache()
 
 
-def watch(engine: DeepSpeedEngine) -> list[weakref.ref[Tensor]]:
+def state_references(engine: DeepSpeedEngine) -> list[weakref.ref[Tensor]]:
     """Weak references to the tensors that hold an engine's masters and moments."""
     state = LiveState(engine)
     masters = {fragment.master for fragment in state.fragments.values()}

@@ -13,9 +13,10 @@ from typing import Literal
 
 from deepspeed.runtime.engine import DeepSpeedEngine
 
-from ds_stacking.engine.agreement import agreed
+from ds_stacking.common.generators import isolated_generators
+from ds_stacking.engine.agreement import all_ranks_or_none
 from ds_stacking.engine.factory import EngineFactory, EngineSpec, device
-from ds_stacking.engine.handover import Handover, Undone, hand_over, hand_over_parked, isolated_generators
+from ds_stacking.engine.handover import GrowthRolledBack, Handover, hand_over, hand_over_parked
 from ds_stacking.engine.record import GrowthRecord, growth_record
 from ds_stacking.engine.release import collect, release
 from ds_stacking.engine.working_copies import verify_working_copies
@@ -61,19 +62,19 @@ class StageManager:
 
     def start(self, spec: EngineSpec) -> DeepSpeedEngine:
         """Build the first stage's engine, its weights drawn from the seed."""
-        with agreed("building the first engine"), isolated_generators(self.seed):
+        with all_ranks_or_none("building the first engine"), isolated_generators(self.seed):
             self._engine, self._spec = self.factory.build(spec), spec
-        self.parameters = self.factory.describe(self._engine.module)
+        self.parameters = self.factory.parameter_infos(self._engine.module)
         return self._engine
 
     def restore(
         self, spec: EngineSpec, parameters: Mapping[str, ParameterInfo], source: StateReader, *, stage: int
     ) -> DeepSpeedEngine:
         """Build the engine of `stage` and fill it from a store, such as a checkpoint; every tensor is verified."""
-        with agreed("building the engine to restore"), isolated_generators(self.seed):
+        with all_ranks_or_none("building the engine to restore"), isolated_generators(self.seed):
             self._engine, self._spec = self.factory.build(spec, parameters, initialize=False), spec
         plan = copy_plan(parameters, find_blocks(self._engine.module))
-        with agreed("restoring the state"):
+        with all_ranks_or_none("restoring the state"):
             state, exchange = LiveState(self._engine), make_exchange(device())
             execute(plan, source, state, exchange)
             verify_working_copies(state, exchange)
@@ -90,9 +91,14 @@ class StageManager:
         spec, stage = self._spec, self.stage
         assert spec is not None
         yield
+        self.close()
+        self.restore(spec, parameters, state, stage=stage)
+
+    def close(self) -> None:
+        """Free the current engine."""
         release(self.engine)
         collect()
-        self.restore(spec, parameters, state, stage=stage)
+        self._engine = None
 
     def current_parameters(self) -> dict[str, ParameterInfo]:
         """The parameters with their present step counts."""
@@ -119,22 +125,22 @@ class StageManager:
         is touched, and RuntimeError where a tensor of the new engine differs from its source, or whatever else one
         rank met while the engine was built or filled: that rank raises its own error, the others OtherRankFailed. The
         current engine is then one that goes on as if nothing had happened: the old one, or with `growth_memory` "low",
-        where that had been freed, a new one with its parked state. Raises Stranded where ranks wait for a failed one
-        in a collective call; the run must end then.
+        where that had been freed, a new one with its parked state. Raises CollectiveDeadlock where ranks wait for a
+        failed one in a collective call; the run must end then.
         """
         assert self.engine.micro_steps % self.engine.gradient_accumulation_steps() == 0, "in the middle of a step"
         plan = self.plan(spec.layers, operator, optimizer_state)
         before = self.evaluate(self.engine) if self.evaluate else None
-        handover = self._low(plan, spec) if self.growth_memory == "low" else self._beside(plan, spec)
+        handover = self._grow_low_memory(plan, spec) if self.growth_memory == "low" else self._grow_beside(plan, spec)
         self._engine, self._spec, self.parameters = handover.engine, spec, plan.parameters
         self.stage += 1
         after = self.evaluate(self.engine) if self.evaluate else None
         return growth_record(plan, handover, stage=self.stage, before=before, after=after)
 
-    def _beside(self, plan: GrowthPlan, spec: EngineSpec) -> Handover:
+    def _grow_beside(self, plan: GrowthPlan, spec: EngineSpec) -> Handover:
         return hand_over(self.engine, plan, lambda: self._build(plan, spec))
 
-    def _low(self, plan: GrowthPlan, spec: EngineSpec) -> Handover:
+    def _grow_low_memory(self, plan: GrowthPlan, spec: EngineSpec) -> Handover:
         old, old_spec = self.engine, self._spec
         assert old_spec is not None
         before = copy_plan(self.current_parameters(), find_blocks(old.module))
@@ -146,15 +152,15 @@ class StageManager:
                 before=before,
                 rebuild=lambda: self._build(before, old_spec),
             )
-        except Undone as undone:
-            self._engine = undone.engine
-            assert undone.__cause__ is not None
-            raise undone.__cause__ from None
+        except GrowthRolledBack as rolled_back:
+            self._engine = rolled_back.engine
+            assert rolled_back.__cause__ is not None
+            raise rolled_back.__cause__ from None
 
     def _build(self, plan: GrowthPlan, spec: EngineSpec) -> DeepSpeedEngine:
         """The engine for `plan`; its weights are drawn only where blocks are fresh, else they are overwritten."""
         fresh = any(entry.source is None for entry in plan.entries)
-        with agreed("looking for the memory of the grown engine"):
+        with all_ranks_or_none("looking for the memory of the grown engine"):
             self.factory.try_memory(spec, sum(entry.info.numel for entry in plan.entries))
         with isolated_generators(self.seed + plan.to_layers):
             new = self.factory.build(spec, plan.parameters, initialize=fresh)

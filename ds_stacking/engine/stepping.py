@@ -32,13 +32,13 @@ def _step(engine: DeepSpeedEngine, losses: Iterable[torch.Tensor]) -> bool:
     if steps == 1 or stage == 3:
         for loss in losses:
             engine.backward(loss, scale_wrt_gas=False)
-            taken = guarded_step(engine)
+            taken = step_if_finite(engine)
         return taken
     with _reduced_once(engine), _summed_in_fp32(engine):
         for loss in losses:
             engine.backward(loss, scale_wrt_gas=False)
     for _ in range(steps):  # all but the last only count
-        taken = guarded_step(engine)
+        taken = step_if_finite(engine)
     return taken
 
 
@@ -84,7 +84,7 @@ def _summed_in_fp32(engine: DeepSpeedEngine) -> Iterator[None]:
         parameter.grad = sums.pop(parameter).to(parameter.dtype)
 
 
-def guarded_step(engine: DeepSpeedEngine) -> bool:
+def step_if_finite(engine: DeepSpeedEngine) -> bool:
     """Call `engine.step()`; False where an update was due and no rank made it, since gradients were not finite.
 
     DeepSpeed's own optimizers look for themselves and agree over ranks. ZeRO stage 0 in fp32 has a plain optimizer,
@@ -94,15 +94,11 @@ def guarded_step(engine: DeepSpeedEngine) -> bool:
         before = engine.skipped_steps
         engine.step()
         return engine.skipped_steps == before
-    if not engine.is_gradient_accumulation_boundary() or _finite(engine.module):
-        engine.step()
-        return True
-    engine.optimizer.step = lambda *_: None  # hides the method: the engine clears gradients and counts as ever
-    try:
-        engine.step()
-    finally:
-        del engine.optimizer.step
-    return False
+    taken = not engine.is_gradient_accumulation_boundary() or _finite(engine.module)
+    if not taken:
+        engine.zero_grad()  # the engine counts as ever, and AdamW passes over parameters without a gradient
+    engine.step()
+    return taken
 
 
 def _finite(module: torch.nn.Module) -> bool:

@@ -22,7 +22,7 @@ class BlockNames:
     """Number of blocks."""
 
     def split(self, name: str) -> tuple[int, str] | None:
-        """`blocks.3.mlp.weight` -> (3, `mlp.weight`); None for a parameter outside the blocks."""
+        """`blocks.3.attention.out.weight` -> (3, `attention.out.weight`); None for a parameter outside the blocks."""
         match = re.fullmatch(re.escape(self.prefix) + r"\.(\d+)\.(.+)", name)
         return (int(match[1]), match[2]) if match else None
 

@@ -73,7 +73,7 @@ class _Execution:
                 self._copy(move)
         with self._clock("exchange"):
             for carried in rounds(crossing, round_limit(self.plan), self.exchange):
-                self._carry(carried)
+                self._exchange_round(carried)
         with self._clock("commit"):
             self.writer.commit({entry.target: entry.info.step for entry in self.plan.entries})
         with self._clock("verify"):
@@ -111,8 +111,8 @@ class _Execution:
             self.writer.write(move.target, kind, values)
             self.report.bytes_copied += 4 * values.numel()
 
-    def _carry(self, moves: list[Move]) -> None:
-        """One round: pack what this rank sends, swap, write what it received."""
+    def _exchange_round(self, moves: list[Move]) -> None:
+        """One round: pack what this rank sends, exchange, write what it received."""
         rank, outgoing, sizes = self.exchange.rank, *self._empty_parts()
         for move in moves:
             if move.src_rank == rank:

@@ -110,11 +110,11 @@ class _Comparison:
                     self._add(move, index, self.state.read(move.source, kind))
         crossing = [move for move in moves if move.crosses]
         for carried in rounds(crossing, round_limit(self.plan), self.exchange):
-            self._carry(carried)
+            self._exchange_round(carried)
         sums = self.exchange.all_reduce_tensor(self.sums)
         return {kind: {block: _cosine(sums[block, i]) for block in pairs} for i, kind in enumerate(self.kinds)}
 
-    def _carry(self, moves: list[Move]) -> None:
+    def _exchange_round(self, moves: list[Move]) -> None:
         """One round: send what others compare with, compare with what they sent."""
         rank, world = self.exchange.rank, self.exchange.world_size
         outgoing: list[list[Tensor]] = [[] for _ in range(world)]

@@ -1,9 +1,9 @@
 """BERT for masked language modelling, post-LN or pre-LN, that computes what its loss needs and no more.
 
-A batch is B rows of T tokens without padding. A row is one sequence, or, with `cu_seqlens`, several documents one
-after the other that never see each other, each with positions from 0: the same as each in a padded row of its own.
+A batch is B sequences of T tokens without padding. With `cu_seqlens` they hold several documents one after the other
+that never see each other, each with positions from 0: the same as each in a padded sequence of its own.
 
-Shapes: B rows of T tokens, N = B*T, M masked tokens of the batch, D hidden size, V vocabulary size.
+Shapes: B sequences of T tokens, N = B*T, M masked tokens of the batch, D hidden size, V vocabulary size.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ from torch.utils.checkpoint import checkpoint
 
 from ds_stacking.common.errors import UserError
 from ds_stacking.config import ModelConfig
-from ds_stacking.models.blocks import Block, Embedding, LayerNorm, Rows, Sequences
+from ds_stacking.models.blocks import AttentionSpans, Block, Embedding, LayerNorm, TokenSelection
 from ds_stacking.models.heads import MaskedLMHead, NextSentenceHead
-from ds_stacking.models.ops import Dropout, kernels
+from ds_stacking.models.ops import Dropout
 
 TOKEN_TYPES = 2
 """Segments that BERT tells apart."""
@@ -38,7 +38,7 @@ class BertOutput(NamedTuple):
     logits: Tensor | None
     """Scores over the vocabulary [K, V]; None in training with labels and the fused kernels, which keep none."""
     hidden: Tensor
-    """Output of the encoder: [B, T, D], or with `masked_positions` only these rows, [M, D]."""
+    """Output of the encoder: [B, T, D], or with `masked_positions` only these tokens, [M, D]."""
     next_sentence_loss_sum: Tensor | None
     """Sum over sequences of the next-sentence cross entropy in nats, fp32."""
     next_sentence_logits: Tensor | None
@@ -48,37 +48,22 @@ class BertOutput(NamedTuple):
 class Embeddings(nn.Module):
     """Sum of word, position and token type embeddings; with post-LN followed by LayerNorm; then dropout."""
 
-    def __init__(self, config: ModelConfig, std: float | None, fused: bool) -> None:
+    norm_class = LayerNorm
+
+    def __init__(self, config: ModelConfig, std: float | None) -> None:
         super().__init__()
         self.word = Embedding(config.vocab_size, config.hidden_size, std)
         self.position = Embedding(config.max_positions, config.hidden_size, std)
         self.token_type = Embedding(TOKEN_TYPES, config.hidden_size, std)
-        self.norm = LayerNorm(config, fused) if config.norm == "post" else None
+        self.norm = self.norm_class(config) if config.norm == "post" else None
         self.dropout = Dropout(config.dropout)
 
     def forward(self, input_ids: Tensor, positions: Tensor, token_type_ids: Tensor | None) -> Tensor:
         """[B, T], [T] or [B, T], [B, T] -> [B, T, D]."""
-        if self.norm is not None and self.norm.fused:
-            return self._fused(self.norm, input_ids, positions, token_type_ids)
         # Without token types the small [T, D] tables are added first: one pass over [B, T, D] less.
         token_type = self.token_type(torch.zeros_like(positions) if token_type_ids is None else token_type_ids)
         x = self.word(input_ids) + (self.position(positions) + token_type)
         return self.dropout(x if self.norm is None else self.norm(x))
-
-    def _fused(self, norm: LayerNorm, input_ids: Tensor, positions: Tensor, token_type_ids: Tensor | None) -> Tensor:
-        x = kernels().embedding_norm(
-            input_ids.flatten(),
-            positions.expand_as(input_ids).flatten(),
-            torch.zeros_like(input_ids).flatten() if token_type_ids is None else token_type_ids.flatten(),
-            word=self.word.weight,
-            position=self.position.weight,
-            segment=self.token_type.weight,
-            weight=norm.weight,
-            shift=norm.bias,
-            dropout=self.dropout.probability if self.training else 0.0,
-            eps=norm.eps,
-        )
-        return x.unflatten(0, input_ids.shape)
 
 
 class Bert(nn.Module):
@@ -86,21 +71,23 @@ class Bert(nn.Module):
 
     `blocks` is the container in which growth finds the Transformer blocks. With `initialize=False` weights are
     allocated but not drawn, for a caller that overwrites them all; else they follow N(0, initializer_range^2), biases
-    are zero, and the torch seed decides them. `fused` computes the same with the kernels of `ds_stacking.kernels`.
+    are zero, and the torch seed decides them.
     """
 
-    def __init__(self, config: ModelConfig, num_layers: int, *, initialize: bool = True, fused: bool = False) -> None:
+    embeddings_class, block_class, norm_class, mlm_head_class = Embeddings, Block, LayerNorm, MaskedLMHead
+
+    def __init__(self, config: ModelConfig, num_layers: int, *, initialize: bool = True) -> None:
         super().__init__()
         if config.vocab_size <= 0:
             raise UserError("model.vocab_size is 0; give the number of rows of the embedding.")
         if num_layers < 1:
             raise UserError(f"A model of {num_layers} layers cannot be built; it needs one or more.")
         std = config.initializer_range if initialize else None
-        self.config, self.fused = config, fused
-        self.embeddings = Embeddings(config, std, fused)
-        self.blocks = nn.ModuleList(Block(config, std, fused) for _ in range(num_layers))
-        self.final_norm = LayerNorm(config, fused) if config.norm == "pre" else nn.Identity()
-        self.mlm_head = MaskedLMHead(config, std, fused)
+        self.config = config
+        self.embeddings = self.embeddings_class(config, std)
+        self.blocks = nn.ModuleList(self.block_class(config, std) for _ in range(num_layers))
+        self.final_norm = self.norm_class(config) if config.norm == "pre" else nn.Identity()
+        self.mlm_head = self.mlm_head_class(config, std)
         self.next_sentence_head = NextSentenceHead(config, std) if config.next_sentence else None
 
     @property
@@ -126,60 +113,72 @@ class Bert(nn.Module):
         are flat indices into N; `labels` [M] are the true tokens there ([B, T] without masked positions; -100 is
         ignored); `next_sentence_labels` are [B].
 
-        `cu_seqlens`, int32 [S + 1], are the bounds of S documents among the N tokens, from 0 to N; every row's start
-        is one of them. `max_seqlen` is the longest document or more, T if not given. Where documents are all that
-        there is, without rows, they are one row: [1, N].
+        `cu_seqlens`, int32 [S + 1], are the bounds of S documents among the N tokens, from 0 to N; every sequence's
+        start is one of them. `max_seqlen` is the longest document or more, T if not given. Documents that lie in no
+        sequences are one: [1, N].
 
-        With `masked_positions` the head and, keys and values apart, the last block compute these rows only.
+        With `masked_positions` the head and, keys and values apart, the last block compute these tokens only.
         """
-        sequences, positions = self._sequences(input_ids, attention_mask, cu_seqlens, max_seqlen)
+        assert attention_mask is None or cu_seqlens is None, "documents need no mask"
+        positions, document = self._positions(input_ids, cu_seqlens)
+        spans = self.attention_spans(input_ids, attention_mask, document, cu_seqlens, max_seqlen)
         hidden = self.embeddings(input_ids, positions, token_type_ids)
-        hidden, first_tokens = self._encode(hidden, sequences, masked_positions)
-        rows, word = hidden.flatten(0, -2), self.embeddings.word.weight
-        logits, token_losses, loss_sum = None, None, None
-        if self.fused and self.training and labels is not None:
-            loss_sum = self.mlm_head(rows, word, labels.flatten())
-        else:
-            logits = self.mlm_head(rows, word)
-            token_losses = None if labels is None else cross_entropy(logits, labels.flatten())
-            loss_sum = None if token_losses is None else token_losses.sum()
+        hidden, first_tokens = self._encode(hidden, spans, masked_positions)
+        loss_sum, token_losses, logits = self.score(hidden.flatten(0, -2), labels)
         pair_logits = None if self.next_sentence_head is None else self.next_sentence_head(first_tokens)
         pair_loss = None
         if pair_logits is not None and next_sentence_labels is not None:
             pair_loss = cross_entropy(pair_logits, next_sentence_labels).sum()
         return BertOutput(loss_sum, token_losses, logits, hidden, pair_loss, pair_logits)
 
-    def _sequences(
-        self, input_ids: Tensor, attention_mask: Tensor | None, cu_seqlens: Tensor | None, max_seqlen: int | None
-    ) -> tuple[Sequences, Tensor]:
-        """Which tokens see each other, and their positions, [T] or [B, T]."""
+    def _positions(self, input_ids: Tensor, cu_seqlens: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """Every token's position, [T] or [B, T], and where there are documents the index of its document, [B, T]."""
         (batch, length), device = input_ids.shape, input_ids.device
-        positions = torch.arange(length, device=device)
-        if attention_mask is not None:
-            assert cu_seqlens is None, "documents need no mask"
-            return Sequences(attention_mask[:, None, None, :].bool(), None, length), positions
         if cu_seqlens is None:
-            bounds = torch.arange(0, batch * length + 1, length, dtype=torch.int32, device=device)
-            return Sequences(None, bounds if self.fused else None, length), positions
+            return torch.arange(length, device=device), None
         every = torch.arange(batch * length, dtype=torch.int32, device=device)
         document = torch.searchsorted(cu_seqlens.narrow(0, 1, len(cu_seqlens) - 1), every, right=True)
-        positions = (every - cu_seqlens.index_select(0, document)).long().view(batch, length)
-        if self.fused:
-            return Sequences(None, cu_seqlens, max_seqlen or length), positions
-        document = document.view(batch, 1, length)
-        return Sequences((document[..., None] == document[:, :, None]), None, length), positions
+        positions = every - cu_seqlens.index_select(0, document)
+        return positions.long().view(batch, length), document.view(batch, length)
 
-    def _encode(self, x: Tensor, sequences: Sequences, masked: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """Run the blocks; return the rows that the MLM head reads and the first tokens [B, D] if one reads these."""
+    def attention_spans(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None,
+        document: Tensor | None,
+        cu_seqlens: Tensor | None,
+        max_seqlen: int | None,
+    ) -> AttentionSpans:
+        """Which tokens attend to each other; `document` [B, T] says of every token in which one it lies."""
+        mask = None
+        if attention_mask is not None:
+            mask = attention_mask[:, None, None, :].bool()
+        elif document is not None:
+            mask = document[:, None, :, None] == document[:, None, None, :]
+        return AttentionSpans(mask, None, input_ids.shape[1])
+
+    def token_selection(self, indices: Tensor, tokens: int) -> TokenSelection:
+        """The selection of the tokens `indices` out of so many."""
+        return TokenSelection(indices, None)
+
+    def score(self, hidden: Tensor, labels: Tensor | None) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """The first three fields of BertOutput, from hidden [K, D] and labels of K elements."""
+        logits = self.mlm_head(hidden, self.embeddings.word.weight)
+        if labels is None:
+            return None, None, logits
+        token_losses = cross_entropy(logits, labels.flatten())
+        return token_losses.sum(), token_losses, logits
+
+    def _encode(self, x: Tensor, spans: AttentionSpans, masked: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """Run the blocks; return the tokens of the MLM head and the first ones [B, D] if a head reads these."""
         batch, length, _ = x.shape
-        indices, rows = masked, None
+        indices = masked
         if masked is not None and self.next_sentence_head is not None:
             indices = torch.cat((torch.arange(0, batch * length, length, device=x.device), masked))
-        if indices is not None:
-            rows = Rows(indices, kernels().inverse_index(indices, batch * length) if self.fused else None)
+        selection = None if indices is None else self.token_selection(indices, batch * length)
         last = len(self.blocks) - 1
         for index, block in enumerate(self.blocks):
-            x = self._run(block, x, sequences, rows if index == last else None)
+            x = self._run(block, x, spans, selection if index == last else None)
         x = self.final_norm(x)
         if masked is None:
             return x, x[:, 0]
@@ -187,15 +186,28 @@ class Bert(nn.Module):
             return x, None
         return x[batch:], x[:batch]
 
-    def _run(self, block: nn.Module, x: Tensor, sequences: Sequences, rows: Rows | None) -> Tensor:
+    def _run(self, block: nn.Module, x: Tensor, spans: AttentionSpans, selection: TokenSelection | None) -> Tensor:
         if self.config.gradient_checkpointing and self.training:
-            return checkpoint(block, x, sequences, rows, use_reentrant=False)
-        return block(x, sequences, rows)
+            return checkpoint(block, x, spans, selection, use_reentrant=False)
+        return block(x, spans, selection)
+
+
+def bert_class(fused: bool) -> type[Bert]:
+    """`Bert`, or its twin on the fused kernels, whose import takes seconds: only a model that uses them pays."""
+    if not fused:
+        return Bert
+    from ds_stacking.models.fused import FusedBert
+
+    return FusedBert
 
 
 def has_kernels(device: torch.device) -> bool:
     """Whether `device` runs the fused kernels themselves rather than their references: NVIDIA from Ampere, MI300."""
-    return device.type == "cuda" and kernels().runs_kernels(torch.empty(0, device=device))
+    if device.type != "cuda":
+        return False
+    from ds_stacking.kernels import runs_kernels
+
+    return runs_kernels(torch.empty(0, device=device))
 
 
 def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:  # [N, V], [N] -> [N]

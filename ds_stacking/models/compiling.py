@@ -1,8 +1,8 @@
 """torch.compile of the model's parts, so that a growth compiles nothing: all blocks share one graph, at any depth.
 
 Compiled are the embeddings, each block and the head by themselves. The blocks of a model run the same code on tensors
-of the same shapes, so that the first one's graph serves them all; the last block, which computes predicted rows only,
-has one more. A model compiled as a whole would be compiled anew at every depth, the longer the deeper it is.
+of the same shapes, so that the first one's graph serves them all; the last block, which computes predicted tokens
+only, has one more. A model compiled as a whole would be compiled anew at every depth, the longer the deeper it is.
 
 The compiled code lies in a folder of the user, where the next run finds it.
 """

@@ -1,9 +1,9 @@
 """FLOPs of `Bert` by formula: the multiplications and additions of its matrix products, nothing else.
 
 A product [m, k] x [k, n] is 2*m*k*n. Counted is what the loss needs: attention inside documents, heads and, keys and
-values apart, the last block on masked rows only. Element-wise work, recomputation, and scores that a kernel computes
+values apart, the last block on masked tokens only. Element-wise work, recomputation, and scores that a kernel computes
 beyond that are not model FLOPs.
-Shapes: T tokens per row, D hidden size, F feed-forward size, V vocabulary size.
+Shapes: T tokens per sequence, D hidden size, F feed-forward size, V vocabulary size.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ def training_flops(
     pairs: float | None = None,
     masked_pairs: float | None = None,
 ) -> float:
-    """Return the FLOPs of forward and backward over `sequences` rows of `length` tokens, `masked` of them predicted.
+    """Return the FLOPs of forward and backward over `sequences` of `length` tokens, `masked` of them predicted.
 
     `pairs` is the number of (query, key) pairs that see each other, the sum of squared document lengths, and
-    `masked_pairs` those with a predicted query; by default a row is one document.
+    `masked_pairs` those with a predicted query; by default a sequence is one document.
 
     Per token a block costs 4*D*D (key, value), 4*D*D (query, output) and 4*D*F, per pair 4*D (score, weighted sum) in
     the forward pass, and in the backward pass twice that: one gradient product for each operand.

@@ -10,17 +10,19 @@ from torch import Tensor, nn
 
 from ds_stacking.config import ModelConfig
 from ds_stacking.models.blocks import LayerNorm, Linear, activation
-from ds_stacking.models.ops import kernels, linear
+from ds_stacking.models.ops import linear
 
 
 class MaskedLMHead(nn.Module):
     """Dense layer, GELU, LayerNorm, then a decoder tied to the word embedding, with a bias of its own."""
 
-    def __init__(self, config: ModelConfig, std: float | None, fused: bool) -> None:
+    norm_class = LayerNorm
+
+    def __init__(self, config: ModelConfig, std: float | None) -> None:
         super().__init__()
         self.activation, self.std = config.activation, std
         self.dense = Linear(config.hidden_size, config.hidden_size, std)
-        self.norm = LayerNorm(config, fused)
+        self.norm = self.norm_class(config)
         self.bias = nn.Parameter(torch.empty(config.vocab_size))
         self.reset_parameters()
 
@@ -29,15 +31,13 @@ class MaskedLMHead(nn.Module):
         if self.std is not None:
             nn.init.zeros_(self.bias)
 
-    def forward(self, hidden: Tensor, word_embedding: Tensor, labels: Tensor | None = None) -> Tensor:
-        """Return the scores of hidden [N, D] over the words [V, D], [N, V].
+    def forward(self, hidden: Tensor, word_embedding: Tensor) -> Tensor:
+        """Return the scores of hidden [N, D] over the words [V, D], [N, V]."""
+        return linear(self.transform(hidden), word_embedding, self.bias)
 
-        With `labels` [N] return the sum of their cross entropies instead, fp32, from a kernel that keeps no scores.
-        """
-        hidden = self.norm(activation(self.dense(hidden), self.activation))
-        if labels is not None:
-            return kernels().linear_cross_entropy(hidden, word_embedding, self.bias, labels)
-        return linear(hidden, word_embedding, self.bias)
+    def transform(self, hidden: Tensor) -> Tensor:  # [N, D] -> [N, D]
+        """All before the decoder."""
+        return self.norm(activation(self.dense(hidden), self.activation))
 
 
 class NextSentenceHead(nn.Module):

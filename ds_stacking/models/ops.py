@@ -2,37 +2,27 @@
 
 - Dropout: a Bernoulli number costs some 10 ns, sixteen random bits less than 1 ns.
 - Attention with dropout: PyTorch falls back to a general form with extra passes over the scores.
-- Attention of some queries, as many as each row has: on a GPU to count them would wait for the device.
+- Attention of some queries, as many as each sequence has: on a GPU to count them would wait for the device.
 - bf16 products: on a CPU without instructions for them they take 10 times as long as in fp32, or longer.
 
-Shapes: B rows of T tokens, H heads, E head size, R selected ones of the B*T tokens.
+Shapes: B sequences of T tokens, H heads, E head size, R selected ones of the B*T tokens.
 """
 
 from __future__ import annotations
 
 import math
-from types import ModuleType
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+CPU_MULTIPLIES_BF16 = torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+"""Asked at import: a compiler cannot trace the question."""
 _STEPS = 1 << 16
 
 
-# At import: a compiler cannot trace the question.
-_CPU_MULTIPLIES_BF16 = torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
-
-
 def _needs_fp32(x: Tensor) -> bool:
-    return x.is_cpu and x.dtype == torch.bfloat16 and not _CPU_MULTIPLIES_BF16
-
-
-def kernels() -> ModuleType:
-    """The package of the fused kernels, whose import takes seconds: only a model that uses them pays."""
-    import ds_stacking.kernels as package
-
-    return package
+    return x.is_cpu and x.dtype == torch.bfloat16 and not CPU_MULTIPLIES_BF16
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:  # [..., K], [N, K], [N] -> [..., N]
@@ -85,22 +75,25 @@ def attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, pr
 
 
 def selected_attention(
-    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, rows: Tensor, probability: float
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, indices: Tensor, probability: float
 ) -> Tensor:
-    """Attention of the queries [R, H, E] of the tokens `rows` [R], flat indices into B*T; returns [R, H, E].
+    """Attention of the queries [R, H, E] of the tokens `indices` [R], flat ones into B*T; returns [R, H, E].
 
-    `key` and `value` are [B, H, T, E], `mask` is as for `attention`. Queries are laid out as [B, H, most of a row, E].
+    `key` and `value` are [B, H, T, E], `mask` is as for `attention`. Queries are laid out as [B, H, most, E], where
+    most is the number of the sequence that has the most.
     """
     batch, _, length, _ = key.shape
-    row = rows // length
-    counts = row.bincount(minlength=batch)
-    order = row.argsort(stable=True)  # by row
-    place = torch.empty_like(order)
-    place[order] = torch.arange(len(rows)) - (counts.cumsum(0) - counts)[row[order]]  # within its row
+    sequence = indices // length
+    counts = sequence.bincount(minlength=batch)
+    order = sequence.argsort(stable=True)
+    place = torch.empty_like(order)  # within its sequence
+    place[order] = torch.arange(len(indices)) - (counts.cumsum(0) - counts)[sequence[order]]
     most = int(counts.max())
-    source = torch.zeros(batch, most, dtype=torch.int64).index_put((row, place), torch.arange(len(rows)))
+    source = torch.zeros(batch, most, dtype=torch.int64).index_put((sequence, place), torch.arange(len(indices)))
     queries = query.index_select(0, source.flatten()).unflatten(0, (batch, most))  # [B, most, H, E], the rest repeats
     if mask is not None:
-        mask = mask.expand(batch, 1, length, length)[torch.arange(batch)[:, None], 0, rows[source] % length][:, None]
+        mask = mask.expand(batch, 1, length, length)[torch.arange(batch)[:, None], 0, indices[source] % length][
+            :, None
+        ]
     context = attention(queries.transpose(1, 2), key, value, mask, probability)  # [B, H, most, E]
-    return context.transpose(1, 2).flatten(0, 1).index_select(0, row * most + place)
+    return context.transpose(1, 2).flatten(0, 1).index_select(0, sequence * most + place)

@@ -28,16 +28,16 @@ BUFFER = 500_000_000
 class Collective:
     """Calls of one kind in a step."""
 
-    kind: Literal["all-reduce", "gather", "scatter"]
-    """Sum on every GPU; parts of all GPUs to every GPU; sum, each GPU keeping its part."""
+    kind: Literal["all-reduce", "all-gather", "reduce-scatter"]
+    """As NCCL and MPI name them."""
     volume: float
     """Bytes of the whole tensors, all calls together."""
     calls: float
 
 
-def gather(volume: float, calls: float) -> Collective:
+def all_gather(volume: float, calls: float) -> Collective:
     """All-gathers."""
-    return Collective(kind="gather", volume=volume, calls=calls)
+    return Collective(kind="all-gather", volume=volume, calls=calls)
 
 
 def calls_of_step(parameters: int, *, zero_stage: int, accumulation: int, bucket: int) -> list[Collective]:
@@ -52,9 +52,9 @@ def calls_of_step(parameters: int, *, zero_stage: int, accumulation: int, bucket
     if zero_stage == 0:
         return [Collective(kind="all-reduce", volume=weights, calls=math.ceil(parameters / BUFFER))]
     if zero_stage < 3:
-        return [Collective(kind="all-reduce", volume=weights, calls=buckets), gather(weights, GROUPS)]
-    scattered = Collective(kind="scatter", volume=accumulation * weights, calls=accumulation * buckets)
-    return [scattered, gather(2 * accumulation * weights, 2 * accumulation * buckets)]
+        return [Collective(kind="all-reduce", volume=weights, calls=buckets), all_gather(weights, GROUPS)]
+    reduced = Collective(kind="reduce-scatter", volume=accumulation * weights, calls=accumulation * buckets)
+    return [reduced, all_gather(2 * accumulation * weights, 2 * accumulation * buckets)]
 
 
 def bytes_sent(collective: Collective, gpus: int) -> float:

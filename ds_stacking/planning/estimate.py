@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from ds_stacking.common.errors import UserError
 from ds_stacking.config import RunConfig, StageConfig
 from ds_stacking.models.flops import training_flops
-from ds_stacking.planning.collectives import Collective, bytes_sent, calls_of_step, gather, latency
+from ds_stacking.planning.collectives import Collective, all_gather, bytes_sent, calls_of_step, latency
 from ds_stacking.planning.gpus import GpuSpec
 from ds_stacking.planning.memory import (
     Memory,
@@ -47,7 +47,7 @@ class Cluster:
     gpus_per_node: int
     """GPUs of each."""
     mfu: float
-    """Share of the part's bf16 peak that forward and backward passes reach."""
+    """Share of the GPU's bf16 peak that forward and backward passes reach."""
     bucket: int
     """DeepSpeed's reduce_bucket_size."""
 
@@ -141,6 +141,7 @@ def plan_stage(config: RunConfig, stage: StageConfig, cluster: Cluster, *, zero_
     updating = updated * OPTIMIZER_TRAFFIC / cluster.gpu.bandwidth
     together = max(computing, talking) if zero_stage == 3 else computing + talking  # only ZeRO-3's overlaps
     moved = 12 * parameters / cluster.gpus
+    growing = REBUILD + moved / cluster.gpu.bandwidth + cluster.seconds([all_gather(moved, 1)])
     return StagePlan(
         layers=stage.layers,
         steps=stage.steps,
@@ -153,7 +154,7 @@ def plan_stage(config: RunConfig, stage: StageConfig, cluster: Cluster, *, zero_
         communication_bytes=sum(bytes_sent(call, cluster.gpus) for call in collectives),
         communication_seconds=talking,
         step_seconds=together + updating + host,
-        growth_seconds=0.0 if first else REBUILD + moved / cluster.gpu.bandwidth + cluster.seconds([gather(moved, 1)]),
+        growth_seconds=0.0 if first else growing,
     )
 
 

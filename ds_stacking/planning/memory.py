@@ -82,7 +82,7 @@ def activation_bytes(config: ModelConfig, layers: int, *, tokens: int, masked: f
 
     Per token a block keeps its input, QKV (3), context, two residual sums and the normed value (D each), and the
     feed-forward layer twice, before and after GELU: 8*D + 2*F items. A dropout that no kernel makes again keeps a byte
-    per element. The last block keeps all but the first five of predicted rows only.
+    per element. The last block keeps all but the first five of predicted tokens only.
     """
     width, inner = config.hidden_size, config.intermediate_size
     every = 4 * width  # input and QKV

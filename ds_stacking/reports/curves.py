@@ -4,46 +4,46 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 
 from ds_stacking.common.errors import UserError
-from ds_stacking.common.files import whole_file
-from ds_stacking.common.outputs import writing
-from ds_stacking.common.own_files import make_inside
+from ds_stacking.reports.figure import COLOURS, Point, draw_dots, draw_png, limit_loss, mark_places, thin_out
 from ds_stacking.reports.run_files import read_metrics
 
 Records = Sequence[Mapping[str, Any]]
+MOST_DOTS = 40
+"""Points of a curve that are marked; more would hide the line."""
 
 
 @dataclass(kw_only=True)
 class Curve:
-    """One line of the figure. Colours are Okabe and Ito's, which the colour-blind tell apart."""
+    """One line of a panel."""
 
     label: str
     """Its name in the legend."""
     fields: dict[str, str]
     """For each kind of record that has a point of it, the field that holds the loss."""
+    colour: int
+    """Number of its colour."""
     style: dict[str, Any]
     """How matplotlib draws it."""
 
 
 CURVES = (
-    Curve(
-        label="held-out",
-        fields={"eval": "eval_loss", "growth": "eval_loss_after"},
-        style={"color": "#0072B2", "lw": 2.0, "marker": "o", "ms": 3.5, "zorder": 4},
-    ),
+    Curve(label="training", fields={"train": "loss"}, colour=0, style={"lw": 1.0, "alpha": 0.55}),
     Curve(
         label="held-out, [MASK] positions only",
         fields={"eval": "eval_loss_masked"},
-        style={"color": "#D55E00", "lw": 1.6, "ls": "--", "marker": "s", "ms": 3, "zorder": 3},
+        colour=2,
+        style={"ls": (0, (5, 2))},
     ),
-    Curve(label="training", fields={"train": "loss"}, style={"color": "#999999", "lw": 0.8, "zorder": 2}),
+    Curve(label="held-out", fields={"eval": "eval_loss", "growth": "eval_loss_after"}, colour=1, style={}),
 )
+"""The last on top."""
 UNITS = {
     "tokens": ((1e12, "trillion tokens"), (1e9, "billion tokens"), (1e6, "million tokens"), (1, "tokens")),
     "flops": tuple(
@@ -56,27 +56,12 @@ UNITS = {
 
 def draw_curves(run_dir: str | Path) -> Path:
     """Draw `run_dir`/report/curves.png: loss against tokens, FLOPs and seconds, with every growth marked."""
-    records = read_metrics(run_dir)
+    records, run_dir = read_metrics(run_dir), Path(run_dir)
     if not any(record["kind"] == "eval" for record in records):
         raise UserError(f"{run_dir} holds no evaluation yet; draw its curves after the first one.")
-    run_dir, figure = Path(run_dir), build_figure(records)
-    path = run_dir / "report" / "curves.png"
-    with writing(path):
-        make_inside(run_dir, "report")
-        with whole_file(path, inside=run_dir) as file:
-            figure.savefig(file, format="png")
-    return path
-
-
-def build_figure(records: Records) -> Figure:
-    """The figure: one panel for each quantity of `UNITS`, all with the same losses."""
-    figure = Figure(figsize=(11, 4), dpi=160, layout="constrained")
-    panels = figure.subplots(1, len(UNITS), sharey=True)
-    for axes, quantity in zip(panels, UNITS, strict=True):
-        _draw_panel(axes, records, quantity)
-    panels[0].set_ylabel("masked-language-model loss (nats)")
-    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=len(CURVES), frameon=False)
-    return figure
+    panels = [partial(draw_losses, records=records, quantity=quantity) for quantity in UNITS]
+    label = "masked-language-model loss (nats)"
+    return draw_png(run_dir / "report" / "curves.png", [panels], label=label, inside=run_dir)
 
 
 def growth_name(growth: Mapping[str, Any]) -> str:
@@ -89,42 +74,36 @@ def axis_unit(quantity: str, end: float) -> tuple[float, str]:
     return next(((scale, unit) for scale, unit in UNITS[quantity] if end >= 2 * scale), UNITS[quantity][-1])
 
 
-def _draw_panel(axes: Axes, records: Records, quantity: str) -> None:
-    end = max((record.get(quantity, 0.0) for record in records), default=0.0) or 1.0
-    scale, unit = axis_unit(quantity, end)
+def curve_points(records: Records, fields: Mapping[str, str], quantity: str) -> list[Point]:
+    """What records know of a quantity and, in the field named for their kind, of a value."""
+    known = ((record.get(quantity), record.get(fields.get(record["kind"], ""))) for record in records)
+    return [(x, y) for x, y in known if x is not None and y is not None]
+
+
+def draw_losses(axes: Axes, records: Records, quantity: str) -> None:
+    """The losses of a run against one of UNITS; nothing but the axes where there are none."""
+    shown = {curve.label: curve_points(records, curve.fields, quantity) for curve in CURVES}
+    scale = label_axis(axes, [point for points in shown.values() for point in points], quantity)
     for curve in CURVES:
-        points = [
-            (record[quantity] / scale, record[curve.fields[record["kind"]]])
-            for record in records
-            if record.get(curve.fields.get(record["kind"], "")) is not None and record.get(quantity) is not None
-        ]
-        if points:
-            every = 1 + len(points) // 40  # markers that touch would hide the line
-            axes.plot(*zip(*points, strict=True), label=curve.label, markevery=every, **curve.style)
-    _mark_stages(axes, [record for record in records if record["kind"] == "growth"], quantity, scale, end / scale)
-    axes.set_xlim(0, 1.015 * end / scale)
+        if shown[curve.label]:
+            points = [(x / scale, y) for x, y in thin_out(shown[curve.label])]
+            axes.plot(*zip(*points, strict=True), label=curve.label, color=COLOURS[curve.colour], **curve.style)
+            if curve.label != "training" and len(points) <= MOST_DOTS:
+                draw_dots(axes, points, curve.colour, curve.label)
+    drawn = [(x / scale, y) for points in shown.values() for x, y in points]
+    if drawn:
+        limit_loss(axes, drawn)
+    mark_growths(axes, records, quantity, scale)
+
+
+def label_axis(axes: Axes, points: Sequence[Point], quantity: str) -> float:
+    """Name the horizontal axis, which is one of UNITS; returns the size of its unit."""
+    scale, unit = axis_unit(quantity, max((x for x, _ in points), default=0.0))
     axes.set_xlabel(unit)
-    axes.grid(axis="y", color="#dddddd", lw=0.6)
-    axes.spines[["top", "right"]].set_visible(False)
+    return scale
 
 
-def _mark_stages(axes: Axes, growths: Records, quantity: str, scale: float, end: float) -> None:
-    """Shade every second stage and name each growth on a vertical line."""
-    growths = [growth for growth in growths if growth.get(quantity) is not None]
-    places = [growth[quantity] / scale for growth in growths]
-    edges = [0, *places, end]
-    for left, right in list(zip(edges, edges[1:], strict=False))[1::2]:
-        axes.axvspan(left, right, color="#f2f2f2", lw=0, zorder=0)
-    for growth, place in zip(growths, places, strict=True):
-        axes.axvline(place, color="#333333", lw=0.9, ls=":", zorder=1)
-        axes.annotate(
-            f"{growth_name(growth)} layers",
-            xy=(place, 1),
-            xycoords=("data", "axes fraction"),
-            xytext=(3, -2),
-            textcoords="offset points",
-            rotation=90,
-            ha="left",
-            va="top",
-            fontsize=8,
-        )
+def mark_growths(axes: Axes, records: Records, quantity: str, scale: float) -> None:
+    """Mark every growth on an axis of one of UNITS, the unit `scale`."""
+    growths = [record for record in records if record["kind"] == "growth" and record.get(quantity) is not None]
+    mark_places(axes, [(growth[quantity] / scale, f"{growth_name(growth)} layers") for growth in growths])

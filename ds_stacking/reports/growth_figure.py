@@ -1,103 +1,122 @@
-"""What became of a run's growths, as a figure: copies and their originals, norms by block, losses and seconds."""
+"""What became of a run's growths: copies and their originals, norms by block, losses and seconds."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator, StrMethodFormatter
+from matplotlib.ticker import MaxNLocator
 
-from ds_stacking.common.files import whole_file
-from ds_stacking.common.outputs import writing
-from ds_stacking.common.own_files import make_inside
+from ds_stacking.common.words import plain
+from ds_stacking.reports.curves import Records, growth_name
+from ds_stacking.reports.figure import COLOURS, DIM, Draw, draw_dots, draw_png
 
+Growth = Mapping[str, Any]
 COSINES = {
-    "copy_cosine_master": ("weights", "#0072B2", "-"),
-    "copy_cosine_exp_avg": ("first moment", "#D55E00", "--"),
-    "copy_cosine_exp_avg_sq": ("second moment", "#009E73", ":"),
+    "copy_cosine_master": ("weights", 1, "-"),
+    "copy_cosine_exp_avg": ("first moment", 2, "--"),
+    "copy_cosine_exp_avg_sq": ("second moment", 3, ":"),
 }
-"""For each field of an observation: its name in the legend, colour (Okabe and Ito) and line style."""
+"""For each field of an observation: its name in the legend, colour and line style."""
+NORMS = {"weight_norm": "norm of a block's weights", "gradient_norm": "norm of a block's gradient"}
+LOSSES = {"eval_loss_before": "before", "eval_loss_after": "after", "eval_loss_later": "later"}
 
 
-def draw_growths(run_dir: str | Path, growths: Sequence[Mapping[str, Any]]) -> Path | None:
+def draw_growths(run_dir: str | Path, growths: Sequence[Growth]) -> Path | None:
     """Draw `run_dir`/report/growths.png, a row for each growth of a summary; None where none was looked at."""
-    growths = [growth for growth in growths if growth["observations"]]
-    if not growths:
-        return None
-    run_dir, figure = Path(run_dir), build_figure(growths)
-    path = run_dir / "report" / "growths.png"
-    with writing(path):
-        make_inside(run_dir, "report")
-        with whole_file(path, inside=run_dir) as file:
-            figure.savefig(file, format="png")
-    return path
+    rows = [_row(growth) for growth in growths if growth["observations"]]
+    run_dir = Path(run_dir)
+    return draw_png(run_dir / "report" / "growths.png", rows, inside=run_dir) if rows else None
 
 
-def build_figure(growths: Sequence[Mapping[str, Any]]) -> Figure:
-    """One row of four panels for each growth."""
-    figure = Figure(figsize=(13, 3.3 * len(growths) + 0.3), dpi=160, layout="constrained")
-    rows = figure.subplots(len(growths), 4, squeeze=False)
-    for row, growth in zip(rows, growths, strict=True):
-        title = f"{growth['from_layers']} → {growth['to_layers']} layers, {growth['operator']}"
-        row[0].set_title(title, loc="left", fontsize=10)
-        _draw_cosines(row[0], growth["observations"])
-        _draw_norms(row[1], growth, "weight_norm", "norm of a block's weights")
-        _draw_norms(row[2], growth, "gradient_norm", "norm of a block's gradient")
-        _draw_seconds(row[3], growth)
-        for axes in row:
-            axes.spines[["top", "right"]].set_visible(False)
-    return figure
+def observed_growths(records: Records) -> list[dict[str, Any]]:
+    """The growths of a run whose blocks were looked at afterwards, with these `observations`, from its records."""
+    found: dict[int | None, dict[str, Any]] = {}
+    for record in records:
+        if record["kind"] == "growth":
+            found[record.get("stage")] = {**record, "observations": []}
+        elif record["kind"] == "after_growth":
+            growth = found.setdefault(record.get("stage"), {"stage": record.get("stage"), "observations": []})
+            growth["observations"].append(record)
+    return [growth for growth in found.values() if growth["observations"]]
 
 
-def _draw_cosines(axes: Axes, observations: Sequence[Mapping[str, Any]]) -> None:
+def growth_panels(growth: Growth) -> dict[str, Draw]:
+    """What can be drawn of a growth that was looked at, by what it shows."""
+    looks = growth["observations"]
+    panels: dict[str, Draw] = {}
+    if any(_values(look, field) for look in looks for field in COSINES):
+        panels["cosine of copy and original"] = partial(_draw_cosines, looks=looks)
+    for field, title in NORMS.items():
+        if known := [look for look in looks if _values(look, field)]:
+            panels[title] = partial(_draw_norms, looks=known, field=field)
+    if phases := {name: value for name, value in growth.get("seconds_by_phase", {}).items() if value is not None}:
+        panels["seconds by phase"] = partial(_draw_seconds, phases=phases, moved=growth.get("bytes_moved"))
+    return panels
+
+
+def _row(growth: Growth) -> list[Draw]:
+    """All panels with their titles, empty ones where there is nothing to show."""
+    panels = growth_panels(growth)
+    titles = ["cosine of copy and original", *NORMS.values(), "seconds by phase"]
+    name = f"{growth_name(growth)} layers, {plain(growth['operator'], 60)}"
+    losses = [f"{growth[key]:.3f} {word}" for key, word in LOSSES.items() if growth.get(key) is not None]
+    above = [f"{name}\n{titles[0]}", *titles[1:3], f"held-out loss {', '.join(losses)}\n{titles[3]}"]
+    return [partial(_titled, draw=panels.get(title), words=words) for title, words in zip(titles, above, strict=True)]
+
+
+def _titled(axes: Axes, draw: Draw | None, words: str) -> None:
+    axes.set_title(words, loc="left", fontsize=12, parse_math=False)
+    if draw:
+        draw(axes)
+
+
+def _values(look: Mapping[str, Any], field: str) -> dict[int, float]:
+    """What an observation holds for each block; those that are not known are left out."""
+    return {int(block): value for block, value in (look.get(field) or {}).items() if value is not None}
+
+
+def _draw_cosines(axes: Axes, looks: Records) -> None:
     """Mean over the copies, and the range that they span, against optimizer steps since the growth."""
-    for field, (label, colour, style) in COSINES.items():
-        known = [(o["steps_since"], [c for c in o[field].values() if c is not None]) for o in observations]
+    for field, (label, number, style) in COSINES.items():
+        known = [(look.get("steps_since", 1), list(_values(look, field).values())) for look in looks]
         known = [(steps, found) for steps, found in known if found]
-        if not known:
-            continue
-        steps, found = zip(*known, strict=True)
-        axes.plot(steps, [sum(f) / len(f) for f in found], color=colour, ls=style, marker="o", ms=3, label=label)
-        axes.fill_between(steps, [min(f) for f in found], [max(f) for f in found], color=colour, alpha=0.15, lw=0)
+        if known:
+            steps, found = zip(*known, strict=True)
+            means = [sum(f) / len(f) for f in found]
+            axes.plot(steps, means, color=COLOURS[number], ls=style, label=label)
+            axes.fill_between(steps, [*map(min, found)], [*map(max, found)], color=COLOURS[number], alpha=0.16, lw=0)
+            draw_dots(axes, list(zip(steps, means, strict=True)), number, label)
     axes.set_xscale("log")
-    axes.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
+    axes.xaxis.set_major_formatter("{x:,.0f}")
+    axes.xaxis.set_minor_formatter("")
     axes.set_xlabel("optimizer steps since the growth")
-    axes.set_ylabel("cosine of copy and original")
-    axes.grid(axis="y", color="#dddddd", lw=0.6)
-    if axes.lines:
-        axes.legend(frameon=False, fontsize=8)
+    axes.legend()
 
 
-def _draw_norms(axes: Axes, growth: Mapping[str, Any], field: str, title: str) -> None:
+def _draw_norms(axes: Axes, looks: Records, field: str) -> None:
     """By block, at the first and the last look; dotted lines mark the seams."""
-    looks = [o for o in growth["observations"] if o[field]]
-    for look, colour in zip(dict.fromkeys((0, len(looks) - 1)) if looks else (), ("#999999", "#0072B2"), strict=False):
-        norms = looks[look][field]
-        label = f"step {looks[look]['steps_since']:,}"
-        axes.plot([int(b) for b in norms], list(norms.values()), color=colour, marker="o", ms=3, label=label)
-    if looks:
-        for seam in looks[0][f"{field}_jump"]:
-            axes.axvline(int(seam) - 0.5, color="#333333", lw=0.9, ls=":")
-        axes.legend(frameon=False, fontsize=8)
-    axes.margins(y=0.08)
-    axes.set_ylim(bottom=0)
+    for number, look in enumerate([looks[0], *looks[1:][-1:]]):
+        points = sorted(_values(look, field).items())
+        since = look.get("steps_since", "?")
+        label = f"{since:,} step{'s' * (since != 1)} after" if since != "?" else "after"
+        axes.plot(*zip(*points, strict=True), color=COLOURS[number], label=label)
+        draw_dots(axes, [(float(block), value) for block, value in points], number, f"{label}, block")
+    for seam in looks[0].get(f"{field}_jump") or {}:
+        axes.axvline(int(seam) - 0.5, color=DIM, lw=1.0, ls=(0, (2, 3)))
+    axes.set_ylim(0, 1.15 * axes.dataLim.y1 or 1.0)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set_xlabel("block")
-    axes.set_ylabel(title)
-    axes.grid(axis="y", color="#dddddd", lw=0.6)
+    axes.legend()
 
 
-def _draw_seconds(axes: Axes, growth: Mapping[str, Any]) -> None:
-    """Seconds by phase as bars, the losses as the title."""
-    phases = growth["seconds_by_phase"]
-    bars = axes.barh(list(phases), list(phases.values()), color="#56B4E9")
-    axes.bar_label(bars, fmt="%.2g s", padding=3, fontsize=8)
+def _draw_seconds(axes: Axes, phases: Mapping[str, float], moved: float | None) -> None:
+    bars = axes.barh(range(len(phases)), list(phases.values()), color=COLOURS[1])
+    axes.bar_label(bars, [plain(f"{name} {seconds:.2g} s", 40) for name, seconds in phases.items()], padding=4)
+    axes.set_yticks([])
     axes.invert_yaxis()
-    axes.margins(x=0.2)
-    axes.set_xlabel(f"seconds; {growth['bytes_moved'] / 1e6:,.1f} MB written per rank")
-    names = {"eval_loss_before": "before", "eval_loss_after": "after", "eval_loss_later": "later"}
-    losses = [f"{growth[key]:.3f} {name}" for key, name in names.items() if growth.get(key) is not None]
-    axes.set_title("held-out loss:\n" + ", ".join(losses), loc="left", fontsize=9)
+    axes.margins(x=0.5)
+    axes.set_xlabel("seconds" if moved is None else f"seconds; {moved / 1e6:,.1f} MB written per rank")

@@ -95,12 +95,21 @@ def _is_grown(summary: Mapping[str, Any]) -> bool:
 
 
 def _growing(summary: Mapping[str, Any]) -> str:
-    if not _is_grown(summary):
+    grown = [growth for growth in summary["growths"] if growth["to_layers"] > growth["from_layers"]]
+    if not grown:
         return ", at one depth from the first step to the last"
-    return (
-        f" with progressive stacking: a shallow model is trained first, its blocks are copied to make a deeper one, "
-        f"and training goes on ({PAPER})"
+    is_new = any(None in growth["layer_map"] for growth in grown)
+    is_copied = any(len(set(known)) < len(known) for known in map(_sources, grown))
+    how = {(True, False): "its blocks are copied", (False, True): "new blocks are added"}.get(
+        (is_copied, is_new), "blocks are copied and new ones added"
     )
+    name = f"with progressive stacking ({PAPER})" if is_copied and not is_new else "with growth in depth"
+    return f" {name}: a shallow model is trained first, {how} to make a deeper one, and training goes on"
+
+
+def _sources(growth: Mapping[str, Any]) -> list[int]:
+    """The blocks that those of the grown model come from, but for new ones."""
+    return [layer for layer in growth["layer_map"] if layer is not None]
 
 
 def _loading(model: Mapping[str, Any]) -> str:
@@ -118,8 +127,9 @@ def _loading(model: Mapping[str, Any]) -> str:
 
 def _training(summary: Mapping[str, Any], config: Mapping[str, Any]) -> str:
     growths = "\n".join(
-        f"* {growth['from_layers']} → {growth['to_layers']} layers by `{growth['operator']}` in "
-        f"{duration(growth['seconds'])}; held-out loss {loss(growth['eval_loss_before'])} before and "
+        f"* {growth['from_layers']} → {growth['to_layers']} layers by `{growth['operator']}`, optimizer state "
+        f"`{growth['optimizer_state']}`, in {duration(growth['seconds'])}; "
+        f"held-out loss {loss(growth['eval_loss_before'])} before and "
         f"{loss(growth['eval_loss_after'])} after."
         for growth in summary["growths"]
     )
@@ -128,11 +138,23 @@ def _training(summary: Mapping[str, Any], config: Mapping[str, Any]) -> str:
         f"{config['corpus']['masking_rate']:.0%} of the tokens predicted.\n"
         f"* Spent: {count(summary['tokens'])} tokens, {flops(summary['flops'])} (model FLOPs) and "
         f"{duration(summary['seconds'])} on {summary['world_size']} rank(s) with ZeRO stage {summary['zero_stage']}.\n"
-        f"* Optimizer: AdamW, peak learning rate {config['lr']:g}, schedule `{config['schedule']}`, "
-        f"optimizer state at a growth: `{config['optimizer_state']}`, seed {config['seed']}.\n\n"
+        f"* Optimizer: AdamW, {_rates(config)}, seed {config['seed']}.\n\n"
         f"{stage_markdown(summary['stages'])}\n\n"
         f"Losses are in nats per predicted token.\n\n{growths or 'The model was not grown.'}"
     )
+
+
+def _rates(config: Mapping[str, Any]) -> str:
+    """The learning rate: the run's schedule, but for stages with a rate of their own."""
+    run = f"peak learning rate {config['lr']:g}, schedule `{config['schedule']}`"
+    if all(stage["lr"] is None for stage in config["stages"]):
+        return run
+    rates = []
+    for stage in config["stages"]:
+        end = "" if stage["lr_end"] is None else f" falling to {stage['lr_end']:g}"
+        own = run if stage["lr"] is None else f"{stage['lr']:g}{end}"
+        rates.append(f"{stage['layers']} layers {own}")
+    return f"learning rate by stage: {'; '.join(rates)}"
 
 
 def _results(summary: Mapping[str, Any]) -> str:

@@ -8,16 +8,17 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from html import escape
 
-COLOURS = 10
-"""How many there are, c0 grey."""
-STYLE = """
-:root { color-scheme: light dark; --ground: #fff; --text: #1b1f24; --dim: #5b6470; --rule: #dfe3e8; --card: #f5f7f9;
-  --c0: #5b6470; --c1: #0072b2; --c2: #c24e00; --c3: #00805d; --c4: #a8518a; --c5: #946200;
-  --c6: #c4254e; --c7: #0a7f8e; --c8: #6a4fc9; --c9: #5f7d00; }
-@media (prefers-color-scheme: dark) {
-  :root { --ground: #14181d; --text: #e6eaef; --dim: #9aa5b1; --rule: #2d343c; --card: #1c2229;
-    --c0: #aeb8c2; --c1: #56b4e9; --c2: #ff8f4d; --c3: #34c79a; --c4: #e39ac8; --c5: #e6b23c;
-    --c6: #ff7a95; --c7: #45cddd; --c8: #ab9bff; --c9: #a9cf45; } }
+from ds_stacking.reports.figure import COLOURS, THEME
+
+
+def _variables(theme: int) -> str:
+    return " ".join(f"--{name}: {colours[theme]};" for name, colours in THEME.items())
+
+
+STYLE = (
+    f":root {{ color-scheme: light dark; {_variables(0)} }}\n"
+    f"@media (prefers-color-scheme: dark) {{ :root {{ {_variables(1)} }} }}"
+    """
 * { box-sizing: border-box; }
 body { margin: 0 auto; max-width: 1200px; padding: 1rem; background: var(--ground); color: var(--text);
   font: 16px/1.5 system-ui, sans-serif; }
@@ -29,6 +30,7 @@ p { max-width: 75ch; margin: .4rem 0; overflow-wrap: anywhere; }
 .cards, .charts { display: grid; gap: .75rem; }
 .cards { grid-template-columns: repeat(auto-fit, minmax(min(100%, 9.5rem), 1fr)); }
 .charts { grid-template-columns: repeat(auto-fit, minmax(min(100%, 21rem), 1fr)); }
+@media (min-width: 46rem) { .charts:has(> :nth-child(4):last-child) { grid-template-columns: 1fr 1fr; } }
 .card { background: var(--card); border-radius: 8px; padding: .6rem .8rem; font-size: .8125rem; color: var(--dim); }
 .card b { display: block; font-size: 1.25rem; color: var(--text); font-variant-numeric: tabular-nums; }
 figure { margin: 0; background: var(--card); border-radius: 8px; padding: .6rem; } svg { display: block; width: 100%; }
@@ -41,13 +43,10 @@ th { color: var(--dim); font-weight: 600; } th:first-child, td:first-child { tex
 .legend { display: flex; flex-wrap: wrap; gap: .25rem 1.1rem; font-size: .875rem; margin: .5rem 0; }
 .legend i { display: inline-block; width: 1.1em; height: 4px; border-radius: 2px; margin-right: .45em;
   vertical-align: .2em; background: var(--c); }
-text { fill: var(--dim); font-size: 12px; } text.small { font-size: 11px; } text.end { text-anchor: end; }
-text.middle { text-anchor: middle; } .grid { stroke: var(--rule); } .axis { stroke: var(--dim); }
-.mark { stroke: var(--dim); stroke-dasharray: 2 3; } .line { fill: none; stroke: var(--c); stroke-width: 1.8; }
-.line.thin { stroke-width: 1; opacity: .55; } .line.dashed { stroke-dasharray: 5 4; stroke-width: 1.4; }
-.band { fill: var(--c); opacity: .16; } .dot { fill: var(--c); stroke: var(--card); stroke-width: 1.2; }
+svg * { stroke-linecap: butt; stroke-linejoin: round; }
 pre { white-space: pre-wrap; overflow-wrap: anywhere; background: var(--card); border-radius: 8px; padding: .8rem; }
-""" + "".join(f".c{i} {{ --c: var(--c{i}); }}\n" for i in range(COLOURS))
+""" + "".join(f".c{i} {{ --c: var(--c{i}); }}\n" for i in range(len(COLOURS)))
+)
 
 
 def page(title: str, parts: Iterable[str]) -> str:

@@ -115,7 +115,13 @@ class Record(TypedDict):
     steps_since: NotRequired[Whole]
     weight_norm: NotRequired[ByBlock]
     gradient_norm: NotRequired[ByBlock]
+    weight_norm_jump: NotRequired[ByBlock]
+    gradient_norm_jump: NotRequired[ByBlock]
     copy_cosine_master: NotRequired[ByBlock]
+    copy_cosine_exp_avg: NotRequired[ByBlock]
+    copy_cosine_exp_avg_sq: NotRequired[ByBlock]
+    seconds_by_phase: NotRequired[Annotated[dict[Text, Amount | None], Field(max_length=100)]]
+    bytes_moved: NotRequired[Amount | None]
 
 
 def read_run_name(run_dir: Path) -> str:

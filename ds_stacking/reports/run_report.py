@@ -7,10 +7,13 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
+from functools import partial
 from html import escape
 from pathlib import Path
 from statistics import median
 from typing import Any
+
+from matplotlib.axes import Axes
 
 from ds_stacking.common.errors import UserError
 from ds_stacking.common.files import write_text
@@ -18,25 +21,34 @@ from ds_stacking.common.outputs import writing
 from ds_stacking.common.own_files import make_inside
 from ds_stacking.common.words import shown
 from ds_stacking.reports.closing import verdict
-from ds_stacking.reports.curves import CURVES, UNITS, Records, axis_unit, growth_name
+from ds_stacking.reports.curves import (
+    CURVES,
+    UNITS,
+    Records,
+    curve_points,
+    draw_losses,
+    growth_name,
+    label_axis,
+    mark_growths,
+)
+from ds_stacking.reports.figure import COLOURS, Point, svg, thin_out
+from ds_stacking.reports.growth_figure import growth_panels, observed_growths
 from ds_stacking.reports.page import cards, charts, heading, legend, page, paragraph, table
 from ds_stacking.reports.run_files import read_metrics, read_run_name, read_summary
-from ds_stacking.reports.svg import Chart, Line, Point, thin_out
 from ds_stacking.reports.table import HEADERS, count, duration, flops, loss, stage_cells
 
-LOSS_COLOURS = {"held-out": 1, "held-out, [MASK] positions only": 2, "training": 0}
-RATES = (
-    ("Tokens per second", "tokens_per_second", (1e6, "million"), (1e3, "thousand"), (1, "")),
+RATES: tuple[tuple[str, str, tuple[tuple[float, str], ...]], ...] = (
+    ("Tokens per second", "tokens_per_second", ((1e6, "million"), (1e3, "thousand"), (1, ""))),
     (
         "Model FLOP per second",
         "flops_per_second",
-        (1e15, "PFLOP/s"),
-        (1e12, "TFLOP/s"),
-        (1e9, "GFLOP/s"),
-        (1, "FLOP/s"),
+        ((1e15, "PFLOP/s"), (1e12, "TFLOP/s"), (1e9, "GFLOP/s"), (1, "FLOP/s")),
     ),
-    ("Model FLOPs utilisation", "mfu", (1, "")),
+    ("Model FLOPs utilisation", "mfu", ((1, ""),)),
+    ("Learning rate", "lr", ((1, ""),)),
+    ("Gradient norm before clipping", "grad_norm", ((1, ""),)),
 )
+"""Charts of what a training record holds: title, field, and units, the largest first."""
 GROWTHS = (
     "growth",
     "operator",
@@ -47,12 +59,6 @@ GROWTHS = (
     "loss later",
     "tensors verified",
 )
-BLOCKS = (
-    ("Norm of the weights by block", "weight_norm"),
-    ("Norm of the gradient by block", "gradient_norm"),
-    ("Cosine of a copy and its original", "copy_cosine_master"),
-)
-"""Fields of a record `after_growth` that hold a number for each block."""
 
 
 def write_report(run_dir: str | Path, summary: Mapping[str, Any] | None = None) -> Path:
@@ -81,18 +87,14 @@ def html(records: Records, name: str, summary: Mapping[str, Any]) -> str:
     """The page of a run: figures, losses, speed by stage, growths, blocks."""
     trained = [record for record in records if record["kind"] == "train"]
     growths = [record for record in records if record["kind"] == "growth"]
-    observed = [record for record in records if record["kind"] == "after_growth"]
     parts = [
         f"<h1>{escape(name)}</h1>",
         paragraph(_state(records, summary), dim=True),
         cards(_figures(records, summary)),
         *([paragraph(words)] if (words := verdict(summary)) else []),
     ]
-    parts += [heading("Loss"), legend((colour, label) for label, colour in LOSS_COLOURS.items())]
-    names = {"flops": "FLOPs"}
-    parts += [
-        charts((f"Against {names.get(quantity, quantity)}", _losses(records, growths, quantity)) for quantity in UNITS)
-    ]
+    names = [(curve.colour, curve.label) for curve in reversed(CURVES)]
+    parts += [heading("Loss"), legend(names), charts(_losses(records))]
     if summary.get("stages"):
         headers = (*HEADERS, "tokens/s")
         rows = zip(stage_cells(summary["stages"]), _speeds(trained, summary["stages"]), strict=True)
@@ -100,9 +102,9 @@ def html(records: Records, name: str, summary: Mapping[str, Any]) -> str:
     if growths:
         later = {growth.get("stage"): growth.get("eval_loss_later") for growth in summary.get("growths", ())}
         parts += [heading("Growths"), table(GROWTHS, (_growth_row(growth, later) for growth in growths))]
-    if observed:
-        parts += [heading("Blocks after a growth"), *_blocks(observed)]
-    parts += [heading("Speed and optimisation"), charts(_rates(trained, growths))]
+    if blocks := _blocks(records):
+        parts += [heading("Blocks after a growth"), *blocks]
+    parts += [heading("Speed and optimisation"), charts(_rates(records))]
     return page(name, parts)
 
 
@@ -131,54 +133,35 @@ def _figures(records: Records, summary: Mapping[str, Any]) -> list[tuple[str, st
     return [figure for figure in figures if figure[0] != "-"]
 
 
-def _losses(records: Records, growths: Records, quantity: str) -> str:
-    lines = []
-    for curve in reversed(CURVES):
-        points = [
-            (record[quantity], record[curve.fields[record["kind"]]])
-            for record in records
-            if record.get(curve.fields.get(record["kind"], "")) is not None and record.get(quantity) is not None
-        ]
-        lines.append(
-            Line(
-                points=thin_out(points),
-                colour=LOSS_COLOURS[curve.label],
-                style="thin" if curve.label == "training" else "",
-                dots=curve.label != "training" and len(points) <= 40,
-                label=curve.label,
-            )
-        )
-    return _chart(lines, growths, quantity, f"loss against {quantity}")
+def _losses(records: Records) -> list[tuple[str, str]]:
+    """A chart for each of UNITS that something is known of."""
+    found = []
+    for quantity in UNITS:
+        title = f"Against {'FLOPs' if quantity == 'flops' else quantity}"
+        if any(curve_points(records, curve.fields, quantity) for curve in CURVES):
+            found.append((title, svg(title, partial(draw_losses, records=records, quantity=quantity))))
+    return found
 
 
-def _chart(lines: Sequence[Line], growths: Records, quantity: str, title: str, *, from_zero: bool = False) -> str:
-    """A chart over one of UNITS with every growth marked."""
-    end = max((x for line in lines for x, _ in line.points), default=1.0)
-    scale, unit = axis_unit(quantity, end)
-    places = [growth for growth in growths if growth.get(quantity) is not None]
-    marks = [(growth[quantity], f"{growth_name(growth)} layers") for growth in places]
-    return Chart(lines=lines, title=title, x_label=unit, x_scale=scale, marks=marks, from_zero=from_zero).svg()
-
-
-def _rates(trained: Records, growths: Records) -> list[tuple[str, str]]:
+def _rates(records: Records) -> list[tuple[str, str]]:
     """Charts against tokens of what a training record holds beside its loss."""
-    figures = []
-    for title, field, *units in RATES:
-        points = _points(trained, field)
-        top = max((y for _, y in points), default=0.0)
-        scale, unit = next(((scale, unit) for scale, unit in units if top >= scale), units[-1])
-        lines = [Line(points=[(x, y / scale) for x, y in points], colour=3, label=title)]
-        name = f"{title} ({unit})" if unit else title
-        figures.append((name, _chart(lines, growths, "tokens", name, from_zero=True)))
-    for title, field, colour in (("Learning rate", "lr", 4), ("Gradient norm before clipping", "grad_norm", 5)):
-        lines = [Line(points=_points(trained, field), colour=colour, label=title)]
-        figures.append((title, _chart(lines, growths, "tokens", title, from_zero=True)))
-    return figures
+    found = []
+    for number, (title, field, units) in enumerate(RATES, start=3):
+        if points := thin_out(curve_points(records, {"train": field}, "tokens")):
+            top = max(y for _, y in points)
+            size, unit = next((known for known in units if top >= known[0]), units[-1])
+            name = f"{title} ({unit})" if unit else title
+            points = [(x, y / size) for x, y in points]
+            found.append((name, svg(name, partial(_draw_rate, records=records, points=points, number=number))))
+    return found
 
 
-def _points(records: Records, field: str) -> list[Point]:
-    known = [record for record in records if record.get(field) is not None and record.get("tokens") is not None]
-    return thin_out([(record["tokens"], record[field]) for record in known])
+def _draw_rate(axes: Axes, records: Records, points: Sequence[Point], number: int) -> None:
+    scale = label_axis(axes, points, "tokens")
+    axes.plot([x / scale for x, _ in points], [y for _, y in points], color=COLOURS[number])
+    axes.set_xlim(left=0)
+    axes.set_ylim(bottom=0)
+    mark_growths(axes, records, "tokens", scale)
 
 
 def _speeds(trained: Records, stages: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -203,29 +186,12 @@ def _growth_row(growth: Mapping[str, Any], later: Mapping[int | None, float | No
     )
 
 
-def _blocks(observed: Records) -> list[str]:
-    """For each growth, what its blocks look like at the first and at the last look; copies over time."""
-    parts: list[str] = []
-    by_stage: dict[int | None, list[Mapping[str, Any]]] = {}
-    for record in observed:
-        by_stage.setdefault(record.get("stage"), []).append(record)
-    for stage, own in by_stage.items():
-        looks = [own[0], own[-1]]
-        steps = [look.get("steps_since", "?") for look in looks]
-        figures = []
-        for title, field in BLOCKS:
-            lines = [
-                Line(
-                    points=sorted((float(b), value) for b, value in look.get(field, {}).items() if value is not None),
-                    colour=colour,
-                    dots=True,
-                    label=f"{since} steps after, block",
-                )
-                for look, since, colour in zip(looks, steps, (0, 1), strict=True)
-            ]
-            figures.append((title, Chart(lines=lines, title=title, x_label="block", from_zero=True).svg()))
-        names = [f"{since} step{'s' * (since != 1)} after" for since in steps]
-        title = "A stage" if stage is None else f"Stage {stage + 1}"
-        parts += [paragraph(f"{title}, {own[0].get('layers', '?')} layers."), legend(zip((0, 1), names, strict=True))]
-        parts.append(charts(figures))
+def _blocks(records: Records) -> list[str]:
+    """What the blocks of each growth look like afterwards."""
+    parts = []
+    for growth in observed_growths(records):
+        stage, looks = growth.get("stage"), growth["observations"]
+        name = "A stage" if stage is None else f"Stage {stage + 1}"
+        parts.append(paragraph(f"{name}, {looks[0].get('layers', '?')} layers."))
+        parts.append(charts((title.capitalize(), svg(title, draw)) for title, draw in growth_panels(growth).items()))
     return parts

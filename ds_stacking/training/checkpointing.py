@@ -12,13 +12,13 @@ import torch
 import torch.distributed as dist
 
 from ds_stacking.checkpoint.format import MANIFEST
-from ds_stacking.checkpoint.generators import restore_generators
 from ds_stacking.checkpoint.manifest import Manifest, Unusable, read_manifest
 from ds_stacking.checkpoint.select import Found, find_together, published
 from ds_stacking.checkpoint.share import from_first_rank
 from ds_stacking.checkpoint.store import CheckpointReader
 from ds_stacking.checkpoint.write import CheckpointWriter
 from ds_stacking.common.errors import UserError
+from ds_stacking.common.generators import restore_generators
 from ds_stacking.config import RunConfig
 from ds_stacking.engine.factory import device
 from ds_stacking.engine.zero_state import LiveState

@@ -33,7 +33,7 @@ from ds_stacking.engine.stage_manager import StageManager
 from ds_stacking.growth.exchange import make_exchange
 from ds_stacking.growth.operators import layer_map, parse_operator
 from ds_stacking.growth.triggers import parse_trigger
-from ds_stacking.models.bert import Bert, has_kernels
+from ds_stacking.models.bert import Bert, bert_class, has_kernels
 from ds_stacking.models.compiling import compile_parts
 from ds_stacking.planning.gpus import gpu_spec_of
 from ds_stacking.training.alarm import Alarm
@@ -254,7 +254,7 @@ def _model_config(model: ModelConfig, data: PreparedData) -> ModelConfig:
 
 def _model(config: RunConfig, layers: int, initialize: bool) -> Bert:
     """The model of a stage; its weights are drawn or left unfilled."""
-    model = Bert(config.model, layers, initialize=initialize, fused=config.kernels == "fused")
+    model = bert_class(config.kernels == "fused")(config.model, layers, initialize=initialize)
     if config.compile:
         compile_parts(model)
     return model

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from ds_stacking.checkpoint.generators import capture_generators, restore_generators
 from ds_stacking.common.errors import UserError
+from ds_stacking.common.generators import capture_generators, restore_generators
 from ds_stacking.config import RunConfig, StageConfig
 from ds_stacking.engine.factory import EngineSpec
 from ds_stacking.growth.triggers import (

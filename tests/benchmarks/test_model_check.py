@@ -33,8 +33,8 @@ def test_dry_run(tmp_path: Path) -> None:
     lines = run_ranks(1, dry_run, str(tmp_path))[0]
     report = json.loads((tmp_path / "gpu_check_model.json").read_text())
     assert len(report) == 10
-    sides = [entry for found in report.values() for entry in found.values()]
-    assert all(entry["tokens_per_second"] > 0 for entry in sides), sides
+    timed = [entry for found in report.values() for entry in found.values()]
+    assert all(entry["tokens_per_second"] > 0 for entry in timed), timed
     assert sum("tokens/s: " in line for line in lines) == 4 and not any("out of time" in line for line in lines)
 
 
@@ -50,7 +50,7 @@ def test_verdicts(model_check: Any) -> None:
         "peer compiled": {"seconds": 1.1, "tokens_per_second": 1100, "bytes": 90},
     }
     states = [line.split()[-1] for line in model_check.verdicts(check, found)]
-    assert states == ["must", "floor", "MISSED", "floor"]  # the better of our sides is judged
+    assert states == ["must", "floor", "MISSED", "floor"]  # the better of ours is judged
     found["peer compiled"] = {"absent": "OutOfMemoryError"}
     assert model_check.verdicts(check, found)[2].endswith("absent")
     assert model_check.verdicts(check, {"ours": {"absent": "x"}}) == ["    ours did not run"]

@@ -9,19 +9,15 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from ds_stacking.checkpoint.generators import restore_generators
 from ds_stacking.checkpoint.select import find_together
 from ds_stacking.checkpoint.store import CheckpointReader
 from ds_stacking.checkpoint.write import CheckpointWriter
-from ds_stacking.engine import release
+from ds_stacking.common.generators import restore_generators
 from ds_stacking.engine.consolidate import gather_masters
 from ds_stacking.engine.factory import device
 from ds_stacking.engine.stage_manager import StageManager
 from ds_stacking.engine.zero_state import LiveState
-from ds_stacking.growth.blocks import find_blocks
 from ds_stacking.growth.exchange import make_exchange
-from ds_stacking.growth.executor import execute
-from ds_stacking.growth.plan import make_plan
 from tests.checkpoint.stores import equal, stored
 from tests.engine.tiny import SEED, factory, spec, train
 from tests.ranks import run_ranks
@@ -45,12 +41,7 @@ def resume(folder: Path, zero_stage: int, *, generators: bool = True, **options)
     found = find_together(folder, make_exchange(device()), identity=IDENTITY)
     reader = CheckpointReader(found.path)
     manager = StageManager(factory(zero_stage, **options), seed=SEED)
-    manager._engine = manager.factory.build(spec(4), reader.parameters, initialize=False)
-    manager.parameters, manager.stage = reader.parameters, reader.extra["stage"]
-    blocks = find_blocks(manager.engine.module)
-    layers = tuple(range(blocks.count))
-    plan = make_plan(reader.parameters, blocks, layers, operator="copy", optimizer_state="stack", stage=0)
-    execute(plan, reader, LiveState(manager.engine), make_exchange(device()))
+    manager.restore(spec(4), reader.parameters, reader, stage=reader.extra["stage"])
     states = reader.generators(dist.get_rank(), dist.get_world_size())
     if generators and states is not None:
         restore_generators(states)
@@ -60,9 +51,7 @@ def resume(folder: Path, zero_stage: int, *, generators: bool = True, **options)
 def finish(manager: StageManager) -> tuple[dict, dict[str, int]]:
     """The weights on rank 0 and the step counts; the engine is freed."""
     result = dict(gather_masters(manager.engine, manager.parameters)), LiveState(manager.engine).steps()
-    release.release(manager.engine)
-    manager._engine = None
-    release.collect()
+    manager.close()
     return result
 
 

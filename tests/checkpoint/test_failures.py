@@ -15,12 +15,13 @@ import torch
 from ds_stacking.checkpoint import durable, job
 from ds_stacking.checkpoint.format import PieceFile
 from ds_stacking.checkpoint.job import SaveJob
+from ds_stacking.checkpoint.manifest import read_manifest
 from ds_stacking.checkpoint.select import newest_valid
-from ds_stacking.checkpoint.snapshot import Snapshot
 from ds_stacking.checkpoint.write import CheckpointWriter, SaveReport
 from ds_stacking.common.errors import UserError
 from ds_stacking.growth.exchange import Exchange, OneRank
-from tests.checkpoint.stores import IDENTITY, PARAMETERS, equal, random_state, save, stored
+from ds_stacking.growth.state import FullState, Kind, TensorSlice
+from tests.checkpoint.stores import IDENTITY, NUMELS, PARAMETERS, equal, random_state, save, stored
 from tests.growth.simulated import run_threads
 
 
@@ -37,7 +38,7 @@ def attempt(made: CheckpointWriter, step: int, **options) -> SaveReport:
     return report
 
 
-def full_disk(*_: object) -> None:
+def full_disk(*_: object, **__: object) -> None:
     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
@@ -54,11 +55,12 @@ def small_disk(tmp_path):
 
 @pytest.mark.parametrize("foreseen", [True, False])
 def test_a_full_disk(small_disk, monkeypatch, foreseen) -> None:
+    usage = shutil.disk_usage
     if not foreseen:  # space that is there when the save begins and is gone when it writes
-        monkeypatch.setattr(SaveJob, "_check_space", lambda job: None)
+        monkeypatch.setattr(shutil, "disk_usage", lambda folder: usage(folder)._replace(free=1 << 40))
     made = writer(small_disk / "checkpoints", keep=1)
     assert attempt(made, 1).error is None
-    (small_disk / "ballast").write_bytes(bytes(shutil.disk_usage(small_disk).free - 4096))
+    (small_disk / "ballast").write_bytes(bytes(usage(small_disk).free - 4096))
     report = attempt(made, 2)
     assert "No space left on device" in report.line and "training goes on" in report.line
     assert newest_valid(made.folder, IDENTITY).step == 1
@@ -68,7 +70,7 @@ def test_a_full_disk(small_disk, monkeypatch, foreseen) -> None:
     assert newest_valid(made.folder, IDENTITY).step == 3
 
 
-@pytest.mark.parametrize("where", ["write_file", "_free_name"])
+@pytest.mark.parametrize("where", ["write_file", "publish"])
 @pytest.mark.parametrize("asynchronous", [False, True])
 def test_no_error_of_the_disk_is_raised(tmp_path, monkeypatch, where, asynchronous) -> None:
     made = writer(tmp_path, asynchronous=asynchronous)
@@ -118,14 +120,14 @@ def test_marks_are_gathered_by_listings_not_by_a_look_up_per_rank(tmp_path, monk
     ]  # fmt: skip
     for one in ranks[::2]:
         one.write_share(torch.empty(0))
-    calls = {"listdir": 0, "stat": 0}
+    late, calls = ranks[1::2], {"listdir": 0, "stat": 0}
     listdir, stat = os.listdir, os.stat
 
     def counted_listdir(path: Path) -> list[str]:
-        calls["listdir"] += 1
+        calls["listdir"] += path == ranks[0].temporary
         if calls["listdir"] == 3:
-            for one in ranks[1::2]:
-                one.write_share(torch.empty(0))
+            while late:
+                late.pop().write_share(torch.empty(0))
         return listdir(path)
 
     def counted_stat(*args: object, **options: object) -> os.stat_result:
@@ -134,8 +136,8 @@ def test_marks_are_gathered_by_listings_not_by_a_look_up_per_rank(tmp_path, monk
 
     monkeypatch.setattr(os, "listdir", counted_listdir)
     monkeypatch.setattr(os, "stat", counted_stat)
-    records, _ = ranks[0]._gather()
-    assert len(records) == 2 * 40 + 1 and calls == {"listdir": 3, "stat": 0}
+    files = read_manifest(ranks[0].publish()).files
+    assert len(files) == 2 * 40 + 2 and calls == {"listdir": 3, "stat": 0}
 
 
 def test_a_slow_write_makes_the_next_save_be_skipped(tmp_path, monkeypatch) -> None:
@@ -152,7 +154,7 @@ def test_a_slow_write_makes_the_next_save_be_skipped(tmp_path, monkeypatch) -> N
     def case(exchange: Exchange) -> list[SaveReport]:
         made = writer(tmp_path, exchange)
         made.save(1, random_state(1), PARAMETERS, extra={})
-        assert made._join(5.0 if exchange.rank else 0.0) == (exchange.rank == 1), "rank 0 alone is still writing"
+        assert made.close(5.0 if exchange.rank else 0.0) == (exchange.rank == 1), "rank 0 alone is still writing"
         made.save(2, random_state(2), PARAMETERS, extra={})
         release.set()
         made.save(3, random_state(3), PARAMETERS, extra={}, required=True)
@@ -166,20 +168,22 @@ def test_a_slow_write_makes_the_next_save_be_skipped(tmp_path, monkeypatch) -> N
     assert equal(stored(tmp_path / "step-1"), random_state(1)) and equal(stored(tmp_path / "step-3"), random_state(3))
 
 
-def test_memory_that_is_not_there(tmp_path, monkeypatch) -> None:
-    def refuse(*_: object) -> None:
-        raise MemoryError("cannot allocate")
+def test_memory_that_is_not_there(tmp_path) -> None:
+    class Unreadable(FullState):
+        def read(self, piece: TensorSlice, kind: Kind) -> torch.Tensor:
+            raise MemoryError("cannot allocate")
 
     def case(exchange: Exchange) -> SaveReport:
         made = writer(tmp_path, exchange)
-        if exchange.rank == 1:
-            made._snapshot.take = refuse
-        return attempt(made, 1)
+        made.save(1, Unreadable(NUMELS) if exchange.rank else random_state(1), PARAMETERS, extra={})
+        made.wait()
+        return made.reports()[0]
 
     reports = run_threads(2, case)
     assert reports[0].error == "rank 1: cannot allocate" and reports[1].error == "cannot allocate"
-    monkeypatch.setattr(Snapshot, "take", refuse)
-    assert attempt(writer(tmp_path), 2).error == "cannot allocate"
+    alone = writer(tmp_path)
+    alone.save(2, Unreadable(NUMELS), PARAMETERS, extra={})
+    assert not alone.wait() and alone.reports()[0].error == "cannot allocate"
 
 
 def test_older_ones_that_cannot_be_deleted_do_not_spoil_the_new_one(tmp_path, monkeypatch) -> None:

@@ -7,8 +7,10 @@ import json
 import pytest
 import torch
 
-from ds_stacking.checkpoint.generators import capture_generators, restore_generators
+from ds_stacking.checkpoint.format import PieceFile
+from ds_stacking.checkpoint.snapshot import Snapshot
 from ds_stacking.checkpoint.write import CheckpointWriter
+from ds_stacking.common.generators import capture_generators, restore_generators
 from ds_stacking.growth.exchange import OneRank
 from ds_stacking.growth.state import KINDS, FullState
 from tests.checkpoint.stores import IDENTITY, PARAMETERS, equal, random_state, stored
@@ -33,7 +35,7 @@ def test_the_state_at_the_time_of_the_call_is_stored(tmp_path) -> None:
             for values in live.tensors[kind].values():
                 values.add_(1)
         assert writer.wait()
-    assert writer._snapshot._buffer.is_pinned()
+    assert Snapshot().take(live, PieceFile(live.slices())).is_pinned()
     first, expected = stored(tmp_path / "step-1"), random_state(1)
     assert equal(first, expected)
     for kind in KINDS:

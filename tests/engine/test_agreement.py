@@ -13,9 +13,8 @@ import torch.distributed as dist
 
 from ds_stacking.common.errors import OtherRankFailed
 from ds_stacking.engine import agreement, handover
-from ds_stacking.engine.agreement import Stranded, agreed
+from ds_stacking.engine.agreement import CollectiveDeadlock, all_ranks_or_none
 from ds_stacking.engine.factory import EngineFactory
-from ds_stacking.engine.release import collect, release
 from ds_stacking.engine.stage_manager import StageManager
 from tests.engine import tiny
 from tests.ranks import run_ranks
@@ -67,8 +66,7 @@ def one_fails() -> dict[str, Any]:
         losses += tiny.train(manager, 2, 2)
         manager.grow(tiny.spec(4))
         results[name] = (type(met.value).__name__, str(met.value), seconds, losses + tiny.train(manager, 4, 1))
-        release(manager.engine)
-        collect()
+        manager.close()
     return results
 
 
@@ -86,7 +84,7 @@ def test_all_ranks_go_on_with_the_engine_before() -> None:
 def others_wait() -> tuple[str, float]:
     """Rank 1 fails where rank 0 waits for it in a collective call."""
     begin = time.monotonic()
-    with tiny.replaced(agreement, "PATIENCE", 2.0), pytest.raises(RuntimeError) as met, agreed("working"):
+    with tiny.replaced(agreement, "PATIENCE", 2.0), pytest.raises(RuntimeError) as met, all_ranks_or_none("working"):
         if dist.get_rank() == 1:
             raise MemoryError("on purpose")
         dist.all_reduce(torch.ones(1))
@@ -98,8 +96,8 @@ def others_wait() -> tuple[str, float]:
 
 def test_where_the_others_wait_in_a_collective_call_nobody_goes_on() -> None:
     (first, _), (second, seconds) = run_ranks(2, others_wait)
-    assert second.startswith(Stranded.__name__) and "1 ranks wait for it" in second and seconds < 5
-    assert first.startswith("Stranded: rank 1 failed while working: MemoryError: on purpose")
+    assert second.startswith(CollectiveDeadlock.__name__) and "1 ranks wait for it" in second and seconds < 5
+    assert first.startswith("CollectiveDeadlock: rank 1 failed while working: MemoryError: on purpose")
 
 
 def devices_wait() -> tuple[str, float]:
@@ -117,7 +115,7 @@ def devices_wait() -> tuple[str, float]:
         tiny.replaced(agreement, "PATIENCE", 2.0),
         tiny.replaced(agreement, "device_work", work),
         pytest.raises(RuntimeError) as met,
-        agreed("working"),
+        all_ranks_or_none("working"),
     ):
         if dist.get_rank() == 1:
             raise MemoryError("on purpose")
@@ -131,6 +129,6 @@ def devices_wait() -> tuple[str, float]:
 def test_where_their_devices_wait_nobody_goes_on_either() -> None:
     for said, seconds in run_ranks(2, devices_wait):
         assert (
-            said.startswith("Stranded: rank 1 failed while working: MemoryError: on purpose; 1 ranks wait")
+            said.startswith("CollectiveDeadlock: rank 1 failed while working: MemoryError: on purpose; 1 ranks wait")
             and seconds < 5
         )

@@ -12,7 +12,6 @@ from typing import Any
 import pytest
 from deepspeed.utils import logger
 
-from ds_stacking.engine.release import collect, release
 from ds_stacking.engine.stage_manager import StageManager
 from tests.engine.tiny import SEED, PlainTorch, factory, spec, train
 from tests.ranks import run_ranks
@@ -104,8 +103,7 @@ def through_growth(run: Run) -> list[float]:
     losses = train(manager, 0, STEPS)
     manager.grow(spec(4, 2))
     losses += train(manager, STEPS, STEPS)
-    release(manager.engine)
-    collect()
+    manager.close()
     assert gc.isenabled(), "disable_python_gc outlives its engine"
     return losses
 

@@ -6,7 +6,6 @@ from dataclasses import replace
 
 import pytest
 
-from ds_stacking.engine.release import collect, release
 from ds_stacking.engine.stage_manager import StageManager
 from tests.engine.tiny import SEED, factory, spec, train
 from tests.ranks import run_ranks
@@ -29,8 +28,7 @@ def curve(path: tuple) -> list[float]:
         manager.grow(replace(spec(2**i * 2, accumulation), zero_stage=zero_stage), optimizer_state="new_reset")
         assert manager.engine.zero_optimization_stage() == zero_stage
         losses += train(manager, 4 * i, 4)
-    release(manager.engine)
-    collect()
+    manager.close()
     return losses
 
 

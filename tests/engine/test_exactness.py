@@ -12,7 +12,6 @@ import pytest
 import torch
 
 from ds_stacking.engine import handover
-from ds_stacking.engine.release import collect, release
 from ds_stacking.engine.stage_manager import StageManager
 from ds_stacking.engine.zero_state import LiveState
 from ds_stacking.growth import operators
@@ -76,8 +75,7 @@ def grow_one(zero_stage: int, offload: bool, bf16: bool, to_zero: int | None = N
         grown = type(grown)(**{**vars(grown), "zero_stage": to_zero})
     manager.grow(grown, operator=OPERATOR, optimizer_state=POLICY)
     result = *held(manager), names
-    release(manager.engine)
-    collect()
+    manager.close()
     return result
 
 

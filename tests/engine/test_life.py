@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from ds_stacking.common.errors import UserError
 from ds_stacking.engine import handover
-from ds_stacking.engine.release import collect, release, warn_of_leaks, watch
+from ds_stacking.engine.release import release, state_references, warn_of_leaks
 from ds_stacking.engine.stage_manager import StageManager
 from ds_stacking.engine.zero_state import LiveState
 from ds_stacking.growth.exchange import make_exchange
@@ -36,12 +36,6 @@ def start(zero_stage: int, **options) -> StageManager:
     return manager
 
 
-def finish(manager: StageManager) -> None:
-    release(manager.engine)
-    manager._engine = None
-    collect()
-
-
 def many_growths() -> dict[int, list[dict[str, int]]]:
     """What is alive after the first growth and after the last, by ZeRO stage; a step is made after each."""
     results = {}
@@ -53,7 +47,7 @@ def many_growths() -> dict[int, list[dict[str, int]]]:
             train(manager, i, 1)
             if i in (0, growths - 1):
                 counts.append(asdict(footprint()))
-        finish(manager)
+        manager.close()
         results[zero_stage] = counts
     return results
 
@@ -75,7 +69,7 @@ def leaking() -> tuple[int, list[str], int]:
     messages = [str(warning.message) for warning in caught if "still in memory" in str(warning.message)]
     clean = manager.grow(spec(2)).leaked_bytes
     assert mine.fragments
-    finish(manager)
+    manager.close()
     return record.leaked_bytes, messages, clean
 
 
@@ -92,7 +86,7 @@ def low_memory() -> dict:
         losses = {}
         for memory in ("normal", "low", "failing"):
             manager = start(zero_stage, growth_memory="normal" if memory == "normal" else "low")
-            watched, alive = watch(manager.engine), []
+            watched, alive = state_references(manager.engine), []
             inner = manager.factory.build_model
 
             def build_model(layers, initialize, inner=inner, watched=watched, alive=alive):
@@ -108,7 +102,7 @@ def low_memory() -> dict:
             values = train(manager, 1, 2)
             manager.grow(spec(4))
             losses[memory] = values + train(manager, 3, 3)
-            finish(manager)
+            manager.close()
         results["losses", zero_stage] = losses
     return results
 
@@ -165,14 +159,14 @@ def peak_of_moving() -> dict[int, tuple[int, int]]:
     for zero_stage in (1, 2, 3):
         manager = start(zero_stage)
         plan = manager.plan(4, "interleave", "stack")
-        new = manager._build(plan, spec(4))
+        new = manager.factory.build(spec(4), plan.parameters, initialize=False)
         old_state, new_state = LiveState(manager.engine), LiveState(new)
         with PeakBytes() as peak:
             execute(plan, old_state, new_state, make_exchange(torch.device("cpu")))
         block = 12 * sum(entry.info.numel for entry in plan.entries if entry.block == 0)
         results[zero_stage] = (peak.peak, block)
         release(new)
-        finish(manager)
+        manager.close()
     return results
 
 
@@ -198,7 +192,7 @@ def not_finite() -> tuple[str, list[float], list[float]]:
             values[0] = kept
             del state, values
         losses[tries] = train(manager, 1, 2)
-        finish(manager)
+        manager.close()
     return message, losses[False], losses[True]
 
 

@@ -24,7 +24,6 @@ from ds_stacking.config import ModelConfig
 from ds_stacking.engine import consolidate
 from ds_stacking.engine.consolidate import gather_masters
 from ds_stacking.engine.factory import EngineFactory, EngineSpec, device
-from ds_stacking.engine.release import collect, release
 from ds_stacking.engine.stage_manager import StageManager
 from ds_stacking.engine.zero_state import LiveState
 from ds_stacking.growth.exchange import make_exchange
@@ -84,10 +83,9 @@ def made(watch: Watch, layer_by_layer: bool = True) -> EngineFactory:
 
     def construct(self: EngineFactory, *args: Any) -> Any:
         with watch("construct"):
-            return original(self, *args)
+            return EngineFactory.construct(self, *args)
 
-    original = EngineFactory._construct
-    watched = type("Watched", (EngineFactory,), {"_construct": construct})
+    watched = type("Watched", (EngineFactory,), {"construct": construct})
     return watched(
         build_model=lambda layers, initialize: Bert(MODEL, layers, initialize=initialize),
         ds_config={"zero_optimization": {"stage": 3}},
@@ -97,12 +95,6 @@ def made(watch: Watch, layer_by_layer: bool = True) -> EngineFactory:
     )
 
 
-def free(manager: StageManager) -> None:
-    release(manager.engine)
-    manager._engine = None
-    collect()
-
-
 def life(folder: Path) -> dict[str, int]:
     """Peaks of this rank; the faults' too."""
     ctypes.CDLL(None).mallopt(MMAP_THRESHOLD, 1 << 16)
@@ -110,7 +102,7 @@ def life(folder: Path) -> dict[str, int]:
     warm = StageManager(factory(3, bf16=True), seed=SEED)
     warm.start(spec(2))
     warm.grow(spec(4))
-    free(warm)
+    warm.close()
     watch = Watch()
     for memory in ("normal", "low"):
         manager = StageManager(made(watch), seed=SEED, growth_memory=memory)
@@ -123,7 +115,7 @@ def life(folder: Path) -> dict[str, int]:
             writer.save(1, LiveState(manager.engine), manager.current_parameters(), extra={})
             assert writer.wait()
             del writer
-        free(manager)
+        manager.close()
     reader = CheckpointReader(folder / "checkpoints" / "step-1")
     manager = StageManager(made(watch), seed=SEED)
     with watch("restore"):
@@ -132,7 +124,7 @@ def life(folder: Path) -> dict[str, int]:
         export(manager, folder / "export")
     with replaced(consolidate, "groupby", lambda entries, key: [(None, entries)]), watch("export at once"):
         export(manager, folder / "export at once")
-    free(manager)
+    manager.close()
     faulty = Watch()
     manager = StageManager(made(faulty, layer_by_layer=False), seed=SEED)
     manager.start(full)
@@ -150,7 +142,7 @@ def drawn(bf16: bool) -> tuple[list[str], list[str]]:
     started = differing_weights(manager, Bert, config, 2, SEED, bf16)
     manager.grow(spec(3), operator="fresh")
     grown = [n for n in differing_weights(manager, Bert, config, 3, SEED + 3, bf16) if n.startswith("blocks.2.")]
-    free(manager)
+    manager.close()
     return started, grown
 
 

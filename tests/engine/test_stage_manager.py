@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 
 from ds_stacking.common.errors import UserError
-from ds_stacking.engine import handover, release, stage_manager, zero_state
+from ds_stacking.engine import handover, stage_manager, zero_state
 from ds_stacking.engine.consolidate import gather_masters
 from ds_stacking.engine.stage_manager import StageManager
 from ds_stacking.engine.zero_state import LiveState
@@ -31,12 +31,6 @@ def start(zero_stage: int, layers: int = 2, accumulation: int = 1, **options) ->
     return manager
 
 
-def finish(manager: StageManager) -> None:
-    release.release(manager.engine)
-    manager._engine = None
-    release.collect()
-
-
 def grown_losses(
     zero_stage: int, operator: str, policy: str, *, offload: bool = False, fault: str = ""
 ) -> list[float]:
@@ -48,7 +42,7 @@ def grown_losses(
     if fault in STATE_FAULTS:
         STATE_FAULTS[fault](LiveState(manager.engine))
     losses += train(manager, BEFORE, AFTER)
-    finish(manager)
+    manager.close()
     return losses
 
 
@@ -89,8 +83,7 @@ def drop_moments(state: LiveState) -> None:
 
 
 def zero_steps(state: LiveState) -> None:
-    for fragment in state.fragments.values():
-        zero_state._set_step(state.base.state[fragment.master], 0)
+    state.commit(dict.fromkeys(state.fragments, 0))
 
 
 FAULTS = {
@@ -164,7 +157,7 @@ def factor_one(zero_stage: int, offload: bool, bf16: bool, fault: bool) -> tuple
                 manager.grow(spec(2))
         losses += train(manager, 4, 4)
         results.append((losses, dict(gather_masters(manager.engine, manager.parameters))))
-        finish(manager)
+        manager.close()
     (plain, weights), (grown, grown_weights) = results
     assert bool(weights) == (dist.get_rank() == 0)
     equal = all(torch.equal(weights[name], grown_weights[name]) for name in weights)
@@ -202,7 +195,7 @@ def curves(accumulations: tuple[int, ...]) -> dict:
                 manager.grow(spec(layers, accumulation), optimizer_state=("stack", "new_reset")[i])
                 losses += train(manager, 8 + 8 * i, 8)
             results[zero_stage, accumulation] = losses
-            finish(manager)
+            manager.close()
     return results
 
 
@@ -224,10 +217,10 @@ def refused() -> tuple[str, list[float], list[float]]:
     except UserError as error:
         message = str(error)
     losses += train(manager, 3, 3)
-    finish(manager)
+    manager.close()
     plain = start(2)
     expected = train(plain, 0, 6)
-    finish(plain)
+    plain.close()
     return message, losses, expected
 
 

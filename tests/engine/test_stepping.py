@@ -18,7 +18,7 @@ from ds_stacking.engine.factory import EngineSpec
 from ds_stacking.engine.release import collect, release
 from ds_stacking.engine.stage_manager import StageManager
 from ds_stacking.engine.zero_state import LiveState
-from ds_stacking.models.bert import Bert
+from ds_stacking.models.bert import Bert, bert_class
 from tests.engine.tiny import (
     LENGTH,
     OPTIMIZER,
@@ -64,7 +64,7 @@ def cases() -> dict[str, tuple[float, list[float]]]:
     def every_micro_batch(engine: Any, losses: Any) -> None:
         for loss in losses:
             engine.backward(loss, scale_wrt_gas=False)
-            stepping.guarded_step(engine)
+            stepping.step_if_finite(engine)
 
     with replaced(train.__globals__["stepping"], "optimizer_step", every_micro_batch):
         found["fault"] = reductions(2, 3, False)
@@ -76,7 +76,7 @@ def fused_curve(zero_stage: int) -> list[float]:
     zero = {"stage": zero_stage, "stage3_param_persistence_threshold": 0}
     fused = replace(
         factory(zero_stage),
-        build_model=lambda layers, initialize: Bert(model_config(), layers, initialize=initialize, fused=True),
+        build_model=lambda layers, initialize: bert_class(True)(model_config(), layers, initialize=initialize),
         ds_config={"zero_optimization": zero},
     )
     manager = StageManager(fused, seed=SEED)

@@ -65,8 +65,7 @@ def verified() -> dict:
                 found["growth without refreshing"] = fails(partial(manager.grow, spec(4)))
         found["trains on"] = train(manager, 1, 1)[0]
         del state
-        release(manager.engine)
-        collect()
+        manager.close()
         results[zero_stage, bf16] = found
     return results
 

@@ -23,7 +23,7 @@ def inputs(predicted: int) -> dict[str, torch.Tensor]:
 
 def test_a_growth_compiles_nothing() -> None:
     torch.manual_seed(0)
-    torch._dynamo.reset()
+    torch.compiler.reset()
     start, graphs = compilations().graphs, {}
     for layers in (2, 4, 8):
         model = Bert(CONFIG, layers)
@@ -38,7 +38,7 @@ def test_a_growth_compiles_nothing() -> None:
             for (name, a), b in zip(compiled.named_parameters(), model.parameters(), strict=True):
                 torch.testing.assert_close(a.grad, b.grad, rtol=1e-4, atol=1e-5, msg=name)
         graphs[layers] = compilations().graphs - start
-    # embeddings, a block, the last block, the head; the two that see predicted rows once more for any number of them
+    # embeddings, a block, the last block, the head; the two that see predicted tokens once more for any number of them
     assert graphs == {2: 6, 4: 6, 8: 6}
 
 

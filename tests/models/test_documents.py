@@ -11,7 +11,7 @@ from transformers import BertConfig, BertForMaskedLM, MegatronBertConfig, Megatr
 
 from ds_stacking.config import ModelConfig
 from ds_stacking.data.batches import Batch
-from ds_stacking.models.bert import Bert
+from ds_stacking.models.bert import Bert, bert_class
 from ds_stacking.models.convert import huggingface_names, to_huggingface
 
 CONFIG = ModelConfig(
@@ -34,7 +34,7 @@ class Documents:
         self.cu_seqlens = torch.cat([torch.zeros(1), self.lengths.cumsum(0)]).int()
 
     def packed(self) -> dict[str, Tensor | int]:
-        """All of them as one row without padding."""
+        """All of them as one sequence without padding."""
         labels = self.labels[self.real]
         positions = (labels >= 0).nonzero()[:, 0]
         return {
@@ -54,7 +54,7 @@ def loss_and_gradients(model: Bert, inputs: dict[str, Tensor | int]) -> tuple[Te
 
 
 def theirs(model: Bert, documents: Documents) -> tuple[Tensor, dict[str, Tensor]]:
-    """Loss and gradients of transformers' model with the same weights on padded rows."""
+    """Loss and gradients of transformers' model with the same weights on padded sequences."""
     hf_config, state = to_huggingface(model.named_parameters(), model.config, len(model.blocks))
     model_class = {BertConfig: BertForMaskedLM, MegatronBertConfig: MegatronBertForMaskedLM}[type(hf_config)]
     peer = model_class(hf_config)
@@ -75,9 +75,9 @@ def largest_difference(ours: dict[str, Tensor], expected: dict[str, Tensor], nor
 
 @BOTH
 @NORMS
-def test_unpadded_documents_equal_padded_rows(norm: str, fused: bool) -> None:
+def test_unpadded_documents_equal_padded_sequences(norm: str, fused: bool) -> None:
     torch.manual_seed(0)
-    model, documents = Bert(replace(CONFIG, norm=norm), 3, fused=fused), Documents()
+    model, documents = bert_class(fused)(replace(CONFIG, norm=norm), 3), Documents()
     want, expected = theirs(model, documents)
     got, gradients = loss_and_gradients(model, documents.packed())
     assert got.item() == pytest.approx(want.item(), rel=1e-5)
@@ -89,25 +89,25 @@ def test_unpadded_documents_equal_padded_rows(norm: str, fused: bool) -> None:
 
 
 @BOTH
-def test_a_row_of_blocks_may_hold_several_documents(fused: bool) -> None:
+def test_a_sequence_may_hold_several_documents(fused: bool) -> None:
     """[3, 20] with bounds equals [1, 60] with the same bounds."""
     torch.manual_seed(0)
-    model, ids = Bert(CONFIG, 2, fused=fused), torch.randint(1, 101, (3, 20))
+    model, ids = bert_class(fused)(CONFIG, 2), torch.randint(1, 101, (3, 20))
     inputs = {
         "masked_positions": torch.tensor([1, 2, 19, 20, 33, 59]),
         "labels": torch.arange(1, 7),
         "cu_seqlens": torch.tensor([0, 2, 3, 20, 40, 41, 60], dtype=torch.int32),
     }
-    blocks = loss_and_gradients(model, {"input_ids": ids, **inputs})
+    apart = loss_and_gradients(model, {"input_ids": ids, **inputs})
     stream = loss_and_gradients(model, {"input_ids": ids.view(1, 60), "max_seqlen": 20, **inputs})
-    torch.testing.assert_close(blocks, stream, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(apart, stream, rtol=1e-5, atol=1e-6)
 
 
 @BOTH
 @NORMS
 def test_no_document_sees_another(norm: str, fused: bool) -> None:
     torch.manual_seed(0)
-    model = Bert(replace(CONFIG, norm=norm), 2, fused=fused).eval()
+    model = bert_class(fused)(replace(CONFIG, norm=norm), 2).eval()
     ids = torch.randint(1, 101, (1, 20))
     bounds = torch.tensor([0, 6, 13, 20], dtype=torch.int32)
     before = model(ids, cu_seqlens=bounds).hidden
@@ -118,10 +118,10 @@ def test_no_document_sees_another(norm: str, fused: bool) -> None:
 
 @BOTH
 @NORMS
-def test_the_last_block_of_predicted_rows_is_that_of_all(norm: str, fused: bool) -> None:
-    """Loss and gradients are those of a model that computes and scores every row."""
+def test_the_last_block_of_predicted_tokens_is_that_of_all(norm: str, fused: bool) -> None:
+    """Loss and gradients are those of a model that computes and scores every token."""
     torch.manual_seed(0)
-    model, documents = Bert(replace(CONFIG, norm=norm), 2, fused=fused), Documents()
+    model, documents = bert_class(fused)(replace(CONFIG, norm=norm), 2), Documents()
     inputs = documents.packed()
     some = loss_and_gradients(model, inputs)
     every = dict(inputs, labels=torch.full((1, inputs["input_ids"].numel()), -100))
@@ -141,7 +141,8 @@ def test_fused_and_torch_agree_over_200_steps(norm: str) -> None:
     curves = []
     for fused in (False, True):
         torch.manual_seed(0)
-        model, inputs = Bert(replace(CONFIG, norm=norm, initializer_range=0.05), 2, fused=fused), Documents().packed()
+        model = bert_class(fused)(replace(CONFIG, norm=norm, initializer_range=0.05), 2)
+        inputs = Documents().packed()
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
         losses = []
         for step in range(200):

@@ -26,7 +26,7 @@ def config(norm: str, next_sentence: bool) -> ModelConfig:
 
 
 def counted(model_config: ModelConfig, layers: int, backward: bool) -> int:
-    """FLOPs of one pass over 4 rows of 20 tokens, 3 predicted in each, with the attention that the counter knows."""
+    """FLOPs of one pass over 4 sequences of 20 tokens, 3 predicted in each, with attention that the counter knows."""
     model = Bert(model_config, layers)
     positions = (torch.arange(4)[:, None] * 20 + torch.tensor([1, 7, 19])).flatten()
     inputs = {"next_sentence_labels": torch.zeros(4, dtype=torch.long)} if model_config.next_sentence else {}
@@ -53,7 +53,7 @@ def test_formula_equals_the_counter(norm: str, next_sentence: bool, layers: int)
 
 
 def test_documents_are_counted_as_rows_of_their_own() -> None:
-    """Rows of 8 and 12 tokens cost what the counter finds in each, and so does one row that holds both."""
+    """Sequences of 8 and 12 tokens cost what the counter finds in each, and so does one that holds both."""
     model_config = config("post", False)
     apart = sum(training_flops(model_config, 3, sequences=1, length=n, masked=3) for n in (8, 12))
     pairs = {"pairs": 8**2 + 12**2, "masked_pairs": 3 * (8 + 12)}

@@ -12,6 +12,7 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTens
 from ds_stacking.config import ModelConfig
 from ds_stacking.kernels.interpreter import interpreted
 from ds_stacking.models.bert import Bert
+from ds_stacking.models.fused import FusedBert
 
 CONFIG = ModelConfig(
     hidden_size=32, num_heads=1, intermediate_size=48, vocab_size=61, max_positions=16, initializer_range=0.2
@@ -21,7 +22,7 @@ NORMS = pytest.mark.parametrize("norm", ["post", "pre"])
 
 
 def inputs() -> dict[str, Tensor]:
-    """Two rows of 12 tokens with five documents."""
+    """Two sequences of 12 tokens with five documents."""
     positions = torch.tensor([1, 4, 9, 13, 22])
     return {
         "input_ids": torch.arange(1, 25).view(2, 12),
@@ -38,9 +39,21 @@ def loss_and_gradients(model: Bert) -> tuple[Tensor, dict[str, Tensor]]:
 
 
 @NORMS
+def test_the_fused_model_begins_as_the_plain_one(norm: str) -> None:
+    """The same parameters in the same order, with the same values of a seed."""
+    states = []
+    for kind in (Bert, FusedBert):
+        torch.manual_seed(0)
+        states.append(kind(replace(CONFIG, norm=norm, next_sentence=True), 2).state_dict())
+    plain, fused = states
+    assert list(plain) == list(fused)
+    assert all(torch.equal(plain[name], fused[name]) for name in plain)
+
+
+@NORMS
 def test_kernels_compute_what_torch_does(norm: str) -> None:
     torch.manual_seed(0)
-    plain, fused = Bert(replace(CONFIG, norm=norm), 2), Bert(replace(CONFIG, norm=norm), 2, fused=True)
+    plain, fused = (kind(replace(CONFIG, norm=norm), 2) for kind in (Bert, FusedBert))
     fused.load_state_dict(plain.state_dict())
     want, expected = loss_and_gradients(plain)
     with interpreted(**BLOCKS):
@@ -58,7 +71,7 @@ def test_a_forward_pass_on_a_gpu_never_waits_for_it(norm: str, documents: bool) 
     with FakeTensorMode(), torch.no_grad():  # without a GPU autograd has no stream for it
         torch.set_default_dtype(torch.bfloat16)  # a fake model cannot be cast
         with torch.device("cuda"):
-            model = Bert(config, 2, initialize=False, fused=True)
+            model = FusedBert(config, 2, initialize=False)
         torch.set_default_dtype(torch.float32)
         batch = {name: torch.empty(x.shape, dtype=x.dtype, device="cuda") for name, x in inputs().items()}
         if not documents:

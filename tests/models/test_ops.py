@@ -72,7 +72,7 @@ def test_a_sequence_of_padding_only_stays_finite() -> None:
 
 
 def test_bf16_without_hardware_is_fp32_rounded_once(monkeypatch) -> None:
-    monkeypatch.setattr(ops, "_CPU_MULTIPLIES_BF16", False)
+    monkeypatch.setattr(ops, "CPU_MULTIPLIES_BF16", False)
     torch.manual_seed(0)
     x, weight, bias = (torch.randn(*shape).bfloat16() for shape in ((7, 33), (5, 33), (5,)))
     exact = F.linear(x.double(), weight.double(), bias.double())

@@ -14,8 +14,8 @@ SMALL = 64
 """Elements of a call that carries no weights or gradients: norms, counts, losses."""
 NAMES = {
     **dict.fromkeys(("all_reduce",), "all-reduce"),
-    **dict.fromkeys(("reduce_scatter", "reduce_scatter_fn", "reduce_scatter_tensor", "reduce"), "scatter"),
-    **dict.fromkeys(("all_gather", "all_gather_into_tensor", "allgather_fn", "all_gather_base"), "gather"),
+    **dict.fromkeys(("reduce_scatter", "reduce_scatter_fn", "reduce_scatter_tensor", "reduce"), "reduce-scatter"),
+    **dict.fromkeys(("all_gather", "all_gather_into_tensor", "allgather_fn", "all_gather_base"), "all-gather"),
 }
 
 

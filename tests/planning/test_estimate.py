@@ -62,13 +62,13 @@ def test_bytes_sent_per_parameter_are_those_of_deepspeeds_calls() -> None:
 def test_latencies_are_those_of_nccls_own_model() -> None:
     """By hand, in microseconds: 128 nodes of 8 have 896 hops inside and 127 between nodes in a ring, log2(128) = 7."""
     many, one = {"nodes": 128, "gpus_per_node": 8, "link": 450e9}, {"nodes": 1, "gpus_per_node": 8, "link": 450e9}
-    assert latency("gather", **many) == pytest.approx((8.4 + 896 * 3.4 + 127 * 14) * 1e-6)
+    assert latency("all-gather", **many) == pytest.approx((8.4 + 896 * 3.4 + 127 * 14) * 1e-6)
     assert latency("all-reduce", **many) == pytest.approx((8.4 + 2 * (7 * 4 + 7 * 14)) * 1e-6)
-    assert latency("scatter", **one) == pytest.approx((8.4 + 7 * 3.4) * 1e-6)
+    assert latency("reduce-scatter", **one) == pytest.approx((8.4 + 7 * 3.4) * 1e-6)
     assert latency("all-reduce", **one) == pytest.approx((8.4 + 2 * 7 * 3.4) * 1e-6), (
         "in a node the ring is the shorter"
     )
-    assert latency("gather", nodes=1, gpus_per_node=4, link=32e9) == pytest.approx((8.4 + 3 * 5.7) * 1e-6)
+    assert latency("all-gather", nodes=1, gpus_per_node=4, link=32e9) == pytest.approx((8.4 + 3 * 5.7) * 1e-6)
 
 
 def test_a_step_at_scale_by_hand() -> None:

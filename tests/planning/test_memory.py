@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ds_stacking.config import ModelConfig
 from ds_stacking.kernels import linear_cross_entropy as head
-from ds_stacking.models.bert import Bert
+from ds_stacking.models.bert import Bert, bert_class
 from ds_stacking.planning.memory import SLICE, activation_bytes, parameter_count, state_bytes, sum_bytes
 
 
@@ -37,7 +37,7 @@ def kept(model: Bert, rows: int, length: int, masked: int) -> int:
 def test_activations_are_what_autograd_keeps(norm: str, fused: bool) -> None:
     config = ModelConfig(hidden_size=64, num_heads=1, vocab_size=128, norm=norm, max_positions=64)
     for layers in (2, 6):
-        expected = kept(Bert(config, layers, fused=fused).train(), 8, 64, 9)
+        expected = kept(bert_class(fused)(config, layers).train(), 8, 64, 9)
         formula = activation_bytes(config, layers, tokens=512, masked=72, item=4, fused=fused)
         assert formula == pytest.approx(expected, rel=0.08), layers
 

@@ -4,10 +4,11 @@ import json
 import sys
 
 import pytest
+from matplotlib.figure import Figure
 from matplotlib.image import imread
 
 from ds_stacking.common.errors import UserError
-from ds_stacking.reports.curves import build_figure, draw_curves
+from ds_stacking.reports.curves import draw_curves, draw_losses
 from ds_stacking.reports.run_files import read_metrics
 
 
@@ -41,20 +42,20 @@ def test_draws_a_picture_and_leaves_matplotlib_alone(tmp_path):
     assert "matplotlib.pyplot" not in sys.modules
 
 
-def test_every_panel_shows_the_curves_and_the_growths(tmp_path):
-    write_run(tmp_path)
-    figure = build_figure(read_metrics(tmp_path))
-    assert len(figure.axes) == 3
-    for axes, end, unit in zip(
-        figure.axes, (5760, 90, 45), ("tokens", "model GFLOPs", "wall clock (seconds)"), strict=True
-    ):
-        lines = {line.get_label(): line for line in axes.get_lines()}
-        assert lines["training"].get_xdata()[-1] == pytest.approx(end)
-        assert list(lines["held-out"].get_ydata()).count(6.57) == 2
-        assert "held-out, [MASK] positions only" not in lines  # it was never measured
-        assert [text.get_text() for text in axes.texts] == ["2 → 4 layers", "4 → 8 layers"]
-        assert [text.xy[0] / end for text in axes.texts] == pytest.approx([1 / 3, 2 / 3])
-        assert axes.get_xlabel() == unit
+@pytest.mark.parametrize(
+    ("quantity", "end", "unit"),
+    [("tokens", 5760, "tokens"), ("flops", 90, "model GFLOPs"), ("seconds", 45, "wall clock (seconds)")],
+)
+def test_every_panel_shows_the_curves_and_the_growths(tmp_path, quantity, end, unit):
+    axes = Figure().subplots()
+    draw_losses(axes, write_run(tmp_path), quantity)
+    lines = {line.get_label(): line for line in axes.get_lines()}
+    assert lines["training"].get_xdata()[-1] == pytest.approx(end)
+    assert list(lines["held-out"].get_ydata()).count(6.57) == 2
+    assert "held-out, [MASK] positions only" not in lines  # it was never measured
+    assert [text.get_text() for text in axes.texts] == ["2 → 4 layers", "4 → 8 layers"]
+    assert [text.xy[0] / end for text in axes.texts] == pytest.approx([1 / 3, 2 / 3])
+    assert axes.get_xlabel() == unit
 
 
 def known(records):

@@ -8,7 +8,7 @@ from huggingface_hub import ModelCard
 from transformers import BertConfig, BertForMaskedLM
 
 from ds_stacking.common.errors import UserError
-from ds_stacking.config import RunConfig
+from ds_stacking.config import RunConfig, StageConfig
 from ds_stacking.reports.model_card import write_model_card
 
 SUMMARY = {
@@ -28,6 +28,8 @@ SUMMARY = {
             "from_layers": 2,
             "to_layers": 4,
             "operator": "stack",
+            "optimizer_state": "reset",
+            "layer_map": [0, 1, 0, 1],
             "seconds": 0.4,
             "eval_loss_before": 5.61,
             "eval_loss_after": 5.93,
@@ -66,7 +68,8 @@ def test_text_holds_what_was_done(export):
         "5.930 after",
     ):
         assert fact in text
-    assert "2 → 4 layers by `stack` in 0.4 s" in text
+    assert "2 → 4 layers by `stack`, optimizer state `reset`, in 0.4 s" in text
+    assert "peak learning rate 0.002, schedule `wsd`" in text
     assert "No licence has been chosen" in text
     assert "trust_remote_code" not in text
 
@@ -99,5 +102,30 @@ def test_a_folder_without_a_model_is_refused(tmp_path):
 def test_a_model_that_was_not_grown_is_no_stacked_one(export):
     grown = write_model_card(export, summary=SUMMARY, config=RunConfig().to_dict()).read_text()
     text = write_model_card(export, summary=SUMMARY | {"growths": []}, config=RunConfig().to_dict()).read_text()
-    assert "modelling with progressive stacking: a shallow model" in grown and "- progressive-stacking" in grown
+    assert (
+        "modelling with progressive stacking (Gong et al." in grown
+        and "its blocks are copied" in grown
+        and "- progressive-stacking" in grown
+    )
     assert "stacking" not in text and "at one depth from the first step to the last." in text
+
+
+@pytest.mark.parametrize(
+    ("layers", "words"),
+    [
+        ([0, 1, None, None], "with growth in depth: a shallow model is trained first, new blocks are added"),
+        ([0, 1, 1, None], "with growth in depth: a shallow model is trained first, blocks are copied and new ones"),
+    ],
+)
+def test_blocks_that_are_new_are_no_copies(export, layers, words):
+    (growth,) = SUMMARY["growths"]
+    summary = SUMMARY | {"growths": [growth | {"operator": "fresh", "layer_map": layers}]}
+    text = write_model_card(export, summary=summary, config=RunConfig().to_dict()).read_text()
+    assert words in text and "Gong" not in text
+
+
+def test_rates_are_those_of_the_stages(export):
+    stages = [StageConfig(layers=2, steps=5, lr=8e-4, lr_end=3e-4), StageConfig(layers=4, steps=5)]
+    config = RunConfig(stages=stages).to_dict()
+    text = write_model_card(export, summary=SUMMARY, config=config).read_text()
+    assert "by stage: 2 layers 0.0008 falling to 0.0003; 4 layers peak learning rate 0.002, schedule `wsd`" in text

@@ -77,7 +77,7 @@ CASES = [
     ("1:killed:run", [LOST, -signal.SIGKILL], "", ""),
     ("1:fabric:stuck", [LOST, LOST], "rank 1 failed (RuntimeError: NCCL error: injected)", ""),
     ("1:memory:run", [1, 1], "", "rank 1: MemoryError: none left\n"),
-    ("1:move:stuck", [1, 1], f"rank 1 failed (Stranded: {MOVE})", f"rank 1: Stranded: {MOVE}\n"),
+    ("1:move:stuck", [1, 1], f"rank 1 failed (CollectiveDeadlock: {MOVE})", f"rank 1: CollectiveDeadlock: {MOVE}\n"),
 ]
 QUICK = ("1:raise:stuck", "0:killed:stuck", "1:fabric:stuck")
 

@@ -62,7 +62,7 @@ def runs(folder: str) -> list[list[dict]]:
     from ds_stacking.training import loop
     from ds_stacking.training.run import pretrain
 
-    step, observe_growth = stepping.guarded_step, loop.observe_growth
+    step, observe_growth = stepping.step_if_finite, loop.observe_growth
     gradients: dict[str, torch.Tensor] = {}
     expected: list[dict] = []
 
@@ -76,7 +76,7 @@ def runs(folder: str) -> list[list[dict]]:
         expected.append(reference(run.engine, gradients))
         observe_growth(run, before, taken=taken)
 
-    stepping.guarded_step, loop.observe_growth = recording_step, recording_look
+    stepping.step_if_finite, loop.observe_growth = recording_step, recording_look
     results = []
     for zero_stage in range(4):
         expected.clear()

@@ -13,8 +13,9 @@ from ds_stacking.common.files import write_json, write_text
 from ds_stacking.common.outputs import writing
 from ds_stacking.common.own_files import make_inside
 from ds_stacking.common.words import plain
-from ds_stacking.reports.page import COLOURS, charts, heading, legend, page, paragraph, strong, table
-from ds_stacking.studies.comparison.charts import Curves, cost_charts, read_curves
+from ds_stacking.reports.figure import COLOURS
+from ds_stacking.reports.page import charts, heading, legend, page, paragraph, strong, table
+from ds_stacking.studies.comparison.charts import Curves, cost_charts, draw_comparison, read_curves
 from ds_stacking.studies.comparison.conclusion import conclusion, depth_limits, disturbed_sentences
 from ds_stacking.studies.comparison.effects import (
     COSTS,
@@ -29,7 +30,6 @@ from ds_stacking.studies.comparison.effects import (
     saving,
     shallow_arms,
 )
-from ds_stacking.studies.comparison.figure import draw_comparison
 from ds_stacking.studies.comparison.provenance import provenance, tuned_rates
 from ds_stacking.studies.comparison.results import Results, read_comparison
 from ds_stacking.studies.comparison.statistics import Effect
@@ -51,7 +51,7 @@ def write_comparison(folder: str | Path) -> str:
         write_text(target / "table.md", text + "\n", inside=folder)
         write_json(target / "report.json", content(results), inside=folder)
         if results.ends:
-            draw_comparison(results, conclusion(results)[0], target / "comparison.png")
+            draw_comparison(results, curves, conclusion(results)[0], target / "comparison.png")
         write_text(target / "report.html", page, inside=folder)
     return f"{text}\n\nreport  {target / 'report.html'}"
 
@@ -118,7 +118,8 @@ def html(results: Results, curves: Curves) -> str:
         *map(paragraph, notes(results)),
         heading("Loss against cost"),
         legend(
-            (n % COLOURS, f"{arm}: {plain(plan['meaning'])}") for n, (arm, plan) in enumerate(results.arms.items())
+            (n % len(COLOURS), f"{arm}: {plain(plan['meaning'])}")
+            for n, (arm, plan) in enumerate(results.arms.items())
         ),
         charts(cost_charts(results, curves)),
         paragraph(

@@ -6,6 +6,7 @@ import json
 import os
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -27,6 +28,8 @@ POLL, TELL, WAIT = 0.2, 60.0, 1.0
 """Seconds between two looks at a run, between two lines about it, and that a lock is waited for at a time."""
 STOPPING = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 """Signals that ask to stop; the runs do not get them, since they have sessions of their own."""
+SUPERVISED = (sys.executable, "-I", "-S", str(Path(__file__).with_name("supervisor.py")))
+"""Starts a command that ends with this process."""
 THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
 
 
@@ -117,16 +120,15 @@ class Starter:
         name = str(path.with_suffix(".log").relative_to(self.folder))
         with open(open_inside(self.folder, name, os.O_RDWR | os.O_CREAT | os.O_APPEND), "r+b", buffering=0) as log:
             begin = log.seek(0, os.SEEK_END)
+            cores = ",".join(map(str, sorted(place.cores or ())))
             # A session of its own: Ctrl-C shall reach this process alone, which then asks by a file.
             process = subprocess.Popen(
-                [*self.launch, *options, f"--output_dir={path}"],
+                [*SUPERVISED, str(os.getpid()), cores, *self.launch, *options, f"--output_dir={path}"],
                 stdout=log,
                 stderr=log,
                 start_new_session=True,
                 env={**os.environ, **place.environment},
             )
-            if place.cores:
-                os.sched_setaffinity(process.pid, place.cores)  # threads and children that it starts have it too
             self._wait(process, path, watch)
             log.seek(max(begin, log.seek(0, os.SEEK_END) - LAST_WORDS))
             last = last_words(log.read().decode(errors="replace"))

@@ -28,7 +28,7 @@ from ds_stacking.config import OptimizerConfig
 from ds_stacking.data.tokenizer import count_vocabulary, load_tokenizer
 from ds_stacking.engine.factory import Engine, EngineFactory, EngineSpec, device
 from ds_stacking.engine.release import collect, release
-from ds_stacking.engine.stepping import guarded_step
+from ds_stacking.engine.stepping import step_if_finite
 from ds_stacking.models.encoders import load_config, load_model, quiet
 from ds_stacking.studies.glue.configuration import Job
 from ds_stacking.studies.glue.metrics import evaluate
@@ -211,7 +211,7 @@ def _train(engine: Engine, job: Job, task: Task, train: Examples, encoder: Encod
                 group["lr"] = learning_rate(step, steps, job.lr)
             loss = _loss(engine(**inputs).logits, labels, task)
             engine.backward(loss)
-            guarded_step(engine)
+            step_if_finite(engine)
             losses += loss.detach() * len(rows)
             seen += len(rows)
             step += 1

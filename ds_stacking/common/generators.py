@@ -1,9 +1,11 @@
-"""Every random number generator of this process as plain JSON values, and back, to the bit."""
+"""Every random number generator of this process as plain JSON values, and back, to the bit; and a seed for a while."""
 
 from __future__ import annotations
 
 import base64
 import random
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Literal, cast
 
@@ -72,6 +74,17 @@ def restore_generators(states: Generators) -> None:
     torch.set_rng_state(_bytes(states["torch"]))
     if states["cuda"] is not None and torch.cuda.is_available():
         torch.cuda.set_rng_state(_bytes(states["cuda"]))
+
+
+@contextmanager
+def isolated_generators(seed: int) -> Iterator[None]:
+    """Seed torch inside, and leave every generator as it was outside."""
+    states = capture_generators()
+    try:
+        torch.manual_seed(seed)
+        yield
+    finally:
+        restore_generators(states)
 
 
 def check_generators(states: Generators, path: Path) -> None:

@@ -8,7 +8,7 @@ import random
 import numpy as np
 import torch
 
-from ds_stacking.checkpoint.generators import capture_generators, restore_generators
+from ds_stacking.common.generators import capture_generators, restore_generators
 
 
 def draw() -> list:
