@@ -62,12 +62,11 @@ check: $(INSTALLED)
 	$(BIN)/mypy
 	$(BIN)/python -m pytest tests/test_repository.py
 
-# The pages lie in build/pages as in the repository: their relative links hold in both.
+# The pages lie in build/pages as in the repository, beside the code that they link to.
 docs: $(INSTALLED)
-	rm -rf build/pages && mkdir -p build/pages/benchmarks
-	ln -s $(wildcard $(CURDIR)/*.md) $(CURDIR)/docs build/pages/
-	ln -s $(CURDIR)/benchmarks/results build/pages/benchmarks/
-	$(BIN)/mkdocs build --strict
+	rm -rf build/pages && mkdir -p build/pages
+	ln -s $(wildcard $(CURDIR)/*.md) $(addprefix $(CURDIR)/, docs ds_stacking kernels examples benchmarks) build/pages/
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 format: $(INSTALLED)
 	$(BIN)/ruff format .
