@@ -34,7 +34,7 @@ WARM_UP = 2
 
 
 def compare(case: Case, contenders: list[str], repeats: int) -> dict[str, Any]:
-    """Time all contenders in turn, after checking that first losses agree; one that cannot run is named, with why.
+    """Time all contenders in turn, their first losses compared before; one that cannot run is named with its reason.
 
     Each side's peak memory is taken over its own steps and counts from what the process holds beside it.
     """
