@@ -3,7 +3,8 @@
 # make test-long  the longest
 # make soak       200 kills at random times, each survived; a quarter of an hour
 # make study      a list of comparisons as one plan, stopped and continued by the same command; STUDY=file, PARALLEL=2
-# make check      format, lint and types, as CI runs them
+# make check      format, lint, types and the links of the texts, as CI runs them
+# make docs       the documentation as a site, in build/site
 # make gpu-check  on a GPU host, in its own Python: every kernel's correctness and speed beside its peers; OUT=folder;
 #                 PART=model: training steps of BERT-base and -large in engines beside transformers' instead
 #
@@ -26,7 +27,7 @@ export PATH := $(BIN):$(PATH)
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export DS_BUILD_OPS := 0
 
-.PHONY: install pretrain test test-long soak study check format bench gpu-check clean
+.PHONY: install pretrain test test-long soak study check docs format bench gpu-check clean
 
 install: $(INSTALLED)
 
@@ -59,6 +60,13 @@ check: $(INSTALLED)
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+	$(BIN)/python -m pytest tests/test_repository.py
+
+# The pages lie in build/pages as in the repository, beside the code that they link to.
+docs: $(INSTALLED)
+	rm -rf build/pages && mkdir -p build/pages
+	ln -s $(wildcard $(CURDIR)/*.md) $(addprefix $(CURDIR)/, docs ds_stacking kernels examples benchmarks) build/pages/
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 format: $(INSTALLED)
 	$(BIN)/ruff format .

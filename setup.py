@@ -44,5 +44,5 @@ setup(
         "pydantic>=2",
         "typing_extensions",
     ],
-    extras_require={"dev": ["pytest", "pytest-xdist", "hypothesis", "ruff", "mypy"]},
+    extras_require={"dev": ["pytest", "pytest-xdist", "hypothesis", "ruff", "mypy", "mkdocs-material", "pre-commit"]},
 )

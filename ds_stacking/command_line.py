@@ -166,19 +166,19 @@ def build(
     """
     hints = get_type_hints(config)
     values: dict[str, Any] = {}
-    inner: dict[str, list[tuple[str, Any]]] = {name: [] for name, hint in hints.items() if is_dataclass(hint)}
+    groups: dict[str, list[tuple[str, Any]]] = {name: [] for name, hint in hints.items() if is_dataclass(hint)}
     for key, value in given:
         name, _, rest = key.partition(".")
         if key in RENAMED:
             raise UserError(f"{key} is now called {RENAMED[key]}.")
-        if name not in hints or (rest and name not in inner):
+        if name not in hints or (rest and name not in groups):
             near = nearest(where + key, field_types(config, where), otherwise="--help lists all.")
             raise UserError(f"Unknown recipe key {where + key!r}; {near}")
-        if name in inner and (rest or isinstance(value, dict)):
-            inner[name] += [(rest, value)] if rest else value.items()
+        if name in groups and (rest or isinstance(value, dict)):
+            groups[name] += [(rest, value)] if rest else value.items()
         else:
             values[name] = _checked(where + name, hints[name], value, make)
-    for name, pairs in inner.items():
+    for name, pairs in groups.items():
         values[name] = build(hints[name], pairs, f"{where}{name}.", make=make)
     for field in fields(config):  # type: ignore[arg-type]
         if field.name not in values and field.default is MISSING:

@@ -19,7 +19,7 @@ from tests.tree import PAGE, with_tree
 ROOT = Path(__file__).parents[1]
 LIBRARY = sorted([*(ROOT / "ds_stacking").rglob("*.py"), *(ROOT / "kernels").rglob("*.py")])
 LAUNCHERS = sorted((ROOT / "launchers").rglob("*.py"))
-OTHERS = sorted(path for folder in ("benchmarks", "tests") for path in (ROOT / folder).rglob("*.py"))
+OTHERS = sorted(path for folder in ("benchmarks", "examples", "tests") for path in (ROOT / folder).rglob("*.py"))
 
 ARROWS = {
     "common": set(),

@@ -3,18 +3,12 @@
 from __future__ import annotations
 
 import os
-from pathlib import Path
 from typing import Any
 
 
 def follow_links() -> None:
     """Files of a folder are opened by way of links again."""
-    from ds_stacking.common import own_files
-
-    def follow(path: Path, name: str, flags: int, parent: int) -> int:
-        return os.open(name, flags | os.O_CLOEXEC, 0o666, dir_fd=parent)
-
-    own_files._no_link = follow
+    os.O_NOFOLLOW = 0
     replace("refuse_links", lambda *_: None)
     replace("refuse_foreign", lambda *_: None)
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from ds_stacking.checkpoint.manifest import _checksum
+from tests.checkpoint.signed import sign_manifest
 from tests.hostile import rules
 from tests.hostile.rules import Mutation
 from tests.hostile.watch import changes
@@ -210,14 +210,13 @@ def mutations_of(kind: Kind, file: Path) -> list[Mutation]:
 def sign(checkpoint: Path) -> None:
     """Write the manifest anew, so that sizes and hashes of all files are right again."""
     manifest = json.loads((checkpoint / "manifest.json").read_text())
-    del manifest["sha256"]
     for name in list(manifest["files"]):
         file = checkpoint / name
         if not file.is_file() or file.is_symlink() or file.stat().st_size > 1 << 27:
             continue
         content = file.read_bytes()
         manifest["files"][name] = {"size": len(content), "sha256": sha256(content)}
-    (checkpoint / "manifest.json").write_text(json.dumps(manifest | {"sha256": _checksum(manifest)}))
+    sign_manifest(checkpoint, manifest)
 
 
 def sha256(content: bytes) -> str:
