@@ -17,9 +17,9 @@ from ds_stacking.common.outputs import check_output_folder
 from ds_stacking.common.words import shown
 from ds_stacking.config import RunConfig
 from ds_stacking.launcher_options import Options, positive, whole_number
-from ds_stacking.studies.comparison.plan import PLAN
 from ds_stacking.studies.comparison.report import write_comparison
 from ds_stacking.studies.comparison.running import Comparison
+from ds_stacking.studies.comparison.shapes import PLAN
 from ds_stacking.studies.comparison.starting import Place, places
 from ds_stacking.studies.comparison.study import read_study, write_study
 

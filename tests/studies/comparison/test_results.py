@@ -21,7 +21,7 @@ SCRIPT = "<script>alert(1)</script>"
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"version": ...}, "is of version 1, and this program reads version 2; report it with the program that made"),
+        ({"version": ...}, "is of version 1, and this program reads version 2; use the program that made it"),
         ({"version": 3}, "is of version 3"),
         ({"version": "2"}, "version: input should be a valid integer"),
         ({"recipe": {}}, "recipe.stages: field required"),
