@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 from ds_stacking.common.errors import UserError
 from ds_stacking.common.words import plain, shown
@@ -159,7 +159,7 @@ def pilot_stages(config: RunConfig, arms: Mapping[str, Arm], steps: int) -> list
 
 def plan_arm(config: RunConfig, arm: Arm) -> ArmPlan:
     """An arm as comparison.json names it; `lr` is its peak as long as no tuning has chosen one."""
-    fields = {
+    return {
         "kind": arm.kind,
         "meaning": arm.meaning,
         "depths": arm.depths,
@@ -167,7 +167,6 @@ def plan_arm(config: RunConfig, arm: Arm) -> ArmPlan:
         "lr": float(arm.settings.get("lr", config.lr)),
         "settings": dict(arm.settings),
     }
-    return cast(ArmPlan, fields)
 
 
 def commit() -> str | None:

@@ -32,7 +32,7 @@ from ds_stacking.studies.comparison.plan import (
     unit_of,
     versions,
 )
-from ds_stacking.studies.comparison.shapes import PLAN, VERSION, Plan, TunedArm, read_plan
+from ds_stacking.studies.comparison.shapes import PLAN, VERSION, Plan, read_plan
 from ds_stacking.training.run_directory import SUMMARY
 
 LOCK = ".lock"
@@ -225,7 +225,7 @@ class PlanFile:
         for arm in self._tuned():
             assert plan["tuning"] is not None
             rates = tuning.first_rates(self.config.lr)
-            plan["tuning"]["arms"].setdefault(arm.name, cast(TunedArm, {"rates": rates, "chosen": None}))
+            plan["tuning"]["arms"].setdefault(arm.name, {"rates": rates, "chosen": None})
             for lr in plan["tuning"]["arms"][arm.name]["rates"]:
                 self._note(plan, self.tuning_runs(plan, arm, lr))
         self._note(plan, self.runs(plan))

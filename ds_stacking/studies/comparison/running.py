@@ -31,7 +31,7 @@ from ds_stacking.studies.comparison.plan import ArmRun
 from ds_stacking.studies.comparison.plan_file import Pilot, PlanFile
 from ds_stacking.studies.comparison.progress import Progress
 from ds_stacking.studies.comparison.shapes import PLAN, SECONDS, Plan
-from ds_stacking.studies.comparison.starting import Place, Starter
+from ds_stacking.studies.comparison.starting import Slot, Starter
 from ds_stacking.studies.comparison.words import plural
 from ds_stacking.training.run_directory import CONFIG, is_finished, refuse_place
 
@@ -68,9 +68,9 @@ class Comparison:
     """What equal time means; cpu: processor time, for one pinned thread on a machine that others use too."""
     launch: Sequence[str]
     """The command that starts pretrain.py, up to its options."""
-    places: Sequence[Place] = (Place(),)
+    slots: Sequence[Slot] = (Slot(),)
     """Where runs run, one at each at a time."""
-    say: Callable[[str], None] = print
+    log: Callable[[str], None] = print
     """Shows a line."""
     progress: Progress = field(init=False)
     lost: set[str] = field(default_factory=set, init=False)
@@ -96,7 +96,7 @@ class Comparison:
             raise UserError(f"output_dir {self.folder} holds a run, and no comparison; choose another --output_dir.")
         refuse_place(self.folder)
         self._refuse_foreign()
-        self.starter = Starter(folder=self.folder, launch=self.launch, places=self.places)
+        self.starter = Starter(folder=self.folder, launch=self.launch, slots=self.slots)
         self.plan_file = PlanFile(
             folder=self.folder,
             config=self.config,
@@ -106,7 +106,7 @@ class Comparison:
             tune=self.tune,
             minutes=self.minutes,
             clock=self.clock,
-            at_once=len(self.places),
+            at_once=len(self.slots),
             held=self.starter.held,
         )
 
@@ -154,8 +154,8 @@ class Comparison:
         return self.plan_file.open(self._pilot)
 
     def _each(self, do: Callable[[Item], Result], items: Sequence[Item]) -> list[Result]:
-        """What `do` gives for each item, as many at a time as there are places."""
-        with ThreadPoolExecutor(len(self.places)) as pool:
+        """What `do` gives for each item, as many at a time as there are slots."""
+        with ThreadPoolExecutor(len(self.slots)) as pool:
             return list(pool.map(do, items))
 
     def _announce(self, plan: Plan, tuned: Sequence[Arm], runs: Sequence[ArmRun]) -> None:
@@ -168,14 +168,14 @@ class Comparison:
         ]
         costs = self.plan_file.costs(plan)
         left = {run.path: run.seconds(costs) + plan["overhead"] for run in [*first, *runs] if not self._is_done(run)}
-        self.progress = Progress(self.say, left, len(first) + len(runs), len(self.places))
+        self.progress = Progress(self.log, left, len(first) + len(runs), len(self.slots))
         self.progress.announce(f"{len(self.resolved)} arms ({', '.join(self.resolved)}), {plural(self.seeds, 'seed')}")
 
     def _pilot(self) -> Pilot:
         """Measure what a step costs at each depth, in a run of a few steps that also prepares the data."""
         self._refuse_foreign()  # again: it was not looked at under the lock
         path = self.folder / PILOT
-        self.say(f"pilot: {PILOT_STEPS} steps at each depth")
+        self.log(f"pilot: {PILOT_STEPS} steps at each depth")
         code, last = self.starter.start(path, [*self.options, *pilot_options(self.config, self.resolved)])
         if not is_finished(replace(self.config, output_dir=str(path))):
             if code == UserError.exit_code:
@@ -227,7 +227,7 @@ class Comparison:
             if best is None:
                 return [run.path for lr in losses for run in self.plan_file.tuning_runs(plan, arm, lr)]
             self.plan_file.choose(arm, best)
-            self.say(f"{arm.name}: of {', '.join(f'{lr:g}' for lr in sorted(losses))} learning rate {best:g} is best")
+            self.log(f"{arm.name}: of {', '.join(f'{lr:g}' for lr in sorted(losses))} learning rate {best:g} is best")
             return []
 
     def _loss(self, run: ArmRun) -> float | None:

@@ -45,7 +45,6 @@ Seeds = Annotated[list[Whole], Field(max_length=100_000)]
 class Depth(TypedDict):
     """A stage of the recipe."""
 
-    __pydantic_config__ = KEEP_OTHERS  # type: ignore[misc]
     layers: Whole
     steps: Whole
     lr: NotRequired[Amount | None]
@@ -54,14 +53,12 @@ class Depth(TypedDict):
 class Width(TypedDict):
     """The recipe's model."""
 
-    __pydantic_config__ = KEEP_OTHERS  # type: ignore[misc]
     hidden_size: Whole
 
 
 class Recipe(TypedDict):
     """The recipe that all arms share."""
 
-    __pydantic_config__ = KEEP_OTHERS  # type: ignore[misc]
     stages: Annotated[list[Depth], Field(max_length=1000)]
     model: Width
     data: Text
@@ -78,7 +75,6 @@ class StepCost(TypedDict):
 class Machine(TypedDict):
     """What the comparison was planned on."""
 
-    __pydantic_config__ = KEEP_OTHERS  # type: ignore[misc]
     processor: Text
     cores: Whole
     gpus: Annotated[list[Text], Field(max_length=100)]
@@ -87,7 +83,6 @@ class Machine(TypedDict):
 class ArmPlan(TypedDict):
     """An arm."""
 
-    __pydantic_config__ = KEEP_OTHERS  # type: ignore[misc]
     kind: Literal["scratch", "shallow", "grown", "own"]
     meaning: Text
     depths: Annotated[list[Whole], Field(min_length=1, max_length=1000)]
@@ -99,7 +94,6 @@ class ArmPlan(TypedDict):
 class TunedArm(TypedDict):
     """The learning rates that were tried for an arm."""
 
-    __pydantic_config__ = KEEP_OTHERS  # type: ignore[misc]
     rates: Annotated[list[Spent], Field(max_length=1000)]
     chosen: Spent | None
 
@@ -107,7 +101,6 @@ class TunedArm(TypedDict):
 class Tuning(TypedDict):
     """How learning rates were tuned."""
 
-    __pydantic_config__ = KEEP_OTHERS  # type: ignore[misc]
     seeds: Seeds
     arms: dict[Name, TunedArm]
 
