@@ -44,7 +44,6 @@ class RunName(TypedDict):
 class Stage(TypedDict):
     """A stage of summary.json."""
 
-    __pydantic_config__ = KEEP_OTHERS  # type: ignore[misc]
     layers: Whole
     steps: Whole
     tokens: NotRequired[Amount | None]
@@ -58,7 +57,6 @@ class Stage(TypedDict):
 class Growth(TypedDict):
     """A growth of summary.json."""
 
-    __pydantic_config__ = KEEP_OTHERS  # type: ignore[misc]
     stage: NotRequired[Whole]
     eval_loss_later: NotRequired[Number | None]
 

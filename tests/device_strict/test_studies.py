@@ -22,7 +22,7 @@ def fine_tune(folder: Path) -> None:
     with strict_device(0):
         run = GlueRun(GlueConfig(**options, seeds=1, tasks="SST-2,STS-B", lr="5e-3", epochs="2", batch_size="8"))
         run.check_data()
-        run.claim()
+        run.make_folder()
         run.run()
 
 

@@ -43,7 +43,7 @@ def start(*options: object, rank: int = 0, world_size: int = 1) -> subprocess.Po
 def one_rank(config: GlueConfig) -> None:
     """All jobs on this rank."""
     run = GlueRun(config)
-    run.claim()
+    run.make_folder()
     run.work()
 
 

@@ -33,7 +33,6 @@ Matrix = list[list[Number]]
 class Stage(TypedDict):
     """What was measured at the end of a stage."""
 
-    __pydantic_config__ = KEEP_OTHERS  # type: ignore[misc]
     name: Name
     layers: Few
     heads: Few
@@ -46,7 +45,6 @@ class Stage(TypedDict):
 class Point(TypedDict):
     """How alike blocks and their copies were at one time."""
 
-    __pydantic_config__ = KEEP_OTHERS  # type: ignore[misc]
     name: Name
     js_divergence: list[Number]
     weight_cosine: list[Number]
@@ -57,7 +55,6 @@ class Point(TypedDict):
 class Growth(TypedDict):
     """A growth, and how its copies parted."""
 
-    __pydantic_config__ = KEEP_OTHERS  # type: ignore[misc]
     from_layers: Few
     to_layers: Few
     pairs: list[list[int]]

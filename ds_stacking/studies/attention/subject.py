@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -13,8 +13,10 @@ from typing import Literal
 from typing_extensions import TypedDict
 
 from ds_stacking.common.errors import UserError
-from ds_stacking.common.json_files import KEEP_OTHERS, Count, parse_json, read_json
-from ds_stacking.common.own_files import open_folder, open_inside, refuse_links
+from ds_stacking.common.json_files import KEEP_OTHERS, Count, check_value, read_json
+from ds_stacking.common.json_lines import read_json_lines
+from ds_stacking.common.outputs import check_output_folder
+from ds_stacking.common.own_files import open_folder, refuse_links
 from ds_stacking.config import CorpusConfig
 from ds_stacking.studies.attention.configuration import AttentionConfig
 
@@ -22,8 +24,6 @@ LENGTH = 128
 """Tokens of a block where no run says how many."""
 STAGE = re.compile(r"stage-([0-9]{1,4})-([0-9]{1,4})L")
 """An exported stage: its number and its layers."""
-LONGEST_LINE = 1 << 20
-"""Characters of a line of metrics.jsonl."""
 MEND = "restore it, or give one of the run's exported stages"
 
 
@@ -85,7 +85,7 @@ def resolve(config: AttentionConfig) -> Subject:
         data=config.data or run["data"],
         corpus=run["corpus"],
         length=config.sequence_length or run["corpus"].sequence_length,
-        output_dir=_output(config.output_dir, root / "report" / "attention"),
+        output_dir=check_output_folder(config.output_dir or str(root / "report" / "attention"), "output_dir"),
     )
 
 
@@ -97,7 +97,7 @@ def _of_a_model(config: AttentionConfig) -> Subject:
         data=config.data or "docs",
         corpus=CorpusConfig(),
         length=config.sequence_length or LENGTH,
-        output_dir=_output(config.output_dir, Path("runs/attention")),
+        output_dir=check_output_folder(config.output_dir or "runs/attention", "output_dir"),
     )
 
 
@@ -128,29 +128,20 @@ def _read_run(root: Path) -> _Run:
 
 def _growths(root: Path) -> dict[int, Growth]:
     """The growths of a run so far by the stage that they begin: its events, since summary.json comes at the end."""
-    found: dict[int, Growth] = {}
-    for number, line in enumerate(_lines(root), start=1):
-        if '"growth"' in line:
-            where = f"Line {number} of {root / 'metrics.jsonl'}"
-            if parse_json(line, _Kind, where=where, mend=MEND)["kind"] == "growth":
-                growth = parse_json(line, Growth, where=where, mend=MEND)
-                found[growth["stage"]] = growth  # a resumed run repeats some
+    path, found = root / "metrics.jsonl", dict[int, Growth]()
+    for number, (_, record) in enumerate(read_json_lines(path, _Event, mend=MEND, inside=root), start=1):
+        if record["kind"] == "growth":
+            where = f"{path} line {number}"
+            growth = check_value(record, Growth, where=where, mend=MEND)
+            found[growth["stage"]] = growth  # a resumed run repeats some
     return found
 
 
-class _Kind(TypedDict):
+class _Event(TypedDict):
+    """A line of metrics.jsonl."""
+
     __pydantic_config__ = KEEP_OTHERS  # type: ignore[misc]
     kind: str
-
-
-def _lines(root: Path) -> Iterator[str]:
-    """The whole lines of metrics.jsonl; the last one of a run under way may be cut short."""
-    with open(open_inside(root, "metrics.jsonl"), encoding="utf-8", errors="replace") as file:
-        while line := file.readline(LONGEST_LINE):
-            if len(line) == LONGEST_LINE:
-                raise UserError(f"{root / 'metrics.jsonl'} has a line of {LONGEST_LINE:,} characters; {MEND}.")
-            if line.endswith("\n"):
-                yield line
 
 
 def _between(root: Path, stages: Sequence[str], by_stage: Mapping[int, Growth]) -> list[Growth]:
@@ -183,14 +174,3 @@ def _parts(stage: str) -> tuple[str, str]:
     match = STAGE.fullmatch(stage)
     assert match is not None
     return match[1], match[2]
-
-
-def _output(given: str | None, default: Path) -> Path:
-    """The folder of the results, which can be made. Raises UserError."""
-    path = Path(given) if given is not None else default
-    existing = next(folder for folder in (path, *path.absolute().parents) if os.path.lexists(folder))
-    if not os.path.isdir(existing):
-        raise UserError(f"output_dir {path} cannot be made: {existing} is no folder; choose another --output_dir.")
-    if not os.access(existing, os.W_OK | os.X_OK):
-        raise UserError(f"output_dir {path}: no permission to write in {existing}; choose another --output_dir.")
-    return path

@@ -16,8 +16,8 @@ from ds_stacking.reports.figure import COLOURS, DIM, Draw, Point, draw_dots, dra
 from ds_stacking.reports.run_files import read_metrics
 from ds_stacking.studies.comparison.effects import COSTS, label_of
 from ds_stacking.studies.comparison.provenance import cache_loss
-from ds_stacking.studies.comparison.results import CLOCKS, End, Results
-from ds_stacking.studies.comparison.shapes import SECONDS
+from ds_stacking.studies.comparison.results import End, Results
+from ds_stacking.studies.comparison.shapes import CLOCKS, SECONDS
 
 Curves = dict[tuple[str, str], list[Point]]
 """(Run, cost) -> cost and loss of its evaluations, by rising cost."""

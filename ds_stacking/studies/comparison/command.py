@@ -8,6 +8,7 @@ import sys
 from argparse import Namespace
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 from ds_stacking.command_line import parse_run
@@ -17,10 +18,10 @@ from ds_stacking.common.outputs import check_output_folder
 from ds_stacking.common.words import shown
 from ds_stacking.config import RunConfig
 from ds_stacking.launcher_options import Options, one_of, positive, whole_number
-from ds_stacking.studies.comparison.plan import PLAN
 from ds_stacking.studies.comparison.report import write_comparison
 from ds_stacking.studies.comparison.running import Comparison
-from ds_stacking.studies.comparison.starting import Place, places
+from ds_stacking.studies.comparison.shapes import PLAN
+from ds_stacking.studies.comparison.starting import Slot, slots
 from ds_stacking.studies.comparison.study import read_study, write_study
 
 
@@ -164,8 +165,8 @@ def make_comparison(known: Namespace, options: list[str], pretrain: Path) -> Com
         minutes=known.minutes,
         clock=known.clock,
         launch=[*_words(known.launch), str(pretrain)],
-        places=_places(known),
-        say=lambda line: print(line, flush=True),
+        slots=_slots(known),
+        log=partial(print, flush=True),
     )
 
 
@@ -176,7 +177,7 @@ def _config(known: Namespace, options: list[str]) -> RunConfig:
     return config if config.output_dir is not None else replace(config, output_dir=f"runs/compare-{config.name}")
 
 
-def _places(known: Namespace) -> Sequence[Place]:
+def _slots(known: Namespace) -> Sequence[Slot]:
     """Where runs run. Several at a time, and processor time, are for one process each."""
 
     alone = known.parallel == 1 and known.clock == "wall"
@@ -186,7 +187,7 @@ def _places(known: Namespace) -> Sequence[Place]:
     gpus = [] if alone else _gpus()
     if gpus and known.clock == "cpu":
         raise UserError("--clock cpu means nothing where GPUs train; leave it out.")
-    return places(known.parallel, pinned=not alone, gpus=gpus)
+    return slots(known.parallel, pinned=not alone, gpus=gpus)
 
 
 def _gpus() -> list[str]:

@@ -35,7 +35,6 @@ PILOT_OPTIONS = {
 class PilotStage(TypedDict):
     """A stage in the pilot's config.json."""
 
-    __pydantic_config__ = KEEP_OTHERS  # type: ignore[misc]
     steps: Count
 
 

@@ -14,19 +14,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Annotated, Any, Literal, NotRequired
-
-from pydantic import Field
-from typing_extensions import TypedDict
+from typing import Any
 
 from ds_stacking.common.errors import UserError
-from ds_stacking.common.json_files import KEEP_OTHERS, Count, read_json
 from ds_stacking.common.words import plain, shown
 from ds_stacking.config import RunConfig, StageConfig
 from ds_stacking.studies.comparison.arms import Arm, budget_label, recipe_stages, stage_of
-from ds_stacking.studies.comparison.shapes import VERSION, Spent, TunedArm
+from ds_stacking.studies.comparison.shapes import ArmPlan, Plan
 
-PLAN = "comparison.json"
 SAME_PLAN = 0.02
 """Where equal time means so nearly the steps of equal FLOPs, relatively, one run serves for both."""
 PACKAGES = ("torch", "deepspeed", "transformers", "datasets", "numpy")
@@ -77,70 +72,9 @@ class ArmRun:
         return sum(share * self.steps * costs[layers].seconds for layers, share in self.arm.shares(self.seed))
 
 
-class SavedCost(TypedDict):
-    """What a step costs, in comparison.json."""
-
-    flops: Spent
-    seconds: Spent
-
-
-class SavedArm(TypedDict):
-    """An arm, in comparison.json."""
-
-    __pydantic_config__ = KEEP_OTHERS  # type: ignore[misc]
-    meaning: str
-
-
-class Tuning(TypedDict):
-    """The tuning of all arms."""
-
-    seeds: list[Count]
-    factor: float
-    arms: dict[str, TunedArm]
-
-
-class Saved(TypedDict):
-    """comparison.json: what is read of it to go on."""
-
-    __pydantic_config__ = KEEP_OTHERS  # type: ignore[misc]
-    version: Literal[2]
-    commit: str | None
-    later_commits: list[str]
-    versions: NotRequired[dict[str, str]]
-    later_versions: NotRequired[list[dict[str, str]]]
-    parallel: NotRequired[Count]
-    later_parallel: NotRequired[list[Count]]
-    added_arms: NotRequired[list[str]]
-    added_budgets: NotRequired[list[Spent]]
-    recipe: dict[str, Any]
-    clock: str
-    minutes: float | None
-    unit: Spent
-    data_fingerprint: str
-    overhead: float
-    costs: dict[Annotated[str, Field(pattern="^[0-9]{1,6}$")], SavedCost]
-    budgets: list[Spent]
-    seeds: list[Count]
-    added_seeds: list[Count]
-    arms: dict[str, SavedArm]
-    tuning: Tuning | None
-    runs: dict[str, list[list[Count]]]
-
-
-def read_plan(folder: Path) -> Saved | None:
-    """What an earlier call has planned in `folder`; None where there is none. Raises UserError for what is damaged."""
-    path = folder / PLAN
-    if not path.is_symlink() and not path.exists():
-        return None
-    mend = "restore it, or choose another --output_dir"
-    if read_json(path, dict[str, Any], mend=mend, inside=folder).get("version") != VERSION:
-        raise UserError(f"{folder} holds a comparison of another version; choose another --output_dir.")
-    return read_json(path, Saved, mend=mend, inside=folder)
-
-
-def check_same_recipe(folder: Path, saved: Saved, wanted: Mapping[str, Any]) -> None:
+def check_same_recipe(folder: Path, plan: Plan, wanted: Mapping[str, Any]) -> None:
     """Raise UserError where what was planned is another comparison; `wanted` are the recipe, the clock and so on."""
-    known = {**saved["recipe"], "clock": saved["clock"]}
+    known = {**plan["recipe"], "clock": plan["clock"]}
     for name, value in known.items():
         if name not in wanted or value != wanted[name]:
             raise UserError(
@@ -223,7 +157,7 @@ def pilot_stages(config: RunConfig, arms: Mapping[str, Arm], steps: int) -> list
     return [stage_of(config, layers, steps, first=True) for layers in depths]
 
 
-def saved_arm(config: RunConfig, arm: Arm) -> dict[str, Any]:
+def plan_arm(config: RunConfig, arm: Arm) -> ArmPlan:
     """An arm as comparison.json names it; `lr` is its peak as long as no tuning has chosen one."""
     return {
         "kind": arm.kind,

@@ -15,7 +15,7 @@ from ds_stacking.reports.table import duration
 class Progress:
     """What a person sees while runs run: run 5 of 18, its loss, the time that is left."""
 
-    say: Callable[[str], None]
+    log: Callable[[str], None]
     """Shows a line."""
     seconds: dict[str, float]
     """Expected seconds by run, of those still to do."""
@@ -30,7 +30,7 @@ class Progress:
     def announce(self, what: str) -> None:
         """Say what is about to run."""
         done = self.total - len(self.seconds)
-        self.say(f"{what}: {self.total} runs{f', {done} of them finished' if done else ''}{self._left()}")
+        self.log(f"{what}: {self.total} runs{f', {done} of them finished' if done else ''}{self._left()}")
 
     def add(self, seconds: Mapping[str, float]) -> None:
         """More runs than were announced, such as another learning rate."""
@@ -44,14 +44,14 @@ class Progress:
         with self.lock:
             number = self.total - len(self.seconds) + len(self.begun) + 1
             self.begun[path] = (number, time.monotonic())
-            self.say(f"run {number} of {self.total}: {path}, {stages}{self._left()}")
+            self.log(f"run {number} of {self.total}: {path}, {stages}{self._left()}")
 
     def watch(self, path: str, record: Mapping[str, Any]) -> None:
         """A run goes on; `record` is the newest of its metrics."""
         with self.lock:
             number, _ = self.begun[path]
             if "loss" in record:
-                self.say(
+                self.log(
                     f"run {number} of {self.total}: step {record.get('step')}, loss {record['loss']:.3f}{self._left()}"
                 )
 
@@ -60,7 +60,7 @@ class Progress:
         with self.lock:
             number, start = self.begun[path]
             self.ended[path] = time.monotonic() - start
-            self.say(f"run {number} of {self.total}: {words}{self._left()}")
+            self.log(f"run {number} of {self.total}: {words}{self._left()}")
 
     def _left(self) -> str:
         """The time that is left: what was expected, times what ended runs took beside what was expected of them."""

@@ -12,7 +12,8 @@ import numpy as np
 
 from ds_stacking.common.words import plain
 from ds_stacking.reports.table import duration, flops
-from ds_stacking.studies.comparison.results import CLOCKS, UNIT, End, Results
+from ds_stacking.studies.comparison.results import UNIT, End, Results
+from ds_stacking.studies.comparison.shapes import CLOCKS
 from ds_stacking.studies.comparison.statistics import Effect, effect
 from ds_stacking.studies.comparison.words import listed, number, plural, seeds_of
 
@@ -132,7 +133,7 @@ def warmup_sentences(results: Results) -> list[str]:
 
     Nothing where the plan does not tell, or where a stage of the recipe has a rate of its own.
     """
-    recipe, costs = results.plan["recipe"], results.plan.get("costs", {})
+    recipe, costs = results.plan["recipe"], results.plan["costs"]
     warmup = recipe.get("warmup_steps", 0)
     if not warmup or any(stage.get("lr") is not None for stage in recipe["stages"]):
         return []
@@ -201,7 +202,7 @@ def _code(results: Results) -> list[str]:
         changed = commit.endswith("-dirty")
         name = plain(commit.removesuffix("-dirty")[:12], 60)
         said = f"Commit {name}" + (" with changes that were not committed, so nobody can run it again" * changed)
-    later = [plain(commit[:12], 60) for commit in results.plan.get("later_commits", [])]
+    later = [plain(commit[:12], 60) for commit in results.plan["later_commits"]]
     others = [f"Later runs may be of other code: the comparison was gone on with at {listed(later)}."] if later else []
     for packages in results.plan.get("later_versions", []):
         others.append(

@@ -14,22 +14,18 @@ from typing import Any
 from ds_stacking.common.errors import UserError
 from ds_stacking.common.json_files import read_json
 from ds_stacking.common.own_files import read_inside
-from ds_stacking.common.words import plain, shown
+from ds_stacking.common.words import plain
 from ds_stacking.studies.comparison.shapes import (
-    LABELS,
-    PATH,
+    CLOCKS,
     SECONDS,
     TUNING,
-    VERSION,
     ArmPlan,
     EndOfRun,
     Plan,
-    Versioned,
+    read_plan,
 )
 from ds_stacking.studies.comparison.statistics import TOLERANCE, Frontier, Hole, off_median
 
-CLOCKS = {"wall": "wall clock", "cpu": "processor time"}
-MEND = "restore it, or compare in another --output_dir"
 UNIT = "x1"
 """Label of scratch's runs that spend as much as the arms."""
 
@@ -155,39 +151,14 @@ class Results:
 def read_comparison(folder: str | Path) -> Results:
     """Read a comparison's directory. Raises UserError where it is none; a run whose files are damaged has failed."""
     folder = Path(folder)
-    path = folder / "comparison.json"
-    try:
-        version = read_json(path, Versioned, mend=MEND, inside=folder).get("version", 1)
-        if version != VERSION:
-            raise UserError(
-                f"{path} is of version {shown(version)}, and this program reads version {VERSION}; report it with the "
-                f"program that made it, or compare in another --output_dir."
-            )
-        plan = read_json(path, Plan, mend=MEND, inside=folder)
-    except OSError:
-        raise UserError(f"{folder} holds no comparison; give the output_dir of compare.py.") from None
-    _check_plan(path, plan)
+    plan = read_plan(folder)
+    if plan is None:
+        raise UserError(f"{folder} holds no comparison; give the output_dir of compare.py.")
     results = Results(folder=folder, plan=plan)
     for name in plan["runs"]:
         _read_run(results, name)
     results.untimed = disturbed(results)
     return results
-
-
-def _check_plan(path: Path, plan: Plan) -> None:
-    """Raise UserError where runs or baselines of the plan are none of compare.py's."""
-    for name in plan["runs"]:
-        match = PATH.fullmatch(name)
-        arm = plan["arms"].get(match[1]) if match else None
-        if not (match and arm and (LABELS[arm["kind"]].fullmatch(match[2]) or TUNING.fullmatch(match[2]))):
-            raise UserError(f"{path}: runs names {shown(name)}, which is none of compare.py's; restore the file.")
-    scratch = [name for name, arm in plan["arms"].items() if arm["kind"] == "scratch"]
-    for name, arm in plan["arms"].items():
-        baseline = arm["baseline"]
-        if baseline is not None and baseline not in scratch:
-            raise UserError(
-                f"{path}: the baseline of {name} is {shown(baseline)}, no arm of kind scratch; restore it."
-            )
 
 
 def _read_run(results: Results, name: str) -> None:

@@ -26,12 +26,12 @@ from ds_stacking.config import RunConfig
 from ds_stacking.reports.run_files import read_summary
 from ds_stacking.studies.comparison import pilot, tuning
 from ds_stacking.studies.comparison.arms import Arm, check_budgets, resolve_arms
-from ds_stacking.studies.comparison.book import Book, Pilot
 from ds_stacking.studies.comparison.pilot import PILOT, PILOT_STEPS, is_pilot, pilot_options, read_costs
-from ds_stacking.studies.comparison.plan import PLAN, ArmRun, Saved
+from ds_stacking.studies.comparison.plan import ArmRun
+from ds_stacking.studies.comparison.plan_file import Pilot, PlanFile
 from ds_stacking.studies.comparison.progress import Progress
-from ds_stacking.studies.comparison.shapes import SECONDS
-from ds_stacking.studies.comparison.starting import Place, Starter
+from ds_stacking.studies.comparison.shapes import PLAN, SECONDS, Plan
+from ds_stacking.studies.comparison.starting import Slot, Starter
 from ds_stacking.studies.comparison.words import plural
 from ds_stacking.training.run_directory import CONFIG, is_finished, refuse_place
 
@@ -68,9 +68,9 @@ class Comparison:
     """What equal time means; cpu: processor time, for one pinned thread on a machine that others use too."""
     launch: Sequence[str]
     """The command that starts pretrain.py, up to its options."""
-    places: Sequence[Place] = (Place(),)
+    slots: Sequence[Slot] = (Slot(),)
     """Where runs run, one at each at a time."""
-    say: Callable[[str], None] = print
+    log: Callable[[str], None] = print
     """Shows a line."""
     progress: Progress = field(init=False)
     lost: set[str] = field(default_factory=set, init=False)
@@ -96,8 +96,8 @@ class Comparison:
             raise UserError(f"output_dir {self.folder} holds a run, and no comparison; choose another --output_dir.")
         refuse_place(self.folder)
         self._refuse_foreign()
-        self.starter = Starter(folder=self.folder, launch=self.launch, places=self.places)
-        self.book = Book(
+        self.starter = Starter(folder=self.folder, launch=self.launch, slots=self.slots)
+        self.plan_file = PlanFile(
             folder=self.folder,
             config=self.config,
             arms=self.resolved,
@@ -106,7 +106,7 @@ class Comparison:
             tune=self.tune,
             minutes=self.minutes,
             clock=self.clock,
-            at_once=len(self.places),
+            at_once=len(self.slots),
             held=self.starter.held,
         )
 
@@ -128,7 +128,7 @@ class Comparison:
         Raises UserError for bad input of all runs, which the pilot meets first, RunFailed where the pilot fails, and
         RunAgain when asked to stop.
         """
-        pairs = [(arm, seed) for arm in self.resolved for seed in self.book.seeds]
+        pairs = [(arm, seed) for arm in self.resolved for seed in self.plan_file.seeds]
         if task is not None and not 0 <= task < len(pairs):
             raise UserError(
                 f"task {task} is not among the {len(pairs)} of {len(self.resolved)} arms ({', '.join(self.resolved)}) "
@@ -136,46 +136,46 @@ class Comparison:
             )
         wanted = pairs if task is None else [pairs[task]]
         with self.starter.stopped_by_signals(), writing(self.folder):
-            saved = self.plan()
-            self.fingerprint = saved["data_fingerprint"]
-            runs = [run for run in self.book.runs(saved) if (run.arm.name, run.seed) in wanted]
+            plan = self.plan()
+            self.fingerprint = plan["data_fingerprint"]
+            runs = [run for run in self.plan_file.runs(plan) if (run.arm.name, run.seed) in wanted]
             named = {name for name, _ in wanted}
-            tuned = [arm for arm in self.resolved.values() if arm.name in named and self.book.is_tuned(arm)]
-            self._announce(saved, tuned, runs)
+            tuned = [arm for arm in self.resolved.values() if arm.name in named and self.plan_file.is_tuned(arm)]
+            self._announce(plan, tuned, runs)
             failed = [path for paths in self._each(self._tune, tuned) for path in paths]
             without_rate = {path.partition("/")[0] for path in failed}
             runs = [run for run in runs if run.arm.name not in without_rate]
-            lrs = [self.book.lr(saved, run.arm) for saved in [self.plan()] for run in runs]
+            lrs = [self.plan_file.lr(plan, run.arm) for plan in [self.plan()] for run in runs]
             done = self._each(lambda pair: self._train(*pair), list(zip(runs, lrs, strict=True)))
             return failed + [run.path for run, is_done in zip(runs, done, strict=True) if not is_done]
 
-    def plan(self) -> Saved:
+    def plan(self) -> Plan:
         """The plan, made once for all that share the directory; a pilot measures what a step costs."""
-        return self.book.open(self._pilot)
+        return self.plan_file.open(self._pilot)
 
     def _each(self, do: Callable[[Item], Result], items: Sequence[Item]) -> list[Result]:
-        """What `do` gives for each item, as many at a time as there are places."""
-        with ThreadPoolExecutor(len(self.places)) as pool:
+        """What `do` gives for each item, as many at a time as there are slots."""
+        with ThreadPoolExecutor(len(self.slots)) as pool:
             return list(pool.map(do, items))
 
-    def _announce(self, saved: Saved, tuned: Sequence[Arm], runs: Sequence[ArmRun]) -> None:
+    def _announce(self, plan: Plan, tuned: Sequence[Arm], runs: Sequence[ArmRun]) -> None:
         """Say how many runs there will be, and how long they will take."""
         first = [
             run
             for arm in tuned
-            for lr in (saved["tuning"]["arms"][arm.name]["rates"] if saved["tuning"] else [])
-            for run in self.book.tuning_runs(saved, arm, lr)
+            for lr in (plan["tuning"]["arms"][arm.name]["rates"] if plan["tuning"] else [])
+            for run in self.plan_file.tuning_runs(plan, arm, lr)
         ]
-        costs = self.book.costs(saved)
-        left = {run.path: run.seconds(costs) + saved["overhead"] for run in [*first, *runs] if not self._is_done(run)}
-        self.progress = Progress(self.say, left, len(first) + len(runs), len(self.places))
+        costs = self.plan_file.costs(plan)
+        left = {run.path: run.seconds(costs) + plan["overhead"] for run in [*first, *runs] if not self._is_done(run)}
+        self.progress = Progress(self.log, left, len(first) + len(runs), len(self.slots))
         self.progress.announce(f"{len(self.resolved)} arms ({', '.join(self.resolved)}), {plural(self.seeds, 'seed')}")
 
     def _pilot(self) -> Pilot:
         """Measure what a step costs at each depth, in a run of a few steps that also prepares the data."""
         self._refuse_foreign()  # again: it was not looked at under the lock
         path = self.folder / PILOT
-        self.say(f"pilot: {PILOT_STEPS} steps at each depth")
+        self.log(f"pilot: {PILOT_STEPS} steps at each depth")
         code, last = self.starter.start(path, [*self.options, *pilot_options(self.config, self.resolved)])
         if not is_finished(replace(self.config, output_dir=str(path))):
             if code == UserError.exit_code:
@@ -199,16 +199,16 @@ class Comparison:
         lock = f".tune-{arm.name}"
         refuse_links(self.folder, (lock,))
         with self.starter.held(self.folder / lock):
-            saved = self.plan()
-            assert saved["tuning"] is not None
-            known = saved["tuning"]["arms"][arm.name]
+            plan = self.plan()
+            assert plan["tuning"] is not None
+            known = plan["tuning"]["arms"][arm.name]
             if known["chosen"] is not None:
                 return []
             rates = known["rates"]
             losses: dict[float, float] = {}
             while rates:
                 for lr in rates:
-                    runs = self.book.tuning_runs(saved, arm, lr)
+                    runs = self.plan_file.tuning_runs(plan, arm, lr)
                     failed = [run.path for run in runs if not self._try_rate(run, lr)]
                     if failed:
                         return failed
@@ -216,18 +216,18 @@ class Comparison:
                 found = tuning.next_rate(losses)
                 rates = [] if found is None else [found]
                 if found is not None:
-                    saved = self.book.add_rate(arm, found)
+                    plan = self.plan_file.add_rate(arm, found)
                     self.progress.add(
                         {
-                            run.path: run.seconds(self.book.costs(saved))
-                            for run in self.book.tuning_runs(saved, arm, found)
+                            run.path: run.seconds(self.plan_file.costs(plan))
+                            for run in self.plan_file.tuning_runs(plan, arm, found)
                         }
                     )
             best = tuning.chosen(losses)
             if best is None:
-                return [run.path for lr in losses for run in self.book.tuning_runs(saved, arm, lr)]
-            self.book.choose(arm, best)
-            self.say(f"{arm.name}: of {', '.join(f'{lr:g}' for lr in sorted(losses))} learning rate {best:g} is best")
+                return [run.path for lr in losses for run in self.plan_file.tuning_runs(plan, arm, lr)]
+            self.plan_file.choose(arm, best)
+            self.log(f"{arm.name}: of {', '.join(f'{lr:g}' for lr in sorted(losses))} learning rate {best:g} is best")
             return []
 
     def _loss(self, run: ArmRun) -> float | None:

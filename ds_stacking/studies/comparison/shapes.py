@@ -1,18 +1,23 @@
-"""Files of a comparison as its report reads them, comparison.json and summary.json of each run, and their names."""
+"""Files of a comparison: comparison.json, summary.json of each run, and their names."""
 
 from __future__ import annotations
 
 import re
-from typing import Annotated, Literal, NotRequired
+from pathlib import Path
+from typing import Annotated, Any, Literal, NotRequired
 
 from pydantic import Field
 from typing_extensions import TypedDict
 
-from ds_stacking.common.json_files import KEEP_OTHERS
+from ds_stacking.common.errors import UserError
+from ds_stacking.common.json_files import KEEP_OTHERS, Count, Finite, read_json
+from ds_stacking.common.words import shown
 from ds_stacking.reports.run_files import Amount, Number, Text, Whole
 
-VERSION = 2
-"""Of comparison.json."""
+PLAN, VERSION = "comparison.json", 2
+"""The file of the plan, and its version."""
+CLOCKS = {"wall": "wall clock", "cpu": "processor time"}
+"""What a comparison's time may be, in words."""
 SECONDS = {"wall": "training_seconds", "cpu": "cpu_seconds"}
 """The field of a summary, and of a record of metrics, that holds the seconds of a comparison's clock."""
 NAME = "[A-Za-z][A-Za-z0-9_]{0,39}"
@@ -37,17 +42,9 @@ Versions = Annotated[dict[Text, Text], Field(max_length=100)]
 Seeds = Annotated[list[Whole], Field(max_length=100_000)]
 
 
-class Versioned(TypedDict):
-    """comparison.json of any version."""
-
-    __pydantic_config__ = KEEP_OTHERS  # type: ignore[misc]
-    version: NotRequired[int]
-
-
 class Depth(TypedDict):
     """A stage of the recipe."""
 
-    __pydantic_config__ = KEEP_OTHERS  # type: ignore[misc]
     layers: Whole
     steps: Whole
     lr: NotRequired[Amount | None]
@@ -56,14 +53,12 @@ class Depth(TypedDict):
 class Width(TypedDict):
     """The recipe's model."""
 
-    __pydantic_config__ = KEEP_OTHERS  # type: ignore[misc]
     hidden_size: Whole
 
 
 class Recipe(TypedDict):
     """The recipe that all arms share."""
 
-    __pydantic_config__ = KEEP_OTHERS  # type: ignore[misc]
     stages: Annotated[list[Depth], Field(max_length=1000)]
     model: Width
     data: Text
@@ -73,14 +68,13 @@ class Recipe(TypedDict):
 class StepCost(TypedDict):
     """What a step costs at a depth."""
 
-    __pydantic_config__ = KEEP_OTHERS  # type: ignore[misc]
     flops: Spent
+    seconds: Spent
 
 
 class Machine(TypedDict):
     """What the comparison was planned on."""
 
-    __pydantic_config__ = KEEP_OTHERS  # type: ignore[misc]
     processor: Text
     cores: Whole
     gpus: Annotated[list[Text], Field(max_length=100)]
@@ -89,18 +83,17 @@ class Machine(TypedDict):
 class ArmPlan(TypedDict):
     """An arm."""
 
-    __pydantic_config__ = KEEP_OTHERS  # type: ignore[misc]
     kind: Literal["scratch", "shallow", "grown", "own"]
     meaning: Text
     depths: Annotated[list[Whole], Field(min_length=1, max_length=1000)]
     baseline: Text | None
     lr: NotRequired[Amount | None]
+    settings: NotRequired[dict[Text, Text]]
 
 
 class TunedArm(TypedDict):
     """The learning rates that were tried for an arm."""
 
-    __pydantic_config__ = KEEP_OTHERS  # type: ignore[misc]
     rates: Annotated[list[Spent], Field(max_length=1000)]
     chosen: Spent | None
 
@@ -108,26 +101,28 @@ class TunedArm(TypedDict):
 class Tuning(TypedDict):
     """How learning rates were tuned."""
 
-    __pydantic_config__ = KEEP_OTHERS  # type: ignore[misc]
     seeds: Seeds
     arms: dict[Name, TunedArm]
 
 
 class Plan(TypedDict):
-    """comparison.json of this version."""
+    """comparison.json: what is planned, and what was found out meanwhile."""
 
     __pydantic_config__ = KEEP_OTHERS  # type: ignore[misc]
     version: Literal[2]
     commit: Text | None
-    later_commits: NotRequired[Annotated[list[Text], Field(max_length=1000)]]
+    later_commits: Annotated[list[Text], Field(max_length=1000)]
     versions: Versions
     later_versions: NotRequired[Annotated[list[Versions], Field(max_length=1000)]]
     recipe: Recipe
     clock: Literal["wall", "cpu"]
-    parallel: NotRequired[Whole]
-    later_parallel: NotRequired[Annotated[list[Whole], Field(max_length=1000)]]
+    parallel: NotRequired[Count]
+    later_parallel: NotRequired[Annotated[list[Count], Field(max_length=1000)]]
     machine: NotRequired[Machine]
-    costs: NotRequired[Annotated[dict[Text, StepCost], Field(max_length=1000)]]
+    minutes: Finite | None
+    unit: Spent
+    overhead: Finite
+    costs: Annotated[dict[Annotated[str, Field(pattern="^[0-9]{1,6}$")], StepCost], Field(max_length=1000)]
     data_fingerprint: Text
     budgets: Annotated[list[Spent], Field(max_length=1000)]
     added_budgets: NotRequired[Annotated[list[Spent], Field(max_length=1000)]]
@@ -157,3 +152,36 @@ class EndOfRun(TypedDict):
     training_seconds: Spent
     cpu_seconds: Spent
     data_fingerprint: Text
+
+
+def read_plan(folder: Path) -> Plan | None:
+    """The plan of the comparison in `folder`; None where there is none. Raises UserError for what is damaged."""
+    path, mend = folder / PLAN, "restore it, or choose another --output_dir"
+    try:
+        version = read_json(path, dict[str, Any], mend=mend, inside=folder).get("version", 1)
+        if version == VERSION:
+            plan = read_json(path, Plan, mend=mend, inside=folder)
+            _check_plan(path, plan)
+            return plan
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    raise UserError(
+        f"{path} is of version {shown(version)}, and this program reads version {VERSION}; use the program that made "
+        f"it, or choose another --output_dir."
+    )
+
+
+def _check_plan(path: Path, plan: Plan) -> None:
+    """Raise UserError where runs or baselines of the plan are none of compare.py's."""
+    for name in plan["runs"]:
+        match = PATH.fullmatch(name)
+        arm = plan["arms"].get(match[1]) if match else None
+        if not (match and arm and (LABELS[arm["kind"]].fullmatch(match[2]) or TUNING.fullmatch(match[2]))):
+            raise UserError(f"{path}: runs names {shown(name)}, which is none of compare.py's; restore the file.")
+    scratch = [name for name, arm in plan["arms"].items() if arm["kind"] == "scratch"]
+    for name, arm in plan["arms"].items():
+        baseline = arm["baseline"]
+        if baseline is not None and baseline not in scratch:
+            raise UserError(
+                f"{path}: the baseline of {name} is {shown(baseline)}, no arm of kind scratch; restore it."
+            )

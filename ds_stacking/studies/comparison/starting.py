@@ -24,7 +24,7 @@ from ds_stacking.training.run_directory import CONFIG, METRICS, STOP
 
 LAST_WORDS = 1 << 16
 """Bytes at the end of a log in which a run's last words are looked for."""
-POLL, TELL, WAIT = 0.2, 60.0, 1.0
+POLL, LOG_EVERY, WAIT = 0.2, 60.0, 1.0
 """Seconds between two looks at a run, between two lines about it, and that a lock is waited for at a time."""
 STOPPING = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 """Signals that ask to stop; the runs do not get them, since they have sessions of their own."""
@@ -34,7 +34,7 @@ THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
 
 
 @dataclass(kw_only=True)
-class Place:
+class Slot:
     """Where a run runs."""
 
     cores: set[int] | None = None
@@ -43,8 +43,8 @@ class Place:
     """Variables that it gets beside those that are there."""
 
 
-def places(parallel: int, *, pinned: bool, gpus: Sequence[str] = ()) -> list[Place]:
-    """One place for each run at a time.
+def slots(parallel: int, *, pinned: bool, gpus: Sequence[str] = ()) -> list[Slot]:
+    """One slot for each run at a time.
 
     Args:
         parallel: Runs at a time.
@@ -58,33 +58,33 @@ def places(parallel: int, *, pinned: bool, gpus: Sequence[str] = ()) -> list[Pla
         if parallel > len(gpus):
             raise UserError(f"parallel is {parallel}, and there are {len(gpus)} GPUs; give --parallel {len(gpus)}.")
         alone = parallel == 1
-        return [Place()] if alone else [Place(environment={"CUDA_VISIBLE_DEVICES": gpu}) for gpu in gpus[:parallel]]
+        return [Slot()] if alone else [Slot(environment={"CUDA_VISIBLE_DEVICES": gpu}) for gpu in gpus[:parallel]]
     if not pinned:
-        return [Place() for _ in range(parallel)]
+        return [Slot() for _ in range(parallel)]
     cores = sorted(os.sched_getaffinity(0))
     if parallel > len(cores):
         raise UserError(f"parallel is {parallel}, and there are {len(cores)} cores; give --parallel {len(cores)}.")
     one = dict.fromkeys(THREADS, "1")
-    return [Place(cores={core}, environment=one) for core in cores[:parallel]]
+    return [Slot(cores={core}, environment=one) for core in cores[:parallel]]
 
 
 @dataclass(kw_only=True)
 class Starter:
-    """Starts runs in a study's folder, as many at a time as there are places."""
+    """Starts runs in a study's folder, as many at a time as there are slots."""
 
     folder: Path
     """The study's folder, below which no link is followed."""
     launch: Sequence[str]
     """The command that starts pretrain.py, up to its options."""
-    places: Sequence[Place]
+    slots: Sequence[Slot]
     """Where runs run."""
     reason: str | None = field(default=None, init=False)
     """The signal that asked to stop."""
-    free: Queue[Place] = field(default_factory=Queue, init=False)
+    free: Queue[Slot] = field(default_factory=Queue, init=False)
 
     def __post_init__(self) -> None:
-        for place in self.places:
-            self.free.put(place)
+        for slot in self.slots:
+            self.free.put(slot)
 
     @contextmanager
     def stopped_by_signals(self) -> Iterator[None]:
@@ -106,28 +106,28 @@ class Starter:
 
         `watch` is given the newest record of its metrics from time to time. Raises RunAgain when asked to stop.
         """
-        place = self.free.get()
+        slot = self.free.get()
         try:
-            return self._start(place, path, options, watch)
+            return self._start(slot, path, options, watch)
         finally:
-            self.free.put(place)
+            self.free.put(slot)
 
     def _start(
-        self, place: Place, path: Path, options: Sequence[str], watch: Callable[[dict[str, Any]], None] | None
+        self, slot: Slot, path: Path, options: Sequence[str], watch: Callable[[dict[str, Any]], None] | None
     ) -> tuple[int, str]:
         self.refuse_if_stopped(path)
         make_inside(self.folder, *path.parent.relative_to(self.folder).parts)
         name = str(path.with_suffix(".log").relative_to(self.folder))
         with open(open_inside(self.folder, name, os.O_RDWR | os.O_CREAT | os.O_APPEND), "r+b", buffering=0) as log:
             begin = log.seek(0, os.SEEK_END)
-            cores = ",".join(map(str, sorted(place.cores or ())))
+            cores = ",".join(map(str, sorted(slot.cores or ())))
             # A session of its own: Ctrl-C shall reach this process alone, which then asks by a file.
             process = subprocess.Popen(
                 [*SUPERVISED, str(os.getpid()), cores, *self.launch, *options, f"--output_dir={path}"],
                 stdout=log,
                 stderr=log,
                 start_new_session=True,
-                env={**os.environ, **place.environment},
+                env={**os.environ, **slot.environment},
             )
             self._wait(process, path, watch)
             log.seek(max(begin, log.seek(0, os.SEEK_END) - LAST_WORDS))
@@ -140,15 +140,15 @@ class Starter:
     def _wait(
         self, process: subprocess.Popen[bytes], path: Path, watch: Callable[[dict[str, Any]], None] | None
     ) -> None:
-        told = time.monotonic()
+        logged = time.monotonic()
         while True:
             with suppress(subprocess.TimeoutExpired):
                 process.wait(POLL)
                 return
             if self.reason and (path / CONFIG).exists():
                 os.close(open_inside(path, STOP, os.O_WRONLY | os.O_CREAT))
-            if watch and time.monotonic() - told >= TELL:
-                told = time.monotonic()
+            if watch and time.monotonic() - logged >= LOG_EVERY:
+                logged = time.monotonic()
                 watch(newest_record(path))
 
     @contextmanager

@@ -23,8 +23,8 @@ from ds_stacking.common.json_files import read_json
 from ds_stacking.common.outputs import writing
 from ds_stacking.common.words import shown
 from ds_stacking.studies.comparison.conclusion import summary_lines
-from ds_stacking.studies.comparison.plan import PLAN
 from ds_stacking.studies.comparison.results import read_comparison
+from ds_stacking.studies.comparison.shapes import PLAN
 
 OWN = ("output_dir", "study", "task", "parallel", "launch")
 """Options of compare.py that hold for the whole study, or have no meaning in one."""

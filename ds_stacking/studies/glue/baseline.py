@@ -15,7 +15,7 @@ from scipy.sparse import csr_matrix, hstack
 from sklearn.feature_extraction.text import CountVectorizer
 from sklearn.linear_model import LogisticRegression, Ridge
 
-from ds_stacking.studies.glue.choice import HELD_OUT, Choice, best_setting, divide, mean_score
+from ds_stacking.studies.glue.choice import HELD_OUT, Choice, best_setting, hold_out, mean_score
 from ds_stacking.studies.glue.metrics import evaluate
 from ds_stacking.studies.glue.task_data import Examples, TaskData
 from ds_stacking.studies.glue.tasks import Task
@@ -31,14 +31,14 @@ SMOOTHING = 1.0
 Predict = Callable[[Examples], np.ndarray]
 
 
-def linear_words(
+def train_baseline(
     task: Task, data: TaskData, share: float, *, weighted: bool
 ) -> tuple[dict[str, dict[str, float]], dict[str, dict[str, float]], Choice]:
     """Scores of the development sets and of test sets with labels, and the choice that was made before.
 
     N-grams and penalty are chosen on `share` of the training set. A task on scores gets a ridge regression on counts.
     """
-    parts = divide(data, share)
+    parts = hold_out(data, share)
     settings = list(itertools.product(LONGEST_NGRAMS, STRENGTHS))
     tried = {setting: mean_score(_scores(task, fit(task, parts.train, *setting, weighted), parts.dev))
              for setting in settings}  # fmt: skip

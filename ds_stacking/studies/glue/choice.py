@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Mapping, Sequence
-from typing import TypeVar
+from typing import Annotated, TypeVar
 
 import numpy as np
+from pydantic import Field
 from typing_extensions import TypedDict
 
 from ds_stacking.common.errors import UserError
+from ds_stacking.common.json_files import Count, Finite
 from ds_stacking.studies.glue.task_data import Examples, TaskData
 
 LEAST_HELD_OUT = 250
@@ -26,22 +28,25 @@ HELD_OUT = "held_out"
 S = TypeVar("S")
 
 
+Percent = Annotated[float, Field(allow_inf_nan=False, ge=-100.1, le=100.1)]
+
+
 class Choice(TypedDict):
     """How an arm came to its setting; choices.json holds one for each task and arm."""
 
     task: str
     arm: str
-    setting: dict[str, float]
+    setting: dict[str, Finite]
     """What was chosen."""
-    examples: int
+    examples: Count
     """Examples of the training set that it was chosen on; 0 where there was but one setting."""
-    seeds: int
+    seeds: Count
     """Trainings of each setting."""
-    scores: list[tuple[dict[str, float], float | None]]
+    scores: list[tuple[dict[str, Finite], Percent | None]]
     """Every setting with its mean score over seeds; None where a training failed."""
 
 
-def held_out(labels: Sequence[float], share: float) -> np.ndarray:
+def held_out_mask(labels: Sequence[float], share: float) -> np.ndarray:
     """Which examples settings are chosen on [N], bool: `share` of them, at least 250, at most half.
 
     Every n-th of the examples, ordered by label and at random within one: each class has its share, and scores are
@@ -55,14 +60,14 @@ def held_out(labels: Sequence[float], share: float) -> np.ndarray:
     return part
 
 
-def divide(data: TaskData, share: float) -> TaskData:
+def hold_out(data: TaskData, share: float) -> TaskData:
     """The data that a choice may see: the rest of the training set, and the part of it that settings are scored on.
 
     Raises UserError for a training set of one or two examples.
     """
     if len(data.train) < 3:
         raise UserError(f"A training set of {len(data.train)} examples has no part to choose a setting on; give one.")
-    part = held_out(data.train.labels, share)
+    part = held_out_mask(data.train.labels, share)
     return TaskData(train=_rows(data.train, ~part), dev={HELD_OUT: _rows(data.train, part)}, test={}, notes=[])
 
 

@@ -22,7 +22,9 @@ from ds_stacking.common.files import whole_file, write_json, write_text
 from ds_stacking.common.outputs import writing
 from ds_stacking.common.own_files import make_inside, read_inside
 from ds_stacking.common.words import plain
-from ds_stacking.studies.glue.rows import ARMS, ChoiceSaved, Row, other_finals, read_choices, read_result, summarise
+from ds_stacking.studies.glue.choice import Choice
+from ds_stacking.studies.glue.results import read_choices
+from ds_stacking.studies.glue.rows import ARMS, Row, other_finals, read_scored, summarise
 
 PUBLISHED: dict[str, dict[str, tuple[float, ...]]] = {
     "BERT-Base": {
@@ -84,7 +86,7 @@ def write_glue_report(folder: str | Path, jobs: Sequence[str]) -> GlueReport:
     Raises UserError where a result is missing or damaged, RunFailed where the report cannot be written.
     """
     folder = Path(folder)
-    results = {name: read_result(folder, name) for name in jobs}
+    results = {name: read_scored(folder, name) for name in jobs}
     failed = {name: plain(result["failed"]) for name, result in results.items() if "failed" in result}
     done = {name: result for name, result in results.items() if name not in failed}
     rows = summarise(done, read_choices(folder))
@@ -180,7 +182,7 @@ def _choices(rows: Sequence[Row], others: Mapping[tuple[str, str], int]) -> list
     return notes
 
 
-def _at_edge(choice: ChoiceSaved) -> str:
+def _at_edge(choice: Choice) -> str:
     """Which chosen values are the smallest or largest of those tried, so that better ones may lie beyond."""
     tried = {name: {setting[name] for setting, _ in choice["scores"] if name in setting} for name in choice["setting"]}
     edge = [

@@ -9,21 +9,24 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, NotRequired
+from typing import Annotated, Any, NotRequired
 
 from filelock import FileLock
+from pydantic import Field
 from typing_extensions import TypedDict
 
 from ds_stacking.common.errors import UserError
 from ds_stacking.common.files import write_json
-from ds_stacking.common.json_files import KEEP_OTHERS, Count, Finite, read_json
+from ds_stacking.common.json_files import KEEP_OTHERS, Count, read_json
 from ds_stacking.common.own_files import make_inside, refuse_links
 from ds_stacking.common.words import shown
-from ds_stacking.studies.glue.choice import HELD_OUT, Choice, best_setting, mean_over_seeds, mean_score
+from ds_stacking.studies.glue.choice import HELD_OUT, Choice, Percent, best_setting, mean_over_seeds, mean_score
 from ds_stacking.studies.glue.configuration import BASELINES, GlueConfig, Job, Setting
 from ds_stacking.studies.glue.task_data import NEVER_LABELLED
 from ds_stacking.studies.glue.tasks import TASKS, Task, select_tasks
 
+CHOICES = "choices.json"
+MEND = "delete it, and the same command does that training again"
 COMPARABLE = ("model", "tokenizer", "data", "max_length", "precision", "dropout", "choose_on", "test_labels")
 """Fields of the configuration that all results of one folder share."""
 PROTOCOL = "settings chosen on a part of the training set"
@@ -31,21 +34,48 @@ PROTOCOL = "settings chosen on a part of the training set"
 
 
 class Result(TypedDict):
-    """results/<job>.json: what is read of it to go on."""
+    """results/<job>.json."""
 
     __pydantic_config__ = KEEP_OTHERS  # type: ignore[misc]
     arm: str
     task: str
     choosing: bool
-    epochs: int
-    batch_size: int
-    lr: float
-    seed: int
+    epochs: Count
+    batch_size: Count
+    lr: Annotated[float, Field(allow_inf_nan=False, ge=0, le=1e39)]
+    seed: Count
     failed: NotRequired[str]
-    scores: NotRequired[dict[str, dict[str, Finite]]]
-    test_scores: NotRequired[dict[str, dict[str, Finite]]]
+    scores: NotRequired[dict[str, dict[str, Percent]]]
+    test_scores: NotRequired[dict[str, dict[str, Percent]]]
     examples: NotRequired[dict[str, Count]]
     choice: NotRequired[Choice]
+
+
+class Choices(TypedDict):
+    """choices.json."""
+
+    __pydantic_config__ = KEEP_OTHERS  # type: ignore[misc]
+    choices: list[Choice]
+
+
+def read_result(folder: Path, name: str) -> Result | None:
+    """What the training `name` left; None where it has not been done. Raises UserError where the file is damaged."""
+    path = folder / "results" / f"{name}.json"
+    try:
+        return read_json(path, Result, mend=MEND, inside=folder)
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror}); {MEND}.") from None
+
+
+def read_choices(folder: Path) -> dict[tuple[str, str], Choice]:
+    """Task and arm -> how its setting was chosen. Raises UserError where the file is damaged."""
+    try:
+        found = read_json(folder / CHOICES, Choices, mend="give the same command again", inside=folder)
+    except FileNotFoundError:
+        return {}
+    return {(choice["task"], choice["arm"]): choice for choice in found["choices"]}
 
 
 class GlueResults:
@@ -130,7 +160,7 @@ class GlueResults:
             scores.setdefault(job.setting, []).append(score)
         return {setting: mean_over_seeds(values) for setting, values in scores.items()}
 
-    def claim(self) -> None:
+    def make_folder(self) -> None:
         """Make the output folder. Raises UserError where it holds results that these could not stand beside."""
         self.folder.mkdir(parents=True, exist_ok=True)
         make_inside(self.folder, "results")
@@ -146,16 +176,14 @@ class GlueResults:
 
     def result(self, job: Job) -> Result | None:
         """What the job left; None where it has not been done. Raises UserError for what is no result of this job."""
-        path, mend = self.path(job), "delete it, and the same command does that training again"
-        try:
-            result = read_json(path, Result, mend=mend, inside=self.folder)
-        except FileNotFoundError:
+        result = read_result(self.folder, job.name)
+        if result is None:
             return None
         found = [result.get("scores", {}), result.get("test_scores", {})]
         figures = [{name: set(scores) for name, scores in sets.items()} for sets in found]
         whole = "failed" in result or figures == self.expected(job)
         if not whole or any(result.get(name) != value for name, value in asdict(job).items()):
-            raise UserError(f"{path} is not the result of that training; {mend}.")
+            raise UserError(f"{self.path(job)} is not the result of that training; {MEND}.")
         return result
 
     def expected(self, job: Job) -> list[dict[str, set[str]]]:
@@ -192,7 +220,7 @@ class GlueResults:
                         scores=[(_named(one), score) for one, score in self.tried(task, arm).items()],
                     )
                 )
-        write_json(self.folder / "choices.json", {"choices": choices}, inside=self.folder)
+        write_json(self.folder / CHOICES, {"choices": choices}, inside=self.folder)
         return [job.name for job in self.jobs()]
 
 

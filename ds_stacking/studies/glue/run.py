@@ -8,7 +8,7 @@ that dies leaves its job to the others. Jobs are held by file locks, which end w
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from functools import lru_cache
@@ -25,8 +25,8 @@ from ds_stacking.common.words import plain
 from ds_stacking.engine.ds_config import load_ds_config
 from ds_stacking.engine.factory import init_distributed, native_bf16
 from ds_stacking.engine.host import keep_freed_memory, limit_threads
-from ds_stacking.studies.glue.baseline import linear_words
-from ds_stacking.studies.glue.choice import divide
+from ds_stacking.studies.glue.baseline import train_baseline
+from ds_stacking.studies.glue.choice import hold_out
 from ds_stacking.studies.glue.configuration import BASELINES, GlueConfig, Job
 from ds_stacking.studies.glue.finetune import Encoder, Outcome, finetune, load_encoder
 from ds_stacking.studies.glue.results import GlueResults
@@ -39,8 +39,15 @@ POLL_SECONDS = 1.0
 class GlueRun(GlueResults):
     """The jobs of a configuration on one rank, done and written into the output folder."""
 
-    def __init__(self, config: GlueConfig) -> None:
+    def __init__(
+        self,
+        config: GlueConfig,
+        *,
+        train: Callable[..., Outcome] = finetune,
+        hold_out: Callable[[TaskData, float], TaskData] = hold_out,
+    ) -> None:
         super().__init__(config)
+        self.train = train
         self.rank = rank()
         self.ds_config = load_ds_config(config.deepspeed_config)
         self.encoder: Encoder = load_encoder(config.model, config.tokenizer, config.max_length, config.dropout)
@@ -49,7 +56,7 @@ class GlueRun(GlueResults):
         self.data = lru_cache(maxsize=1)(
             lambda name: load_task(TASKS[name], config.data, test_labels=config.test_labels)
         )
-        self.divided = lru_cache(maxsize=1)(lambda name: divide(self.data(name), config.choose_on))
+        self.held_out = lru_cache(maxsize=1)(lambda name: hold_out(self.data(name), config.choose_on))
 
     def check_data(self) -> None:
         """Read every task before any is trained. Raises UserError for what is missing or wrong."""
@@ -94,7 +101,7 @@ class GlueRun(GlueResults):
         start = time.monotonic()
         try:
             # a job that chooses is given no development set
-            data = self.divided(job.task) if job.choosing else self.data(job.task)
+            data = self.held_out(job.task) if job.choosing else self.data(job.task)
             outcome, more = self.compute(job, data)
         except UserError:  # a model without all its weights, say: the other jobs would meet it too
             raise
@@ -118,9 +125,9 @@ class GlueRun(GlueResults):
     def compute(self, job: Job, data: TaskData) -> tuple[Outcome, dict[str, Any]]:
         """Train and evaluate one job; what a baseline chose."""
         if job.arm not in BASELINES:
-            return finetune(job, data, self.encoder, self.ds_config, bf16=self.bf16), {}
+            return self.train(job, data, self.encoder, self.ds_config, bf16=self.bf16), {}
         weighted = job.arm == "naive_bayes"
-        scores, test_scores, choice = linear_words(TASKS[job.task], data, self.config.choose_on, weighted=weighted)
+        scores, test_scores, choice = train_baseline(TASKS[job.task], data, self.config.choose_on, weighted=weighted)
         return Outcome(scores=scores, predictions={}, test_scores=test_scores), {"choice": choice}
 
     def write_predictions(self, job: Job, outcome: Outcome) -> None:
@@ -147,7 +154,7 @@ def run_glue(config: GlueConfig) -> list[str] | None:
     run.check_results()
     run.check_data()
     with writing(run.folder):
-        run.claim()
+        run.make_folder()
         init_distributed(alone=True)
         run.run()
         return run.finish() if run.rank == 0 else None

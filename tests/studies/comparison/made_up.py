@@ -56,6 +56,10 @@ def plan(
     }
     return {
         "version": 2,
+        "later_commits": [],
+        "minutes": None,
+        "unit": 1.0,
+        "overhead": 0.0,
         "commit": "c7241b8aa0123456789",
         "versions": {"torch": "2.11.0", "deepspeed": "0.18.2"},
         "recipe": {

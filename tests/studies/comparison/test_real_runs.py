@@ -11,7 +11,7 @@ import pytest
 from ds_stacking.command_line import parse_run
 from ds_stacking.studies.comparison.report import write_comparison
 from ds_stacking.studies.comparison.running import Comparison
-from ds_stacking.studies.comparison.starting import places
+from ds_stacking.studies.comparison.starting import slots
 from tests.corpus import small_options, write_corpus
 
 PRETRAIN = Path(__file__).parents[3] / "launchers" / "pretrain.py"
@@ -26,8 +26,8 @@ def compare(folder: Path) -> Comparison:
         seeds=1,
         clock="cpu",
         launch=[sys.executable, str(PRETRAIN)],
-        places=places(2, pinned=True),
-        say=lambda line: None,
+        slots=slots(2, pinned=True),
+        log=lambda line: None,
     )
 
 

@@ -11,15 +11,15 @@ from pathlib import Path
 
 import pytest
 
-from ds_stacking.studies.comparison.starting import Place, Starter
+from ds_stacking.studies.comparison.starting import Slot, Starter
 
 FAKE = Path(__file__).with_name("fake_pretrain.py")
 PARENT = """
 import sys
 from pathlib import Path
-from ds_stacking.studies.comparison.starting import Place, Starter
+from ds_stacking.studies.comparison.starting import Slot, Starter
 folder, *launch = sys.argv[1:]
-starter = Starter(folder=Path(folder), launch=launch, places=[Place()])
+starter = Starter(folder=Path(folder), launch=launch, slots=[Slot()])
 starter.start(Path(folder, "a/b/c"), ["--resume=auto", "--stages=[]"])
 """
 
@@ -59,17 +59,17 @@ def test_a_killed_comparison_leaves_no_run(tmp_path: Path, launch: list[str]) ->
     assert is_gone
 
 
-def starter(folder: Path, code: str, place: Place) -> Starter:
-    return Starter(folder=folder, launch=[sys.executable, "-c", code], places=[place])
+def starter(folder: Path, code: str, slot: Slot) -> Starter:
+    return Starter(folder=folder, launch=[sys.executable, "-c", code], slots=[slot])
 
 
 def test_a_run_has_its_cores_and_its_code_and_words_are_known(tmp_path: Path) -> None:
     core = max(os.sched_getaffinity(0))
-    place = Place(cores={core}, environment={"MINE": "yes"})
+    slot = Slot(cores={core}, environment={"MINE": "yes"})
     code = "import os, sys; print(os.sched_getaffinity(0), os.environ['MINE']); sys.exit(7)"
-    assert starter(tmp_path, code, place).start(tmp_path / "a/run", []) == (7, f"{{{core}}} yes")
+    assert starter(tmp_path, code, slot).start(tmp_path / "a/run", []) == (7, f"{{{core}}} yes")
 
 
 def test_a_run_that_was_killed_has_the_code_of_a_shell(tmp_path: Path) -> None:
     code = "import os; os.kill(os.getpid(), 9)"
-    assert starter(tmp_path, code, Place()).start(tmp_path / "a/run", [])[0] == 137
+    assert starter(tmp_path, code, Slot()).start(tmp_path / "a/run", [])[0] == 137

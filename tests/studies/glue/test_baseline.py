@@ -10,8 +10,8 @@ import pytest
 from scipy.sparse import csr_matrix
 from sklearn.linear_model import LogisticRegression, Ridge
 
-from ds_stacking.studies.glue.baseline import LONGEST_NGRAMS, STRENGTHS, fit, linear_words, log_count_ratios
-from ds_stacking.studies.glue.choice import held_out
+from ds_stacking.studies.glue.baseline import LONGEST_NGRAMS, STRENGTHS, fit, log_count_ratios, train_baseline
+from ds_stacking.studies.glue.choice import held_out_mask
 from ds_stacking.studies.glue.task_data import Examples, TaskData, load_task
 from ds_stacking.studies.glue.tasks import TASKS
 from tests.studies.glue.glue_files import write_task
@@ -79,7 +79,7 @@ def test_plain_counts_are_those_of_scikit_learn(name: str) -> None:
 @pytest.mark.parametrize("weighted", [False, True])
 def test_ngrams_and_penalty_are_chosen_on_the_training_set(weighted: bool) -> None:
     task, train, dev = TASKS["SST-2"], made_up(2, 400, 0), made_up(2, 300, 1)
-    part = held_out(train.labels, 0.5)
+    part = held_out_mask(train.labels, 0.5)
     rest, chosen_on = (
         Examples(texts=([train.texts[0][i] for i in rows],), labels=[train.labels[i] for i in rows])
         for rows in (np.flatnonzero(~part), np.flatnonzero(part))
@@ -92,7 +92,7 @@ def test_ngrams_and_penalty_are_chosen_on_the_training_set(weighted: bool) -> No
     assert len(set(right.values())) > 2, "there is something to choose"
     flipped = Examples(texts=dev.texts, labels=[1 - label for label in dev.labels])
     data = [TaskData(train=train, dev={"dev": one}, test={"SST-2": dev}, notes=[]) for one in (dev, flipped)]
-    (scores, tested, choice), (opposite, _, same) = (linear_words(task, one, 0.5, weighted=weighted) for one in data)
+    (scores, tested, choice), (opposite, _, same) = (train_baseline(task, one, 0.5, weighted=weighted) for one in data)
     assert choice == same, "the development set has no say"
     ngrams, strength = max(right, key=lambda setting: right[setting])
     assert choice["setting"] == {"ngrams": ngrams, "strength": strength} and choice["examples"] == 200
@@ -106,5 +106,5 @@ def test_ngrams_and_penalty_are_chosen_on_the_training_set(weighted: bool) -> No
 @pytest.mark.parametrize("weighted", [False, True])
 def test_the_telling_word_is_found(tmp_path: Path, name: str, metric: str, weighted: bool) -> None:
     write_task(tmp_path, name)
-    scores, tested, _ = linear_words(TASKS[name], load_task(TASKS[name], str(tmp_path)), 0.1, weighted=weighted)
+    scores, tested, _ = train_baseline(TASKS[name], load_task(TASKS[name], str(tmp_path)), 0.1, weighted=weighted)
     assert scores["dev"][metric] > 95 and tested == {}

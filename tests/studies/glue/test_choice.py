@@ -10,8 +10,7 @@ import numpy as np
 import pytest
 
 from ds_stacking.common.errors import UserError
-from ds_stacking.studies.glue import run as glue
-from ds_stacking.studies.glue.choice import best_setting, divide, held_out, mean_over_seeds
+from ds_stacking.studies.glue.choice import best_setting, held_out_mask, hold_out, mean_over_seeds
 from ds_stacking.studies.glue.configuration import GlueConfig, Job
 from ds_stacking.studies.glue.finetune import Outcome
 from ds_stacking.studies.glue.run import GlueRun
@@ -26,13 +25,13 @@ from tests.studies.glue.glue_files import GOOD, write_encoder, write_task
 )
 def test_the_part_has_its_size_and_every_class_its_share(count: int, share: float, wanted: int) -> None:
     labels = np.random.default_rng(count).choice(3, count, p=[0.7, 0.2, 0.1])
-    part = held_out(labels.tolist(), share)
+    part = held_out_mask(labels.tolist(), share)
     assert part.shape == (count,) and part.sum() == wanted
     for one in range(3):
         assert abs(part[labels == one].sum() - wanted * (labels == one).mean()) <= 1
-    assert (held_out(labels.tolist(), share) == part).all(), "the same part, whoever asks"
+    assert (held_out_mask(labels.tolist(), share) == part).all(), "the same part, whoever asks"
     scores = np.random.default_rng(1).random(count) * 5
-    taken = np.sort(scores[held_out(scores.tolist(), share)])
+    taken = np.sort(scores[held_out_mask(scores.tolist(), share)])
     even = np.quantile(scores, (np.arange(wanted) + 0.5) / wanted)
     assert np.abs(taken - even).max() < 5 * 8 / count + 0.05 or count < 10, "scores are spread as in the whole"
 
@@ -40,14 +39,14 @@ def test_the_part_has_its_size_and_every_class_its_share(count: int, share: floa
 def test_the_part_and_the_rest_are_the_training_set(tmp_path: Path) -> None:
     write_task(tmp_path, "RTE", train=65)
     data = load_task(TASKS["RTE"], str(tmp_path))
-    parts = divide(data, 0.1)
+    parts = hold_out(data, 0.1)
     assert parts.test == {} and list(parts.dev) == ["held_out"]
     rows = [
         [*zip(*split.texts, split.labels, strict=True)] for split in (data.train, parts.train, parts.dev["held_out"])
     ]
     assert len(rows[2]) == 32 and sorted(rows[0]) == sorted(rows[1] + rows[2])
     with pytest.raises(UserError, match="2 examples has no part"):
-        divide(TaskData(train=Examples(texts=(["a", "b"],), labels=[0, 1]), dev={}, test={}, notes=[]), 0.1)
+        hold_out(TaskData(train=Examples(texts=(["a", "b"],), labels=[0, 1]), dev={}, test={}, notes=[]), 0.1)
 
 
 def test_the_first_of_the_best_is_chosen_and_nothing_that_failed() -> None:
@@ -70,15 +69,15 @@ def rule(job: Job, data: TaskData, *_: Any, **__: Any) -> Outcome:
 seen: list[tuple[Job, TaskData]] = []
 
 
-def run(folder: Path, name: str) -> tuple[list[Job], dict[str, Any]]:
+def run(folder: Path, name: str, **seams: Any) -> tuple[list[Job], dict[str, Any]]:
     """All jobs of a choice among three rates; the trainings in their order and what choices.json says."""
     seen.clear()
     config = GlueConfig(
         model=str(folder / "m"), data=str(folder / "glue"), output_dir=str(folder / name), tasks="SST-2", seeds=2,
         lr="1e-4,1e-3,1e-2", beside="untrained",
     )  # fmt: skip
-    one = GlueRun(config)
-    one.claim()
+    one = GlueRun(config, train=rule, **seams)
+    one.make_folder()
     one.run()
     names = one.finish()
     assert {path.stem for path in (folder / name / "results").glob("*.json")} == set(names)
@@ -92,8 +91,7 @@ def flip_labels(path: Path) -> None:
     path.write_text("\n".join([header, *flipped]) + "\n")
 
 
-def test_the_development_set_has_no_say_in_what_is_chosen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(glue, "finetune", rule)
+def test_the_development_set_has_no_say_in_what_is_chosen(tmp_path: Path) -> None:
     write_encoder(tmp_path / "m")
     dev = write_task(tmp_path / "glue", "SST-2") / "dev.tsv"
     jobs, choices = run(tmp_path, "as it is")
@@ -110,13 +108,11 @@ def test_the_development_set_has_no_say_in_what_is_chosen(tmp_path: Path, monkey
     def peek(data: TaskData, share: float) -> TaskData:
         return TaskData(train=data.train, dev={"held_out": data.dev["dev"]}, test={}, notes=[])
 
-    monkeypatch.setattr(glue, "divide", peek)
-    peeking, other = run(tmp_path, "peeking")
+    peeking, other = run(tmp_path, "peeking", hold_out=peek)
     assert peeking != jobs and other != choices, "a choice on the development set would have been noticed"
 
 
-def test_choices_go_on_and_are_not_made_twice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(glue, "finetune", rule)
+def test_choices_go_on_and_are_not_made_twice(tmp_path: Path) -> None:
     write_encoder(tmp_path / "m")
     write_task(tmp_path / "glue", "SST-2")
     jobs, choices = run(tmp_path, "out")

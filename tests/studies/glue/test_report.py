@@ -121,7 +121,7 @@ def test_ranges_that_touch_are_said_to_overlap(tmp_path: Path) -> None:
     names = [write(tmp_path, "RTE", "model", s, 3e-5, **scores(accuracy=a)) for s, a in enumerate((60, 66))]
     names += [write(tmp_path, "RTE", "bag_of_words", 1, 3e-5, **scores(accuracy=62))]
     assert "the ranges over seeds overlap" in write_glue_report(tmp_path, names).text
-    with pytest.raises(UserError, match="RTE-never-run.json cannot be read"):
+    with pytest.raises(UserError, match="RTE-never-run.json is missing"):
         write_glue_report(tmp_path, ["RTE-never-run"])
 
 

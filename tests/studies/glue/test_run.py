@@ -189,7 +189,7 @@ def fine_tunings(folder: Path) -> dict[str, Any]:
         for config in (whole, failing):
             run = GlueRun(config)
             run.check_data()
-            run.claim()
+            run.make_folder()
             run.run()
         files = sorted((folder / "out" / "results").glob("*.json"))
         times |= {path.stem: path.stat().st_mtime_ns for path in files}
@@ -200,7 +200,7 @@ def fine_tunings(folder: Path) -> dict[str, Any]:
     ):
         try:
             run = GlueRun(config)
-            run.claim()
+            run.make_folder()
             run.run()
         except UserError as error:
             refused.append(str(error))
@@ -305,7 +305,7 @@ def glue_run(tmp_path_factory: pytest.TempPathFactory) -> GlueRun:
     write_task(folder / "glue", "RTE")
     options = {"model": str(write_encoder(folder / "m")), "data": str(folder / "glue"), "tasks": "RTE", "seeds": 1}
     run = GlueRun(GlueConfig(**options, beside="bag_of_words", output_dir=str(folder / "out")))
-    run.claim()
+    run.make_folder()
     for job in run.jobs():
         if job.arm == "bag_of_words":
             run.run_job(job)
@@ -363,7 +363,7 @@ def test_links_in_the_output_folder_are_not_followed(glue_run: GlueRun, tmp_path
     path.symlink_to(tmp_path / "elsewhere")
     outcome = Outcome(scores={}, predictions={"RTE": [0, 1, 0, 1, 0]}, train_loss=0.0)
     with pytest.raises(UserError, match="is a link"):
-        run.claim()
+        run.make_folder()
         run.write_predictions(run.jobs()[0], outcome)
 
 

@@ -21,21 +21,18 @@ from ds_stacking.studies.comparison import tuning
 from ds_stacking.studies.comparison.arms import Arm
 from ds_stacking.studies.comparison.pilot import PILOT
 from ds_stacking.studies.comparison.plan import (
-    PLAN,
     ArmRun,
     Cost,
-    Saved,
     check_same_recipe,
     commit,
     machine,
+    plan_arm,
     plan_runs,
-    read_plan,
-    saved_arm,
     steps_at,
     unit_of,
     versions,
 )
-from ds_stacking.studies.comparison.shapes import VERSION
+from ds_stacking.studies.comparison.shapes import PLAN, VERSION, Plan, read_plan
 from ds_stacking.training.run_directory import SUMMARY
 
 LOCK = ".lock"
@@ -54,7 +51,7 @@ class Pilot:
 
 
 @dataclass(kw_only=True)
-class Book:
+class PlanFile:
     """What is planned in a comparison's folder, and what was found out meanwhile."""
 
     folder: Path
@@ -78,7 +75,7 @@ class Book:
     held: Callable[[Path], AbstractContextManager[object]] = FileLock
     """Holds a file lock, waiting for it."""
 
-    def open(self, pilot: Callable[[], Pilot]) -> Saved:
+    def open(self, pilot: Callable[[], Pilot]) -> Plan:
         """The plan with all that is asked for, made once for all that share the directory.
 
         Raises UserError for another comparison's folder, and whatever `pilot` raises; what was made for a recipe that
@@ -90,8 +87,8 @@ class Book:
         refuse_links(self.folder, (LOCK,))
         with self.held(self.folder / LOCK):
             try:
-                saved = read_plan(self.folder)
-                saved = self._first(pilot()) if saved is None else self._extended(saved)
+                plan = read_plan(self.folder)
+                plan = self._first(pilot()) if plan is None else self._extended(plan)
             except UserError:
                 if not os.path.lexists(self.folder / PLAN):
                     _remove([self.folder / name for name in (*made, *([LOCK] if is_new else []))])
@@ -99,29 +96,29 @@ class Book:
                         if is_new:
                             self.folder.rmdir()
                 raise
-            return self._write(saved)
+            return self._write(plan)
 
-    def update(self, change: Callable[[Saved], None]) -> Saved:
+    def update(self, change: Callable[[Plan], None]) -> Plan:
         """Change the plan as it stands now, whoever has changed it since."""
         with self.held(self.folder / LOCK):
-            saved = read_plan(self.folder)
-            if saved is None:
+            plan = read_plan(self.folder)
+            if plan is None:
                 raise UserError(f"{self.folder / PLAN} is gone; restore it, or choose another --output_dir.")
-            change(saved)
-            return self._write(saved)
+            change(plan)
+            return self._write(plan)
 
-    def runs(self, saved: Saved) -> list[ArmRun]:
+    def runs(self, plan: Plan) -> list[ArmRun]:
         """The runs that count, of what is asked for now."""
-        return plan_runs(self.config, self.arms, saved["budgets"], self.seeds, self.costs(saved), saved["unit"])
+        return plan_runs(self.config, self.arms, plan["budgets"], self.seeds, self.costs(plan), plan["unit"])
 
-    def tuning_runs(self, saved: Saved, arm: Arm, lr: float) -> list[ArmRun]:
+    def tuning_runs(self, plan: Plan, arm: Arm, lr: float) -> list[ArmRun]:
         """The runs of the tuning of an arm at one rate."""
-        seeds = saved["tuning"]["seeds"] if saved["tuning"] else []
-        return _tuning_runs(self.config, arm, seeds, lr, self.costs(saved), saved["unit"])
+        seeds = plan["tuning"]["seeds"] if plan["tuning"] else []
+        return _tuning_runs(self.config, arm, seeds, lr, self.costs(plan), plan["unit"])
 
-    def costs(self, saved: Saved) -> dict[int, Cost]:
+    def costs(self, plan: Plan) -> dict[int, Cost]:
         """Of a step, by depth. Raises UserError where the pilot did not measure a depth of the arms."""
-        costs = {int(layers): Cost(**cost) for layers, cost in saved["costs"].items()}
+        costs = {int(layers): Cost(**cost) for layers, cost in plan["costs"].items()}
         unknown = {depth for arm in self.arms.values() for depth in arm.depths} - set(costs)
         if unknown:
             raise UserError(
@@ -130,12 +127,12 @@ class Book:
             )
         return costs
 
-    def lr(self, saved: Saved, arm: Arm) -> float:
+    def lr(self, plan: Plan, arm: Arm) -> float:
         """The peak learning rate of an arm: its own, the one that its tuning has chosen, or the recipe's."""
-        tuned = saved["tuning"]["arms"].get(arm.name) if saved["tuning"] else None
+        tuned = plan["tuning"]["arms"].get(arm.name) if plan["tuning"] else None
         return float(arm.settings.get("lr", (tuned and tuned["chosen"]) or self.config.lr))
 
-    def _first(self, found: Pilot) -> Saved:
+    def _first(self, found: Pilot) -> Plan:
         """The plan of a comparison that begins."""
         unit = 1.0
         if self.minutes is not None:
@@ -144,7 +141,7 @@ class Book:
                 for lr in tuning.first_rates(self.config.lr):
                     runs += _tuning_runs(self.config, arm, self._tuning_seeds(), lr, found.costs, 1.0)
             unit = unit_of(self.config, self.minutes, runs, found.costs, found.overhead, self.at_once)
-        saved = {
+        plan = {
             "version": VERSION,
             "commit": commit(),
             "later_commits": [],
@@ -165,99 +162,99 @@ class Book:
             "tuning": {"seeds": self._tuning_seeds(), "factor": tuning.FACTOR, "arms": {}} if self.tune else None,
             "runs": {},
         }
-        return self._filled(cast(Saved, saved))
+        return self._filled(cast(Plan, plan))
 
     def _recipe(self) -> dict[str, Any]:
         return self.config.to_dict() | {"output_dir": None, "name": None, "tracking": None}
 
-    def _extended(self, saved: Saved) -> Saved:
+    def _extended(self, plan: Plan) -> Plan:
         """A plan that stands, with what is asked for beside it. Raises UserError where it is another comparison's."""
-        check_same_recipe(self.folder, saved, {**self._recipe(), "clock": self.clock})
-        if self.minutes is not None and self.minutes != saved["minutes"]:
+        check_same_recipe(self.folder, plan, {**self._recipe(), "clock": self.clock})
+        if self.minutes is not None and self.minutes != plan["minutes"]:
             raise UserError(
-                f"{self.folder} was planned for {saved['minutes'] or 'the recipe as it is, not for'} minutes; leave "
+                f"{self.folder} was planned for {plan['minutes'] or 'the recipe as it is, not for'} minutes; leave "
                 f"--minutes out, or choose another --output_dir."
             )
-        seeds = saved["tuning"]["seeds"] if saved["tuning"] else []
+        seeds = plan["tuning"]["seeds"] if plan["tuning"] else []
         if seeds != self._tuning_seeds():
             raise UserError(
                 f"{self.folder} was tuned on {len(seeds)} seeds, and not on {self.tune}; give --tune {len(seeds)}, or "
                 f"choose another --output_dir."
             )
         for name, arm in self.arms.items():
-            meaning = saved["arms"][name]["meaning"] if name in saved["arms"] else arm.meaning
+            meaning = plan["arms"][name]["meaning"] if name in plan["arms"] else arm.meaning
             if meaning != arm.meaning:
                 raise UserError(
                     f"{self.folder} has another arm {name} ({shown(meaning)}); give this one another name."
                 )
-        self._note_changes(saved)
-        saved["budgets"] = sorted({*saved["budgets"], *self.budgets})
-        return self._filled(saved)
+        self._note_changes(plan)
+        plan["budgets"] = sorted({*plan["budgets"], *self.budgets})
+        return self._filled(plan)
 
-    def _note_changes(self, saved: Saved) -> None:
+    def _note_changes(self, plan: Plan) -> None:
         """Note what is another than when the comparison began: what came later, and what it is gone on with."""
-        seeds = [seed for seed in self.seeds if seed not in {*saved["seeds"], *saved["added_seeds"]}]
+        seeds = [seed for seed in self.seeds if seed not in {*plan["seeds"], *plan["added_seeds"]}]
         # what comes once results could have been seen is shown as such
-        if self._has_results(saved):
-            saved["added_seeds"].extend(seeds)
-            arms = [name for name in self.arms if name not in saved["arms"]]
-            saved["added_arms"] = [*saved.get("added_arms", []), *arms]
-            budgets = {*self.budgets} - {*saved["budgets"]}
-            saved["added_budgets"] = [*saved.get("added_budgets", []), *sorted(budgets)]
+        if self._has_results(plan):
+            plan["added_seeds"].extend(seeds)
+            arms = [name for name in self.arms if name not in plan["arms"]]
+            plan["added_arms"] = [*plan.get("added_arms", []), *arms]
+            budgets = {*self.budgets} - {*plan["budgets"]}
+            plan["added_budgets"] = [*plan.get("added_budgets", []), *sorted(budgets)]
         else:
-            saved["seeds"].extend(seeds)
+            plan["seeds"].extend(seeds)
         now = commit()
-        if now is not None and now not in {saved["commit"], *saved["later_commits"]}:
-            saved["later_commits"].append(now)
-        packages, known = versions(), [saved.get("versions", {}), *saved.get("later_versions", [])]
+        if now is not None and now not in {plan["commit"], *plan["later_commits"]}:
+            plan["later_commits"].append(now)
+        packages, known = versions(), [plan.get("versions", {}), *plan.get("later_versions", [])]
         if packages not in known:
-            saved["later_versions"] = [*known[1:], packages]
-        at_once = [saved.get("parallel", 1), *saved.get("later_parallel", [])]
+            plan["later_versions"] = [*known[1:], packages]
+        at_once = [plan.get("parallel", 1), *plan.get("later_parallel", [])]
         if self.at_once not in at_once:
-            saved["later_parallel"] = [*at_once[1:], self.at_once]
+            plan["later_parallel"] = [*at_once[1:], self.at_once]
 
-    def _has_results(self, saved: Saved) -> bool:
-        counted = [path for path in saved["runs"] if int(path.rpartition("-")[2]) not in self._tuning_seeds()]
+    def _has_results(self, plan: Plan) -> bool:
+        counted = [path for path in plan["runs"] if int(path.rpartition("-")[2]) not in self._tuning_seeds()]
         return any((self.folder / path / SUMMARY).exists() for path in counted)
 
-    def _filled(self, saved: Saved) -> Saved:
+    def _filled(self, plan: Plan) -> Plan:
         """The plan with the arms and runs of what is asked for."""
         for name, arm in self.arms.items():
-            made = cast(dict[str, Any], saved["arms"].setdefault(name, cast(Any, saved_arm(self.config, arm))))
-            made["baseline"] = made.get("baseline") or arm.baseline  # scratch may come later than its arms
+            made = plan["arms"].setdefault(name, plan_arm(self.config, arm))
+            made["baseline"] = made["baseline"] or arm.baseline  # scratch may come later than its arms
         for arm in self._tuned():
-            assert saved["tuning"] is not None
+            assert plan["tuning"] is not None
             rates = tuning.first_rates(self.config.lr)
-            saved["tuning"]["arms"].setdefault(arm.name, cast(Any, {"rates": rates, "chosen": None}))
-            for lr in saved["tuning"]["arms"][arm.name]["rates"]:
-                self._note(saved, self.tuning_runs(saved, arm, lr))
-        self._note(saved, self.runs(saved))
-        return saved
+            plan["tuning"]["arms"].setdefault(arm.name, {"rates": rates, "chosen": None})
+            for lr in plan["tuning"]["arms"][arm.name]["rates"]:
+                self._note(plan, self.tuning_runs(plan, arm, lr))
+        self._note(plan, self.runs(plan))
+        return plan
 
-    def _note(self, saved: Saved, runs: Sequence[ArmRun]) -> None:
+    def _note(self, plan: Plan, runs: Sequence[ArmRun]) -> None:
         for run in runs:
-            stages = run.stages(self.config, self.lr(saved, run.arm))
-            saved["runs"][run.path] = [[stage.layers, stage.steps] for stage in stages]
+            stages = run.stages(self.config, self.lr(plan, run.arm))
+            plan["runs"][run.path] = [[stage.layers, stage.steps] for stage in stages]
 
-    def add_rate(self, arm: Arm, lr: float) -> Saved:
+    def add_rate(self, arm: Arm, lr: float) -> Plan:
         """Plan one more rate of the tuning of an arm."""
 
-        def change(saved: Saved) -> None:
-            assert saved["tuning"] is not None
-            rates = saved["tuning"]["arms"][arm.name]["rates"]
+        def change(plan: Plan) -> None:
+            assert plan["tuning"] is not None
+            rates = plan["tuning"]["arms"][arm.name]["rates"]
             rates.extend({lr} - set(rates))
             rates.sort()
-            self._note(saved, self.tuning_runs(saved, arm, lr))
+            self._note(plan, self.tuning_runs(plan, arm, lr))
 
         return self.update(change)
 
-    def choose(self, arm: Arm, lr: float) -> Saved:
+    def choose(self, arm: Arm, lr: float) -> Plan:
         """Note the rate that an arm's tuning has chosen."""
 
-        def change(saved: Saved) -> None:
-            assert saved["tuning"] is not None
-            saved["tuning"]["arms"][arm.name]["chosen"] = lr
-            cast(dict[str, Any], saved["arms"][arm.name])["lr"] = lr
+        def change(plan: Plan) -> None:
+            assert plan["tuning"] is not None
+            plan["tuning"]["arms"][arm.name]["chosen"] = lr
+            plan["arms"][arm.name]["lr"] = lr
 
         return self.update(change)
 
@@ -271,9 +268,9 @@ class Book:
     def _tuning_seeds(self) -> list[int]:
         return tuning.tuning_seeds(self.config.seed, self.tune)
 
-    def _write(self, saved: Saved) -> Saved:
-        write_json(self.folder / PLAN, saved, inside=self.folder)
-        return saved
+    def _write(self, plan: Plan) -> Plan:
+        write_json(self.folder / PLAN, plan, inside=self.folder)
+        return plan
 
 
 def _tuning_runs(
