@@ -16,6 +16,8 @@ from typing import Any, Literal
 from ds_stacking.common.errors import UserError, require
 from ds_stacking.common.words import shown
 
+RENAMED = {"eval_blocks": "eval_sequences"}
+"""Settings by the names that they had in earlier versions, as recipes and checkpoints still have them."""
 LARGEST_VOCABULARY = 2**22
 """Entries of a tokenizer at most: four times those of the largest in use."""
 OPTIMIZER_STATES = ("stack", "new_reset", "reset", "second_only")
