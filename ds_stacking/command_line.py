@@ -35,7 +35,7 @@ from ds_stacking.common.json_files import keys_once
 from ds_stacking.common.own_files import read_named
 from ds_stacking.common.streams import keep_streams
 from ds_stacking.common.words import plain
-from ds_stacking.config import RunConfig, StageConfig
+from ds_stacking.config import QUICKSTART_STAGES, RunConfig, StageConfig
 
 RECIPES = Path(__file__).resolve().parent.parent / "launchers" / "recipes"
 """Shipped recipes; `--recipe NAME` finds them by name."""
@@ -67,9 +67,8 @@ def make_parser() -> ArgumentParser:
         parser_mode="json",
     )
     parser.add_argument("--recipe", action="config", help="recipe: a JSON file, or the name of a shipped one")
-    stages = RunConfig.__dataclass_fields__["stages"].default
     text = "stages as LAYERS:STEPS,LAYERS:STEPS,... or as a JSON list of objects"
-    parser.add_argument("--stages", type=Any, default=stages, help=text)
+    parser.add_argument("--stages", type=Any, default=QUICKSTART_STAGES, help=text)
     parser.add_class_arguments(RunConfig, nested_key=None, skip={"stages"})
     # jsonargparse takes defaults from a built ModelConfig, in which the 0 is resolved for the default width.
     parser.set_defaults({"model.intermediate_size": 0})

@@ -67,7 +67,7 @@ WRITERS = {
     "ds_stacking/models/shards.py": "into a directory that is renamed when it is whole",
     "ds_stacking/data/token_file.py": "into a directory that is renamed when it is whole",
     "kernels/offline.py": "a table of the repository, which git keeps",
-    "ds_stacking/training/metrics.py": "metrics.jsonl, which grows line by line",
+    "ds_stacking/training/metrics_file.py": "metrics.jsonl, which grows line by line",
 }
 """Files that may open others for writing, and why; all else is written by common/files.py."""
 PICKLING_COLLECTIVES = {"broadcast_object_list", "all_gather_object", "gather_object", "scatter_object_list"}

@@ -24,7 +24,6 @@ def check_fits(reader: CheckpointReader, config: RunConfig) -> None:
         raise UserError(f"{where}: extra.position.step is {step}, and step is {reader.step}; {MEND}.")
     found = {name: info.numel for name, info in reader.parameters.items()}
     layers = find_block_names({name: (numel,) for name, numel in found.items()}).count
-    assert isinstance(config.stages, list)
     if layers not in {stage.layers for stage in config.stages}:
         return
     expected = {name: shape.numel() for name, shape in parameter_shapes(config.model, layers).items()}

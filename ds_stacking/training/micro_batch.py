@@ -31,6 +31,7 @@ FREE = 0.1
 """Share of the device's memory that stays free."""
 REPEATS = 5
 """Passes per size, the first two of which warm up."""
+Measure = Callable[[Bert, Batch, torch.device], float]
 PATIENCE = 2
 """Sizes in a row that may be slower before no larger one is tried."""
 
@@ -67,9 +68,12 @@ def choose_micro_batches(
     zero_stage: int,
     bf16: bool,
     device: torch.device,
+    measure: Measure | None = None,
 ) -> RunConfig:
-    """The configuration with a number in place of every "auto". All ranks call it together and get the same."""
-    assert isinstance(config.stages, list)
+    """The configuration with a number in place of every "auto". All ranks call it together and get the same.
+
+    `measure` returns the seconds of a forward and backward pass; default: those of this device.
+    """
     stages = []
     for stage in config.stages:
         asked = stage.micro_batch_size or config.micro_batch_size
@@ -80,7 +84,12 @@ def choose_micro_batches(
             stage_zero = zero_stage if stage.zero_stage is None else stage.zero_stage
             shared = {"zero_stage": stage_zero, "world_size": dist.get_world_size(), "item": 2 if bf16 else 4}
             states = state_bytes(model.num_parameters, **shared) + sum_bytes(model.num_parameters, **shared)
-            asked = fastest(partial(_rate, model, partial(read, config.length_of(stage)), states, device), sizes)
+            asked = fastest(
+                partial(
+                    _rate, measure or seconds_of_a_pass, model, partial(read, config.length_of(stage)), states, device
+                ),
+                sizes,
+            )
             del model
             collect()  # NCCL takes its memory beside torch's, which would keep all that was tried
         stages.append(replace(stage, micro_batch_size=asked))
@@ -90,9 +99,7 @@ def choose_micro_batches(
 
 def recorded_micro_batches(config: RunConfig, device: torch.device) -> RunConfig | None:
     """The configuration with the sizes that the run chose before it stopped; None where its config.json has none."""
-    assert isinstance(config.stages, list)
-    asked = config.stages
-    sizes = from_first_rank(lambda: _read(Path(config.run_dir), asked), make_exchange(device))
+    sizes = from_first_rank(lambda: _read(Path(config.run_dir), config.stages), make_exchange(device))
     if not all(sizes):
         return None
     stages = [replace(stage, micro_batch_size=size) for stage, size in zip(config.stages, sizes, strict=True)]
@@ -107,11 +114,13 @@ def _read(run_dir: Path, stages: list[StageConfig]) -> list[int]:
     return found if fine else [0] * len(stages)
 
 
-def _rate(model: Bert, read: Callable[[np.ndarray], Batch], states: float, device: torch.device, size: int) -> float:
+def _rate(
+    measure: Measure, model: Bert, read: Callable[[np.ndarray], Batch], states: float, device: torch.device, size: int
+) -> float:
     """Sequences per second of the slowest rank; 0 where a rank runs out of memory."""
     seconds, fits = float("inf"), True
     try:
-        seconds = _seconds(model, read(np.arange(size)).to(device), device)
+        seconds = measure(model, read(np.arange(size)).to(device), device)
         fits = _peak(device) + states <= (1 - FREE) * _capacity(device)
     except (torch.OutOfMemoryError, RuntimeError) as error:
         if not isinstance(error, torch.OutOfMemoryError) and "alloc" not in str(error).lower():
@@ -123,7 +132,7 @@ def _rate(model: Bert, read: Callable[[np.ndarray], Batch], states: float, devic
     return size / float(slowest)
 
 
-def _seconds(model: Bert, batch: Batch, device: torch.device) -> float:
+def seconds_of_a_pass(model: Bert, batch: Batch, device: torch.device) -> float:
     """Median seconds of a forward and backward pass."""
     times = []
     if device.type == "cuda":

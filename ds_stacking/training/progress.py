@@ -27,7 +27,7 @@ class StageConsole(Protocol):
     def resolved(self, settings: Mapping[str, object]) -> None:
         """Show the resolved configuration."""
 
-    def line(self, text: str) -> None:
+    def log(self, text: str) -> None:
         """Show an event."""
 
     def start_stage(self, *, stage: int, stages: int, layers: int, steps: int, done: int = 0) -> None:
@@ -48,7 +48,7 @@ class NullConsole:
 
     def resolved(self, settings: Mapping[str, object]) -> None: ...
 
-    def line(self, text: str) -> None: ...
+    def log(self, text: str) -> None: ...
 
     def start_stage(self, *, stage: int, stages: int, layers: int, steps: int, done: int = 0) -> None: ...
 
@@ -103,7 +103,7 @@ class Console:
             table.add_row(title, str(value))
         self.out.print(table)
 
-    def line(self, text: str) -> None:
+    def log(self, text: str) -> None:
         self.out.print(text, soft_wrap=not self.live)
 
     def start_stage(self, *, stage: int, stages: int, layers: int, steps: int, done: int = 0) -> None:
@@ -131,15 +131,15 @@ class Console:
             self._bar.update(self._task, completed=done, figures=figures)
         elif self.now() >= self._next_line or done == self._steps:
             self._next_line = self.now() + self.every
-            self.line(f"{self._name}  step {done}/{self._steps}  {figures}")
+            self.log(f"{self._name}  step {done}/{self._steps}  {figures}")
 
     def closing(self, summary: Mapping[str, Any]) -> None:
         self.close()
         self.out.print(stage_table(summary["stages"]))
         for name, meaning in CLOSING:
-            self.line(f"{loss(summary.get(name)):>8}  {meaning}")
+            self.log(f"{loss(summary.get(name)):>8}  {meaning}")
         if words := verdict(summary):
-            self.line(words)
+            self.log(words)
 
     def close(self) -> None:
         if self._bar is not None:

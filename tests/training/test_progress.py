@@ -36,7 +36,7 @@ class Gone(io.StringIO):
 def test_a_reader_that_goes_away_ends_nothing():
     console = Console(Gone(), every=0.0)
     train(console, [0.0], steps=3)
-    console.line("an event")
+    console.log("an event")
     console.close()
 
 
@@ -66,7 +66,7 @@ def test_a_terminal_gets_a_bar_and_events_above_it():
     stream, clock = Terminal(), [0.0]
     console = Console(stream, now=lambda: clock[0])
     train(console, clock, steps=5)
-    console.line("an event about [MASK]")
+    console.log("an event about [MASK]")
     console.close()
     assert "━" in stream.getvalue()
     assert "an event about [MASK]" in stream.getvalue()
@@ -108,9 +108,9 @@ def test_other_ranks_are_silent(capsys):
     console.resolved({"ranks": 4})
     console.start_stage(stage=0, stages=1, layers=2, steps=3)
     console.update(1, loss=1.0, lr=1.0, tokens_per_second=1.0)
-    console.line("text")
+    console.log("text")
     console.closing(SUMMARY)
     console.close()
     assert capsys.readouterr().out == ""
-    make_console(0).line("text")
+    make_console(0).log("text")
     assert capsys.readouterr().out == "text\n"
