@@ -1,17 +1,18 @@
-"""What a run works with, built from its configuration: batches, micro-batches, models, the engines' factory."""
+"""What a run works with, built from its configuration: batches, models, its state and the checkpoint to go on from."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 
-from ds_stacking.checkpoint.write import CheckpointWriter
+from ds_stacking.checkpoint.select import Found
+from ds_stacking.checkpoint.share import from_first_rank
+from ds_stacking.common.environment import world_size
 from ds_stacking.common.errors import UserError
 from ds_stacking.config import ModelConfig, RunConfig
 from ds_stacking.data.batches import EvalBatches, MaskedBatches
@@ -22,20 +23,31 @@ from ds_stacking.data.token_file import Split
 from ds_stacking.engine.ds_config import resolve_ds_config
 from ds_stacking.engine.factory import EngineFactory, device
 from ds_stacking.engine.stage_manager import StageManager
+from ds_stacking.growth.exchange import make_exchange
 from ds_stacking.growth.operators import layer_map, parse_operator
 from ds_stacking.growth.triggers import parse_trigger
-from ds_stacking.models.bert import Bert
+from ds_stacking.models.bert import Bert, has_kernels
 from ds_stacking.models.compiling import compile_parts
 from ds_stacking.planning.gpus import gpu_spec_of
 from ds_stacking.training.batching import BatchPlan, plan_batch
+from ds_stacking.training.checkpointing import (
+    changed_settings,
+    find_checkpoint,
+    identity,
+    make_writer,
+    metrics_bytes,
+)
 from ds_stacking.training.ledger import Ledger
 from ds_stacking.training.loop import Pretraining
 from ds_stacking.training.metrics import Metrics
+from ds_stacking.training.metrics_file import check_metrics
 from ds_stacking.training.micro_batch import choose_micro_batches, recorded_micro_batches
 from ds_stacking.training.preemption import SharedStop, StopRequest
-from ds_stacking.training.progress import StageConsole
+from ds_stacking.training.progress import Console
+from ds_stacking.training.run_directory import remove_stop_files
 from ds_stacking.training.state import TrainState
-from ds_stacking.training.triggering import check_plateau
+from ds_stacking.training.tracking import check_run_id
+from ds_stacking.training.triggering import check_plateau, triggered_stages
 from ds_stacking.training.watchdog import Watchdog
 
 FITTED_SEQUENCES = 1024
@@ -159,14 +171,26 @@ def build_run(
     data: PreparedData,
     plans: list[BatchPlan],
     ds_config: Mapping[str, Any],
-    writer: CheckpointWriter,
-    changes: list[dict[str, Any]],
+    holds: Callable[[], bool],
     watchdog: Watchdog,
-    console: StageConsole,
+    console: Console,
     *,
     bf16: bool,
-) -> Pretraining:
-    """The run, at its first step, without an engine and without a tracker."""
+) -> tuple[Pretraining, Found | None]:
+    """The run, without an engine and a tracker yet, and the checkpoint that it goes on from."""
+    if config.kernels == "auto":
+        config = replace(config, kernels="fused" if has_kernels(device()) else "torch")
+    config = replace(config, stages=triggered_stages(config))
+    expected = identity(config, data.fingerprint)
+    found = find_checkpoint(config, expected, watchdog.beat)
+    changes = from_first_rank(lambda: changed_settings(config, found), make_exchange(device()))
+    words = from_first_rank(lambda: _look_at_what_stays(config, found), make_exchange(device()))
+    if words is not None and found is not None:
+        found = replace(found, notes=(*found.notes, f"{words}."))
+    resumed = found is not None and not found.branch
+    config = settle_micro_batches(config, data, plans, ds_config, bf16=bf16, resumed=resumed)
+    watchdog.beat()
+    plans = check_stages(config, ds_config, bf16=bf16, world_size=world_size())
     factory = EngineFactory(
         build_model=partial(make_model, config),
         ds_config=ds_config,
@@ -179,7 +203,7 @@ def build_run(
     metrics = Metrics(
         config=config, plans=plans, state=state, manager=manager, console=console, ledger=Ledger(peak=_peak())
     )
-    return Pretraining(
+    run = Pretraining(
         config=config,
         state=state,
         metrics=metrics,
@@ -189,13 +213,24 @@ def build_run(
         training_text=make_eval_batches(config, data, data.train, FITTED_SEQUENCES),
         plans=plans,
         manager=manager,
-        writer=writer,
+        writer=make_writer(config, expected, found, holds),
         stop=SharedStop(StopRequest(Path(config.run_dir)), state.device),
         watchdog=watchdog,
     )
+    return run, found
+
+
+def _look_at_what_stays(config: RunConfig, found: Found | None) -> str | None:
+    """Rank 0: what of the run directory a resumption goes on with is checked before; what is to be said of it."""
+    run_dir = Path(config.run_dir)
+    remove_stop_files(run_dir)
+    if found is not None and not found.branch and config.tracking == "wandb":
+        check_run_id(run_dir)
+    size = metrics_bytes(run_dir, found)
+    return None if size is None else check_metrics(run_dir, size)
 
 
 def _peak() -> float | None:
     """Dense bf16 peak of all GPUs of the run, if the part is known."""
     part = gpu_spec_of(torch.cuda.get_device_name()) if device().type == "cuda" else None
-    return part.bf16 * dist.get_world_size() if part else None
+    return part.bf16 * world_size() if part else None

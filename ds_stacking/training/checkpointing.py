@@ -33,10 +33,9 @@ from ds_stacking.training.changes import (
     saved_settings,
     settings,
 )
-from ds_stacking.training.compatibility import check_fits
 from ds_stacking.training.metrics import Metrics
 from ds_stacking.training.run_directory import CHECKPOINTS, METRICS, SAVED, refuse_lost_checkpoints
-from ds_stacking.training.saved_state import saved_state
+from ds_stacking.training.saved_state import check_fits, saved_state
 from ds_stacking.training.state import TrainState, from_all_ranks, seed_dropout
 
 

@@ -13,9 +13,9 @@ from ds_stacking.growth.exchange import make_exchange
 from ds_stacking.training.checkpointing import log_failed_saves
 from ds_stacking.training.controls import measure_controls
 from ds_stacking.training.export import finish_export
-from ds_stacking.training.held_out import HeldOutLoss
 from ds_stacking.training.loop import Pretraining
 from ds_stacking.training.run_directory import EXPORT, SUMMARY
+from ds_stacking.training.state import HeldOutLoss
 
 
 def finish(run: Pretraining) -> None:

@@ -26,8 +26,7 @@ from ds_stacking.growth.exchange import make_exchange
 from ds_stacking.growth.similarity import norms
 from ds_stacking.growth.state import Kind
 from ds_stacking.training.batching import BatchPlan
-from ds_stacking.training.held_out import HeldOutLoss
-from ds_stacking.training.state import Position, TrainState, from_all_ranks
+from ds_stacking.training.state import HeldOutLoss, Position, TrainState, from_all_ranks
 
 WINDOW = 128
 """Steps whose losses make the bound."""

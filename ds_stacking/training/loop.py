@@ -26,10 +26,10 @@ from ds_stacking.engine.stepping import optimizer_step
 from ds_stacking.growth.exchange import make_exchange
 from ds_stacking.training.batching import BatchPlan, StepBatches, engine_spec, stream_steps
 from ds_stacking.training.checkpointing import log_failed_saves, save
-from ds_stacking.training.evaluation import Evaluation
 from ds_stacking.training.export import try_export
 from ds_stacking.training.growth_metrics import observe_growth, snapshot_moments
 from ds_stacking.training.health import Health, end_if_hopeless, refuse_diverged
+from ds_stacking.training.held_out import Evaluation
 from ds_stacking.training.metrics import Metrics
 from ds_stacking.training.preemption import SharedStop
 from ds_stacking.training.schedule import Schedule

@@ -15,11 +15,10 @@ from ds_stacking.engine.stage_manager import StageManager
 from ds_stacking.models.compiling import compilations
 from ds_stacking.models.flops import training_flops
 from ds_stacking.training.batching import BatchPlan
-from ds_stacking.training.held_out import HeldOutLoss
 from ds_stacking.training.ledger import Ledger
-from ds_stacking.training.progress import StageConsole, growth_line
-from ds_stacking.training.state import TrainState
-from ds_stacking.training.tracking import NullTracker, Tracker
+from ds_stacking.training.progress import Console, growth_line
+from ds_stacking.training.state import HeldOutLoss, TrainState
+from ds_stacking.training.tracking import FanOut, Tracker
 
 
 @dataclass(kw_only=True)
@@ -30,9 +29,9 @@ class Metrics:
     plans: Sequence[BatchPlan]
     state: TrainState
     manager: StageManager
-    console: StageConsole
+    console: Console
     ledger: Ledger
-    tracker: Tracker = field(default_factory=NullTracker)
+    tracker: Tracker = field(default_factory=FanOut)
 
     def log(self, text: str) -> None:
         """Print a line, on rank 0."""

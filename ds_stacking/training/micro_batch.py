@@ -60,6 +60,20 @@ def fastest(rate_of: Callable[[int], float], sizes: list[int]) -> int:
     return max(rates, key=lambda size: rates[size]) if rates else sizes[0]
 
 
+def seconds_of_a_pass(model: Bert, batch: Batch, device: torch.device) -> float:
+    """Median seconds of a forward and backward pass."""
+    times = []
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    for _ in range(REPEATS):
+        start = time.perf_counter()
+        model(**batch.inputs).loss_sum.backward()
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        times.append(time.perf_counter() - start)
+    return statistics.median(times[2:])
+
+
 def choose_micro_batches(
     config: RunConfig,
     build_model: Callable[[int, bool], Bert],
@@ -68,11 +82,11 @@ def choose_micro_batches(
     zero_stage: int,
     bf16: bool,
     device: torch.device,
-    measure: Measure | None = None,
+    measure: Measure = seconds_of_a_pass,
 ) -> RunConfig:
     """The configuration with a number in place of every "auto". All ranks call it together and get the same.
 
-    `measure` returns the seconds of a forward and backward pass; default: those of this device.
+    `measure` returns the seconds of a forward and backward pass.
     """
     stages = []
     for stage in config.stages:
@@ -85,9 +99,7 @@ def choose_micro_batches(
             shared = {"zero_stage": stage_zero, "world_size": dist.get_world_size(), "item": 2 if bf16 else 4}
             states = state_bytes(model.num_parameters, **shared) + sum_bytes(model.num_parameters, **shared)
             asked = fastest(
-                partial(
-                    _rate, measure or seconds_of_a_pass, model, partial(read, config.length_of(stage)), states, device
-                ),
+                partial(_rate, measure, model, partial(read, config.length_of(stage)), states, device),
                 sizes,
             )
             del model
@@ -130,20 +142,6 @@ def _rate(
     slowest = torch.tensor([seconds if fits else float("inf")], dtype=torch.float64, device=device)
     dist.all_reduce(slowest, dist.ReduceOp.MAX)
     return size / float(slowest)
-
-
-def seconds_of_a_pass(model: Bert, batch: Batch, device: torch.device) -> float:
-    """Median seconds of a forward and backward pass."""
-    times = []
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-    for _ in range(REPEATS):
-        start = time.perf_counter()
-        model(**batch.inputs).loss_sum.backward()
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        times.append(time.perf_counter() - start)
-    return statistics.median(times[2:])
 
 
 def _peak(device: torch.device) -> int:

@@ -1,7 +1,7 @@
 """What a person sees of a run: the resolved configuration, a progress bar per stage, events, the closing table.
 
-A terminal gets a live bar; a log file (SLURM, a pipe) gets a plain line now and then. Only rank 0 has a `Console`;
-every other rank has a `NullConsole`, so the loop asks no questions.
+A terminal gets a live bar; a log file (SLURM, a pipe) gets a plain line now and then. Only rank 0 has
+one that shows anything, so the loop asks no questions.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
-from typing import Any, Protocol, TextIO, cast
+from typing import Any, TextIO, cast
 
 import rich.console
 from rich import box
@@ -21,8 +21,8 @@ from ds_stacking.reports.closing import CLOSING, verdict
 from ds_stacking.reports.table import count, duration, loss, stage_table
 
 
-class StageConsole(Protocol):
-    """What the loop needs of a console."""
+class Console:
+    """What a run needs of a console. This one shows nothing: it is that of every rank but 0."""
 
     def resolved(self, settings: Mapping[str, object]) -> None:
         """Show the resolved configuration."""
@@ -41,24 +41,6 @@ class StageConsole(Protocol):
 
     def close(self) -> None:
         """Leave the terminal as it was."""
-
-
-class NullConsole:
-    """Shows nothing: the console of every rank but 0."""
-
-    def resolved(self, settings: Mapping[str, object]) -> None: ...
-
-    def log(self, text: str) -> None: ...
-
-    def start_stage(self, *, stage: int, stages: int, layers: int, steps: int, done: int = 0) -> None: ...
-
-    def update(
-        self, done: int, *, loss: float, lr: float, tokens_per_second: float, mfu: float | None = None
-    ) -> None: ...
-
-    def closing(self, summary: Mapping[str, Any]) -> None: ...
-
-    def close(self) -> None: ...
 
 
 class _Lenient:
@@ -80,7 +62,7 @@ class _Lenient:
         return getattr(self._stream, name)
 
 
-class Console:
+class RichConsole(Console):
     """Writes to `stream`; `every` is the number of seconds between two plain lines where it is no terminal."""
 
     def __init__(
@@ -147,9 +129,9 @@ class Console:
             self._bar = None
 
 
-def make_console(rank: int) -> StageConsole:
+def make_console(rank: int) -> Console:
     """The console of a rank: a real one on rank 0 only."""
-    return Console() if rank == 0 else NullConsole()
+    return RichConsole() if rank == 0 else Console()
 
 
 def growth_later_line(growth: Mapping[str, Any], steps: int) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import platform
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from importlib.metadata import version
@@ -22,36 +22,25 @@ from ds_stacking.engine.ds_config import load_ds_config
 from ds_stacking.engine.factory import device, init_distributed, native_bf16
 from ds_stacking.engine.host import keep_freed_memory, limit_threads
 from ds_stacking.growth.exchange import make_exchange
-from ds_stacking.models.bert import has_kernels
 from ds_stacking.training.alarm import Alarm
-from ds_stacking.training.batching import BatchPlan
-from ds_stacking.training.build import build_run, check_stages, settle_micro_batches, with_vocabulary
+from ds_stacking.training.build import build_run, check_stages, with_vocabulary
 from ds_stacking.training.capacity import memory, refuse_what_cannot_fit
 from ds_stacking.training.changes import describe, refuse_another_finished_run
-from ds_stacking.training.checkpointing import (
-    changed_settings,
-    find_checkpoint,
-    identity,
-    make_writer,
-    metrics_bytes,
-    restore,
-)
+from ds_stacking.training.checkpointing import metrics_bytes, restore
 from ds_stacking.training.finish import finish
 from ds_stacking.training.loop import Pretraining
-from ds_stacking.training.metrics_file import check_metrics, cut_metrics
+from ds_stacking.training.metrics_file import cut_metrics
 from ds_stacking.training.ownership import one_writer
-from ds_stacking.training.progress import StageConsole, make_console
+from ds_stacking.training.progress import Console, make_console
 from ds_stacking.training.run_directory import (
     check_run_directory,
     claim_run_directory,
     give_back,
     is_finished,
-    remove_stop_files,
     set_umask,
 )
 from ds_stacking.training.same_data import check_same_data
-from ds_stacking.training.tracking import check_run_id, make_tracker
-from ds_stacking.training.triggering import triggered_stages
+from ds_stacking.training.tracking import make_tracker
 from ds_stacking.training.watchdog import Watchdog, collective_limit
 
 
@@ -72,7 +61,7 @@ class Claim:
 def pretrain(
     config: RunConfig,
     *,
-    console: StageConsole | None = None,
+    console: Console | None = None,
     on_built: Callable[[Pretraining], None] = lambda run: None,
 ) -> None:
     """Run `config` to the end. Every rank calls it.
@@ -101,7 +90,7 @@ def pretrain(
         check_same_data(sampled_fingerprint(data), config.data, device())
         with one_writer(config, console.log) as holds, Watchdog(config.hang_timeout) as watchdog:
             keep_tracebacks(Path(config.run_dir))
-            run, found = _set_up(config, data, plans, ds_config, holds, watchdog, console, bf16=bf16)
+            run, found = build_run(config, data, plans, ds_config, holds, watchdog, console, bf16=bf16)
             console.resolved(_resolved(run, why))
             claim = Claim()
             alarm.undo = partial(claim.undo, run)
@@ -118,36 +107,6 @@ def pretrain(
                 raise
             alarm.close()
             run.close()
-
-
-def _set_up(
-    config: RunConfig,
-    data: PreparedData,
-    plans: list[BatchPlan],
-    ds_config: Mapping[str, Any],
-    holds: Callable[[], bool],
-    watchdog: Watchdog,
-    console: StageConsole,
-    *,
-    bf16: bool,
-) -> tuple[Pretraining, Found | None]:
-    """The run and the checkpoint that it goes on from, with all that only the process group's ranks could decide."""
-    if config.kernels == "auto":
-        config = replace(config, kernels="fused" if has_kernels(device()) else "torch")
-    config = replace(config, stages=triggered_stages(config))
-    expected = identity(config, data.fingerprint)
-    found = find_checkpoint(config, expected, watchdog.beat)
-    changes = from_first_rank(lambda: changed_settings(config, found), make_exchange(device()))
-    words = from_first_rank(lambda: _look_at_what_stays(config, found), make_exchange(device()))
-    if words is not None and found is not None:
-        found = replace(found, notes=(*found.notes, f"{words}."))
-    resumed = found is not None and not found.branch
-    config = settle_micro_batches(config, data, plans, ds_config, bf16=bf16, resumed=resumed)
-    watchdog.beat()
-    plans = check_stages(config, ds_config, bf16=bf16, world_size=world_size())
-    writer = make_writer(config, expected, found, holds)
-    run = build_run(config, data, plans, ds_config, writer, changes, watchdog, console, bf16=bf16)
-    return run, found
 
 
 def _resume(run: Pretraining, found: Found | None) -> bool:
@@ -192,16 +151,6 @@ def _claim(run: Pretraining, found: Found | None, claim: Claim) -> None:
     run.metrics.tracker = make_tracker(
         run.run_dir, tracking=config.tracking, name=config.name, config=config.to_dict(), rank=rank()
     )
-
-
-def _look_at_what_stays(config: RunConfig, found: Found | None) -> str | None:
-    """Rank 0: what of the run directory a resumption goes on with is checked before; what is to be said of it."""
-    run_dir = Path(config.run_dir)
-    remove_stop_files(run_dir)
-    if found is not None and not found.branch and config.tracking == "wandb":
-        check_run_id(run_dir)
-    size = metrics_bytes(run_dir, found)
-    return None if size is None else check_metrics(run_dir, size)
 
 
 def _record(config: RunConfig, data: PreparedData) -> dict[str, Any]:

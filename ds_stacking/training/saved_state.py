@@ -11,12 +11,17 @@ from typing import Annotated, Any, NotRequired
 from pydantic import BeforeValidator, Field, TypeAdapter
 from typing_extensions import TypedDict
 
+from ds_stacking.checkpoint.format import STATE
 from ds_stacking.checkpoint.store import CheckpointReader
 from ds_stacking.common.errors import UserError
 from ds_stacking.common.json_files import KEEP_OTHERS, parse_json
+from ds_stacking.common.words import shown
+from ds_stacking.config import RunConfig
 from ds_stacking.engine.record import GrowthRecord
-from ds_stacking.training.held_out import HeldOutLoss
+from ds_stacking.growth.blocks import find_block_names
+from ds_stacking.models.convert import parameter_shapes
 from ds_stacking.training.ledger import StageTotals
+from ds_stacking.training.state import HeldOutLoss
 
 Bounded = Annotated[int, Field(ge=0, le=10**15)]
 """A whole number that counts something."""
@@ -89,3 +94,24 @@ def saved_state(reader: CheckpointReader) -> dict[str, Any]:
     if len(found["ledger"]["stages"]) not in (found["position"]["stage"], found["position"]["stage"] + 1):
         raise UserError(f"{where} counts {len(found['ledger']['stages'])} stages and stands in another; {mend}.")
     return {"changes": [], "held_out_losses": [], **TypeAdapter(Saved).dump_python(found)}
+
+
+def check_fits(reader: CheckpointReader, config: RunConfig) -> None:
+    """Raise UserError where the checkpoint's parameters or the run's own values are not what a resumption reads.
+
+    A depth that the run has in none of its stages is refused elsewhere, with what to do about it.
+    """
+    where, mend, step = reader.path / STATE, "restore that file", saved_state(reader)["position"]["step"]
+    if step != reader.step:
+        raise UserError(f"{where}: extra.position.step is {step}, and step is {reader.step}; {mend}.")
+    found = {name: info.numel for name, info in reader.parameters.items()}
+    layers = find_block_names({name: (numel,) for name, numel in found.items()}).count
+    if layers not in {stage.layers for stage in config.stages}:
+        return
+    expected = {name: shape.numel() for name, shape in parameter_shapes(config.model, layers).items()}
+    for name in {**expected, **found}:
+        if expected.get(name) != found.get(name):
+            there, here = found.get(name, "no"), expected.get(name, "no")
+            raise UserError(
+                f"{where}: parameters.{shown(name)[1:-1]} has {there} elements, and {here} in this model; {mend}."
+            )

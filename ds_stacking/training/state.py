@@ -14,7 +14,16 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ds_stacking.engine.record import GrowthRecord
-from ds_stacking.training.held_out import HeldOutLoss
+
+
+@dataclass(frozen=True, kw_only=True)
+class HeldOutLoss:
+    """Mean cross entropy in nats per predicted token of the held-out blocks."""
+
+    all_positions: float
+    """Over all predicted positions: 80 % [MASK], 10 % random tokens, 10 % left as they were."""
+    masked: float
+    """Over the positions that hold [MASK] alone: visible tokens, which can be copied, do not count."""
 
 
 @dataclass(kw_only=True)

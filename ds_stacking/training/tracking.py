@@ -62,20 +62,10 @@ class Tracker(Protocol):
         """Write what is left."""
 
 
-class NullTracker:
-    """Tracks nothing."""
-
-    def log(self, record: Record) -> None: ...
-
-    def flush(self) -> None: ...
-
-    def close(self, exit_code: int = 0) -> None: ...
-
-
 class FanOut:
-    """Hands every record to each of several trackers."""
+    """Hands every record to each of several trackers, or to none."""
 
-    def __init__(self, trackers: Sequence[Tracker]) -> None:
+    def __init__(self, trackers: Sequence[Tracker] = ()) -> None:
         self.trackers = trackers
 
     def log(self, record: Record) -> None:
@@ -145,12 +135,10 @@ class WandbTracker:
             self._started.set()
 
 
-def make_tracker(
-    run_dir: str | Path, *, tracking: str, name: str, config: Mapping[str, Any], rank: int = 0
-) -> FanOut | NullTracker:
+def make_tracker(run_dir: str | Path, *, tracking: str, name: str, config: Mapping[str, Any], rank: int = 0) -> FanOut:
     """The tracker of a rank: metrics.jsonl, and wandb if `tracking` is "wandb", on rank 0; nothing elsewhere."""
     if rank != 0:
-        return NullTracker()
+        return FanOut()
     trackers: list[Tracker] = [MetricsFile(Path(run_dir) / METRICS)]
     if tracking == "wandb":
         trackers.append(WandbTracker(Path(run_dir), name=name, config=config))

@@ -198,11 +198,11 @@ def stages(lr: float) -> str:
 
 def post_mortem(folder: str) -> tuple[str, list[str]]:
     """A second stage at a rate far too high; what the run said at its end, and what the next start said."""
-    from ds_stacking.training.progress import NullConsole
+    from ds_stacking.training.progress import Console
     from ds_stacking.training.run import pretrain
 
     said: list[str] = []
-    console = NullConsole()
+    console = Console()
     console.log = said.append  # type: ignore[method-assign]
     options = [*small_options(Path(folder)), f"--output_dir={folder}/run", "--tracking=none", "--checkpoint_every=4"]
     options += ["--max_skipped_steps=2", "--eval_after_growth=0", "--resume=auto"]

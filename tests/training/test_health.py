@@ -31,11 +31,11 @@ def disturbed(
     folder: str, output: str, zero_stage: int, disturb: Callable, options: tuple[str, ...] = ()
 ) -> tuple[bool, list[str]]:
     """Train with a disturbed loss; whether the run was ended as unhealthy, and what was said."""
-    from ds_stacking.training.progress import NullConsole
+    from ds_stacking.training.progress import Console
     from ds_stacking.training.run import pretrain
 
     said: list[str] = []
-    console = NullConsole()
+    console = Console()
     console.log = said.append
 
     def prepare(run: Any) -> None:

@@ -308,11 +308,11 @@ def test_a_resumption_at_the_very_end_exports_into_its_own_directory(folder: Pat
 
 
 def run_again(folder: str, output: str) -> list[str]:
-    from ds_stacking.training.progress import NullConsole
+    from ds_stacking.training.progress import Console
     from ds_stacking.training.run import pretrain
 
     said: list[str] = []
-    console = NullConsole()
+    console = Console()
     console.log = said.append
     arguments = [*small_options(Path(folder)), f"--output_dir={folder}/{output}", "--resume=auto"]
     pretrain(parse_run(arguments), console=console)

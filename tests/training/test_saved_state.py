@@ -17,11 +17,9 @@ from ds_stacking.config import ModelConfig, RunConfig
 from ds_stacking.engine.stage_manager import GrowthRecord
 from ds_stacking.growth.plan import ParameterInfo
 from ds_stacking.models.convert import parameter_shapes
-from ds_stacking.training.compatibility import check_fits
-from ds_stacking.training.held_out import HeldOutLoss
 from ds_stacking.training.ledger import Ledger
-from ds_stacking.training.saved_state import saved_state
-from ds_stacking.training.state import Position, TrainState
+from ds_stacking.training.saved_state import check_fits, saved_state
+from ds_stacking.training.state import HeldOutLoss, Position, TrainState
 
 NAN = float("nan")
 LOSS_SUM = {"loss_sum": 1.5}

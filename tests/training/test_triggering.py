@@ -15,7 +15,7 @@ from ds_stacking.command_line import parse_run
 from ds_stacking.common.errors import RunAgain, UserError
 from ds_stacking.config import ModelConfig, RunConfig, StageConfig
 from ds_stacking.growth.state import KINDS, TensorSlice
-from ds_stacking.training.held_out import HeldOutLoss
+from ds_stacking.training.state import HeldOutLoss
 from ds_stacking.training.triggering import triggered_stages
 from tests.corpus import small_options, write_corpus
 from tests.ranks import run_ranks
