@@ -12,6 +12,7 @@ import torch
 
 from ds_stacking.checkpoint.select import Found
 from ds_stacking.checkpoint.share import from_first_rank
+from ds_stacking.checkpoint.write import CheckpointWriter
 from ds_stacking.common.environment import world_size
 from ds_stacking.common.errors import UserError
 from ds_stacking.config import ModelConfig, RunConfig
@@ -26,15 +27,13 @@ from ds_stacking.engine.stage_manager import StageManager
 from ds_stacking.growth.exchange import make_exchange
 from ds_stacking.growth.operators import layer_map, parse_operator
 from ds_stacking.growth.triggers import parse_trigger
-from ds_stacking.models.bert import Bert, has_kernels
+from ds_stacking.models.bert import Bert
 from ds_stacking.models.compiling import compile_parts
 from ds_stacking.planning.gpus import gpu_spec_of
 from ds_stacking.training.batching import BatchPlan, plan_batch
 from ds_stacking.training.checkpointing import (
     changed_settings,
     find_checkpoint,
-    identity,
-    make_writer,
     metrics_bytes,
 )
 from ds_stacking.training.ledger import Ledger
@@ -44,10 +43,10 @@ from ds_stacking.training.metrics_file import check_metrics
 from ds_stacking.training.micro_batch import choose_micro_batches, recorded_micro_batches
 from ds_stacking.training.preemption import SharedStop, StopRequest
 from ds_stacking.training.progress import Console
-from ds_stacking.training.run_directory import remove_stop_files
+from ds_stacking.training.run_directory import CHECKPOINTS, SAVED, remove_stop_files
 from ds_stacking.training.state import TrainState
 from ds_stacking.training.tracking import check_run_id
-from ds_stacking.training.triggering import check_plateau, triggered_stages
+from ds_stacking.training.triggering import check_plateau
 from ds_stacking.training.watchdog import Watchdog
 
 FITTED_SEQUENCES = 1024
@@ -142,14 +141,19 @@ def make_eval_batches(config: RunConfig, data: PreparedData, split: Split | Mixt
     )
 
 
+def make_factory(config: RunConfig, ds_config: Mapping[str, Any], *, bf16: bool) -> EngineFactory:
+    """What builds the engines of all stages."""
+    return EngineFactory(
+        build_model=partial(make_model, config),
+        ds_config=ds_config,
+        optimizer=config.optimizer,
+        bf16=bf16,
+        layer_by_layer=True,
+    )
+
+
 def settle_micro_batches(
-    config: RunConfig,
-    data: PreparedData,
-    plans: list[BatchPlan],
-    ds_config: Mapping[str, Any],
-    *,
-    bf16: bool,
-    resumed: bool,
+    config: RunConfig, data: PreparedData, plans: list[BatchPlan], factory: EngineFactory, *, resumed: bool
 ) -> RunConfig:
     """The configuration with a number for every micro-batch: recorded by the run, or measured now."""
     if "auto" not in [config.micro_batch_size, *(stage.micro_batch_size for stage in config.stages)]:
@@ -160,64 +164,68 @@ def settle_micro_batches(
         config,
         partial(make_model, config),
         lambda length, samples: batches[length].batch(samples),
-        zero_stage=ds_config["zero_optimization"]["stage"],
-        bf16=bf16,
+        zero_stage=factory.ds_config["zero_optimization"]["stage"],
+        bf16=factory.bf16,
         device=device(),
     )
+
+
+def look_for_checkpoint(
+    config: RunConfig, expected: dict[str, Any], alive: Callable[[], None]
+) -> tuple[Found | None, list[dict[str, Any]]]:
+    """The checkpoint that the run goes on from, and every setting that changed in the run's life. Collective."""
+    found = find_checkpoint(config, expected, alive)
+    changes = from_first_rank(lambda: changed_settings(config, found), make_exchange(device()))
+    words = from_first_rank(lambda: _look_at_what_stays(config, found), make_exchange(device()))
+    if words is not None and found is not None:
+        found = replace(found, notes=(*found.notes, f"{words}."))
+    return found, changes
 
 
 def build_run(
     config: RunConfig,
     data: PreparedData,
-    plans: list[BatchPlan],
-    ds_config: Mapping[str, Any],
-    holds: Callable[[], bool],
+    factory: EngineFactory,
+    changes: list[dict[str, Any]],
+    writer: CheckpointWriter,
     watchdog: Watchdog,
     console: Console,
-    *,
-    bf16: bool,
-) -> tuple[Pretraining, Found | None]:
-    """The run, without an engine and a tracker yet, and the checkpoint that it goes on from."""
-    if config.kernels == "auto":
-        config = replace(config, kernels="fused" if has_kernels(device()) else "torch")
-    config = replace(config, stages=triggered_stages(config))
-    expected = identity(config, data.fingerprint)
-    found = find_checkpoint(config, expected, watchdog.beat)
-    changes = from_first_rank(lambda: changed_settings(config, found), make_exchange(device()))
-    words = from_first_rank(lambda: _look_at_what_stays(config, found), make_exchange(device()))
-    if words is not None and found is not None:
-        found = replace(found, notes=(*found.notes, f"{words}."))
-    resumed = found is not None and not found.branch
-    config = settle_micro_batches(config, data, plans, ds_config, bf16=bf16, resumed=resumed)
-    watchdog.beat()
-    plans = check_stages(config, ds_config, bf16=bf16, world_size=world_size())
-    factory = EngineFactory(
-        build_model=partial(make_model, config),
-        ds_config=ds_config,
-        optimizer=config.optimizer,
-        bf16=bf16,
-        layer_by_layer=True,
-    )
+) -> Pretraining:
+    """The run, without an engine and a tracker yet."""
+    plans = check_stages(config, factory.ds_config, bf16=factory.bf16, world_size=world_size())
     manager = StageManager(factory, seed=config.seed, growth_memory=config.growth_memory)
     state = TrainState(device=device(), stage_steps=[stage.steps for stage in config.stages], changes=changes)
-    metrics = Metrics(
-        config=config, plans=plans, state=state, manager=manager, console=console, ledger=Ledger(peak=_peak())
-    )
-    run = Pretraining(
+    ledger = Ledger(peak=_peak())
+    return Pretraining(
         config=config,
         state=state,
-        metrics=metrics,
+        metrics=Metrics(config=config, plans=plans, state=state, manager=manager, console=console, ledger=ledger),
         data=data,
         batches=make_batches(config, data, plans),
         held_out=make_eval_batches(config, data, data.eval, config.eval_sequences),
         training_text=make_eval_batches(config, data, data.train, FITTED_SEQUENCES),
         plans=plans,
         manager=manager,
-        writer=make_writer(config, expected, found, holds),
+        writer=writer,
         stop=SharedStop(StopRequest(Path(config.run_dir)), state.device),
         watchdog=watchdog,
     )
-    return run, found
+
+
+def make_writer(
+    config: RunConfig, expected: dict[str, Any], found: Found | None, holds: Callable[[], bool]
+) -> CheckpointWriter:
+    """The writer of a run that goes on from the checkpoint `found`."""
+    return CheckpointWriter(
+        Path(config.run_dir) / CHECKPOINTS,
+        make_exchange(device()),
+        identity=expected,
+        keep=config.checkpoint_keep,
+        asynchronous=config.checkpoint_async,
+        holds=holds,
+        record=Path(config.run_dir) / SAVED,
+        verified=[found.path] if found is not None else (),
+    )
 
 
 def _look_at_what_stays(config: RunConfig, found: Found | None) -> str | None:

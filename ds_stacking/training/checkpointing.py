@@ -34,7 +34,7 @@ from ds_stacking.training.changes import (
     settings,
 )
 from ds_stacking.training.metrics import Metrics
-from ds_stacking.training.run_directory import CHECKPOINTS, METRICS, SAVED, refuse_lost_checkpoints
+from ds_stacking.training.run_directory import CHECKPOINTS, METRICS, refuse_lost_checkpoints
 from ds_stacking.training.saved_state import check_fits, saved_state
 from ds_stacking.training.state import TrainState, from_all_ranks, seed_dropout
 
@@ -137,22 +137,6 @@ def _check_depth(config: RunConfig, reader: CheckpointReader) -> None:
             f"Checkpoint {reader.path} has {layers} layers and stands in stage {stage + 1}, but the stages of "
             f"this recipe have {depths} layers; grow the checkpoint to the depth of that stage."
         )
-
-
-def make_writer(
-    config: RunConfig, expected: dict[str, Any], found: Found | None, holds: Callable[[], bool]
-) -> CheckpointWriter:
-    """The writer of a run that goes on from the checkpoint `found`."""
-    return CheckpointWriter(
-        Path(config.run_dir) / CHECKPOINTS,
-        make_exchange(device()),
-        identity=expected,
-        keep=config.checkpoint_keep,
-        asynchronous=config.checkpoint_async,
-        holds=holds,
-        record=Path(config.run_dir) / SAVED,
-        verified=[found.path] if found is not None else (),
-    )
 
 
 def save(

@@ -22,11 +22,20 @@ from ds_stacking.engine.ds_config import load_ds_config
 from ds_stacking.engine.factory import device, init_distributed, native_bf16
 from ds_stacking.engine.host import keep_freed_memory, limit_threads
 from ds_stacking.growth.exchange import make_exchange
+from ds_stacking.models.bert import has_kernels
 from ds_stacking.training.alarm import Alarm
-from ds_stacking.training.build import build_run, check_stages, with_vocabulary
+from ds_stacking.training.build import (
+    build_run,
+    check_stages,
+    look_for_checkpoint,
+    make_factory,
+    make_writer,
+    settle_micro_batches,
+    with_vocabulary,
+)
 from ds_stacking.training.capacity import memory, refuse_what_cannot_fit
 from ds_stacking.training.changes import describe, refuse_another_finished_run
-from ds_stacking.training.checkpointing import metrics_bytes, restore
+from ds_stacking.training.checkpointing import identity, metrics_bytes, restore
 from ds_stacking.training.finish import finish
 from ds_stacking.training.loop import Pretraining
 from ds_stacking.training.metrics_file import cut_metrics
@@ -41,6 +50,7 @@ from ds_stacking.training.run_directory import (
 )
 from ds_stacking.training.same_data import check_same_data
 from ds_stacking.training.tracking import make_tracker
+from ds_stacking.training.triggering import triggered_stages
 from ds_stacking.training.watchdog import Watchdog, collective_limit
 
 
@@ -90,23 +100,38 @@ def pretrain(
         check_same_data(sampled_fingerprint(data), config.data, device())
         with one_writer(config, console.log) as holds, Watchdog(config.hang_timeout) as watchdog:
             keep_tracebacks(Path(config.run_dir))
-            run, found = build_run(config, data, plans, ds_config, holds, watchdog, console, bf16=bf16)
+            if config.kernels == "auto":
+                config = replace(config, kernels="fused" if has_kernels(device()) else "torch")
+            config = replace(config, stages=triggered_stages(config))
+            factory = make_factory(config, ds_config, bf16=bf16)
+            expected = identity(config, data.fingerprint)
+            found, changes = look_for_checkpoint(config, expected, watchdog.beat)
+            resumed = found is not None and not found.branch
+            config = settle_micro_batches(config, data, plans, factory, resumed=resumed)
+            watchdog.beat()
+            writer = make_writer(config, expected, found, holds)
+            run = build_run(config, data, factory, changes, writer, watchdog, console)
             console.resolved(_resolved(run, why))
-            claim = Claim()
-            alarm.undo = partial(claim.undo, run)
-            try:
-                on_built(run)
-                stage_finished = _resume(run, found)
-                _claim(run, found, claim)
-                run.train(stage_finished=stage_finished)
-                finish(run)
-            except BaseException as error:
-                alarm.sound(error)  # before what may take seconds
-                run.close(exit_code=1)
-                claim.undo(run)
-                raise
-            alarm.close()
-            run.close()
+            _train(run, found, alarm, on_built)
+
+
+def _train(run: Pretraining, found: Found | None, alarm: Alarm, on_built: Callable[[Pretraining], None]) -> None:
+    """Start or go on, train and finish; where that fails before the first step, nothing is left."""
+    claim = Claim()
+    alarm.undo = partial(claim.undo, run)
+    try:
+        on_built(run)
+        stage_finished = _resume(run, found)
+        _claim(run, found, claim)
+        run.train(stage_finished=stage_finished)
+        finish(run)
+    except BaseException as error:
+        alarm.sound(error)  # before what may take seconds
+        run.close(exit_code=1)
+        claim.undo(run)
+        raise
+    alarm.close()
+    run.close()
 
 
 def _resume(run: Pretraining, found: Found | None) -> bool:

@@ -54,7 +54,7 @@ def faults() -> dict[str, tuple[Callable[[], Any], list[str]]]:
     return {
         "engine": (lambda: raising(EngineFactory, "build", AssertionError("DeepSpeed refuses")), []),
         "model": (lambda: raising(build, "make_model", memory), []),
-        "checkpoints": (lambda: raising(build, "make_writer", OSError(28, "No space left")), []),
+        "checkpoints": (lambda: raising(module, "make_writer", OSError(28, "No space left")), []),
         "interrupted": (lambda: raising(Pretraining, "open_stage", KeyboardInterrupt()), []),
         "tracker": (lambda: raising(module, "make_tracker", OSError(5, "made up")), []),
         "first step": (lambda: raising(Pretraining, "train_step", memory), []),
