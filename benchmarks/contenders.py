@@ -18,9 +18,10 @@ from ds_stacking.config import ModelConfig, OptimizerConfig
 from ds_stacking.engine.factory import Engine, EngineFactory, EngineSpec, device
 from ds_stacking.engine.release import collect, release
 from ds_stacking.engine.stepping import optimizer_step
-from ds_stacking.models.bert import Bert, bert_class
+from ds_stacking.models.bert import Bert
 from ds_stacking.models.compiling import compile_parts
 from ds_stacking.models.convert import to_huggingface
+from ds_stacking.models.variants import bert_class
 
 MASKING_RATE = 0.15
 RATE = 1e-4

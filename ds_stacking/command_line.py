@@ -17,7 +17,7 @@ import time
 import traceback
 from argparse import SUPPRESS
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import MISSING, fields, is_dataclass
+from dataclasses import MISSING, Field, fields, is_dataclass
 from functools import partial
 from pathlib import Path
 from types import NoneType
@@ -84,7 +84,7 @@ def _add_fields(parser: Any, config: type, prefix: str = "") -> None:
     """An option for every field of a configuration class; fields of a nested class make a group."""
     documented = [docstring_parser.parse_from_object(kind).params for kind in reversed(config.__mro__[:-1])]
     texts = {param.arg_name: param.description or "" for params in documented for param in params}
-    defaults = {field.name: field.default for field in fields(config)}
+    defaults = {field.name: _default(field) for field in fields(config)}
     for field, hint in get_type_hints(config).items():
         name, nested = prefix + field, is_dataclass(hint)
         needed = "needed" if defaults[field] is MISSING else f"default: {json.dumps(defaults[field], default=str)}"
@@ -154,7 +154,12 @@ def _instance(config: type[Config], values: dict[str, Any]) -> Config:
 
 def _complete(config: type, values: dict[str, Any]) -> dict[str, Any]:
     """All fields, as a recipe has them."""
-    return {field.name: values.get(field.name, field.default) for field in fields(config)}
+    return {field.name: values.get(field.name, _default(field)) for field in fields(config)}
+
+
+def _default(field: Field) -> Any:
+    """What a recipe would say to have the default: of a list that has a notation, that."""
+    return field.metadata.get("notation", field.default)
 
 
 def build(
@@ -165,6 +170,7 @@ def build(
     `where` is its place in a recipe, with a dot. Raises UserError.
     """
     hints = get_type_hints(config)
+    notations = {field.name: field.metadata.get("notation") for field in fields(config)}  # type: ignore[arg-type]
     values: dict[str, Any] = {}
     groups: dict[str, list[tuple[str, Any]]] = {name: [] for name, hint in hints.items() if is_dataclass(hint)}
     for key, value in given:
@@ -176,19 +182,21 @@ def build(
             raise UserError(f"Unknown recipe key {where + key!r}; {near}")
         if name in groups and (rest or isinstance(value, dict)):
             groups[name] += [(rest, value)] if rest else value.items()
+        elif notations[name] and isinstance(value, str):
+            values[name] = value  # the class reads it
         else:
-            values[name] = _checked(where + name, hints[name], value, make)
+            values[name] = _checked(where + name, hints[name], value, make, notations[name])
     for name, pairs in groups.items():
         values[name] = build(hints[name], pairs, f"{where}{name}.", make=make)
     for field in fields(config):  # type: ignore[arg-type]
-        if field.name not in values and field.default is MISSING:
+        if field.name not in values and field.default is field.default_factory is MISSING:
             raise UserError(f"{where or '--'}{field.name} is missing; give it.")
     return make(config, values)
 
 
-def _checked(name: str, hint: Any, value: Any, make: Callable) -> Any:
+def _checked(name: str, hint: Any, value: Any, make: Callable, notation: str | None = None) -> Any:
     """The value as the field's type. Raises UserError."""
-    item = next((get_args(part)[0] for part in get_args(hint) if get_origin(part) is list), None)
+    item = get_args(hint)[0] if get_origin(hint) is list else None
     if isinstance(value, list) and item is not None:
         return [_checked(f"{name}[{number}]", item, each, make) for number, each in enumerate(value)]
     if is_dataclass(hint) and isinstance(value, dict):
@@ -200,7 +208,8 @@ def _checked(name: str, hint: Any, value: Any, make: Callable) -> Any:
             return adapter.validate_python(tuple(value) if isinstance(value, list) else value)
     shown = str(value) if isinstance(value, str | float) else json.dumps(value)
     shown = shown if shown and shown.isprintable() else ascii(shown)
-    raise UserError(f"{name} is {plain(shown, 80)}; it must be {_describe(hint)}.")
+    text = f" or text such as {notation}" if notation else ""
+    raise UserError(f"{name} is {plain(shown, 80)}; it must be {_describe(hint)}{text}.")
 
 
 def _describe(hint: Any) -> str:

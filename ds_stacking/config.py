@@ -16,12 +16,12 @@ from typing import Any, Literal
 from ds_stacking.common.errors import UserError, require
 from ds_stacking.common.words import shown
 
+RENAMED = {"eval_blocks": "eval_sequences"}
+"""Settings by the names that they had in earlier versions, as recipes and checkpoints still have them."""
 LARGEST_VOCABULARY = 2**22
 """Entries of a tokenizer at most: four times those of the largest in use."""
 OPTIMIZER_STATES = ("stack", "new_reset", "reset", "second_only")
 """Optimizer state policies without an argument; `scale:c` takes one."""
-RENAMED = {"eval_blocks": "eval_sequences"}
-"""Options that had another name once."""
 
 
 LARGEST = {
@@ -71,7 +71,7 @@ def _check_text(name: str, text: str) -> None:
         raise UserError(f"{name} is {ascii(text)}, which is no text in UTF-8; rename that file or folder.") from None
 
 
-@dataclass(kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class ModelConfig:
     """A BERT encoder, its depth left to the stages."""
 
@@ -104,7 +104,7 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         check_values(self, "model.")
-        self.intermediate_size = self.intermediate_size or 4 * self.hidden_size
+        object.__setattr__(self, "intermediate_size", self.intermediate_size or 4 * self.hidden_size)
         for name in ("hidden_size", "num_heads", "intermediate_size", "max_positions"):
             require(getattr(self, name) > 0, f"model.{name} is {getattr(self, name)}; it must be positive.")
         require(
@@ -221,7 +221,7 @@ class CorpusConfig(SourceConfig):
             require(rate is None or 0 < rate < 1, f"corpus.{name} is {rate}; it must lie between 0 and 1.")
 
 
-@dataclass(kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class OptimizerConfig:
     """AdamW and gradient clipping."""
 
@@ -241,7 +241,7 @@ class OptimizerConfig:
 
     def __post_init__(self) -> None:
         check_values(self, "optimizer.")
-        self.betas = (float(self.betas[0]), float(self.betas[1]))
+        object.__setattr__(self, "betas", (float(self.betas[0]), float(self.betas[1])))
         for beta in self.betas:
             require(0 <= beta < 1, f"optimizer.betas holds {beta}; both must lie in [0, 1).")
         for name in ("weight_decay", "clip"):
@@ -249,7 +249,7 @@ class OptimizerConfig:
         require(self.eps > 0, f"optimizer.eps is {self.eps}; it must be positive.")
 
 
-@dataclass(kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class StageConfig:
     """A period of training at one depth. Fields left out take the run's value."""
 
@@ -307,6 +307,9 @@ class StageConfig:
         )
 
 
+QUICKSTART_STAGES = "2:450,4:450,8:400"
+
+
 def parse_stages(text: str) -> list[StageConfig]:
     """Read `3:50000,6:70000,12:280000` (layers:optimizer steps)."""
     stages = []
@@ -321,9 +324,9 @@ def parse_stages(text: str) -> list[StageConfig]:
     return stages
 
 
-@dataclass(kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class RunConfig:
-    """One pre-training run. The defaults are the quickstart."""
+    """One pre-training run. The defaults are the quickstart. It never changes; where a run stands is TrainState."""
 
     name: str = "quickstart"
     """Name of the recipe; the default output directory is runs/<name>."""
@@ -348,7 +351,9 @@ class RunConfig:
     of prepare_data.py, or a JSON file that mixes such folders (docs/data.md)."""
     tokenizer: str = "train"
     """`train` (WordPiece on the corpus), a folder with a tokenizer, or a hub name."""
-    stages: list[StageConfig] | str = "2:450,4:450,8:400"
+    stages: list[StageConfig] = field(
+        default_factory=lambda: parse_stages(QUICKSTART_STAGES), metadata={"notation": QUICKSTART_STAGES}
+    )
     """Stages as LAYERS:STEPS,... or, in a recipe, as a list of objects."""
     trigger: str = "steps"
     """When it grows: after the stages' steps, or tokens:N,... flops:N,... prop:A, gstack, plateau:SLOPE; or
@@ -417,7 +422,7 @@ class RunConfig:
         for name in ("output_dir", "resume", "branch_from", "deepspeed_config"):
             require(getattr(self, name) != "", f"{name} is empty; give it a value, or leave it out for its default.")
         if isinstance(self.stages, str):
-            self.stages = parse_stages(self.stages)
+            object.__setattr__(self, "stages", parse_stages(self.stages))
         require(self.stages, "stages is empty; give at least one, such as 2:100.")
         for name in ("tokens_per_step", "micro_batch_size", "eval_sequences", "log_every", "checkpoint_keep"):
             value = getattr(self, name)

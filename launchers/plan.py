@@ -49,7 +49,7 @@ def _as_pretrain_does(config: RunConfig, gpus: int, zero_stage: int) -> RunConfi
     """Refuse what pretrain.py refuses before it trains, and give the stages the steps of the trigger."""
     logging.disable(logging.WARNING)  # DeepSpeed's words about this machine, which is not the one that is planned for
     from ds_stacking.engine.ds_config import load_ds_config
-    from ds_stacking.training.run import check_stages
+    from ds_stacking.training.build import check_stages
     from ds_stacking.training.triggering import triggered_stages
 
     logging.disable(logging.NOTSET)

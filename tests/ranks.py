@@ -15,8 +15,8 @@ from collections.abc import Callable
 from datetime import timedelta
 from typing import Any
 
-_context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(
+context = multiprocessing.get_context("forkserver")
+context.set_forkserver_preload(
     # the second line is what DeepSpeed and torch import only when they are used, seconds on every rank
     ["torch", "deepspeed", "ds_stacking.engine.stage_manager", "ds_stacking.models.bert", "ds_stacking.training.run"]
     + ["torch._dynamo", "torch._inductor.compile_fx"]
@@ -28,11 +28,11 @@ def run_ranks(world_size: int, case: Callable[..., Any], *args: Any, timeout: fl
 
     Raises AssertionError with the rank's traceback where one failed, or where they did not end in `timeout` seconds.
     """
-    results = _context.Queue()
+    results = context.Queue()
     with tempfile.TemporaryDirectory() as folder:
         store = os.path.join(folder, "store")
         processes = [
-            _context.Process(target=_rank, args=(rank, world_size, store, case, args, results), daemon=True)
+            context.Process(target=run_rank, args=(rank, world_size, store, case, args, results), daemon=True)
             for rank in range(world_size)
         ]
         for process in processes:
@@ -62,7 +62,8 @@ def _collect(results: Any, processes: list, timeout: float) -> dict[int, Any]:
     return outcome
 
 
-def _rank(rank: int, world_size: int, store: str, case: Callable[..., Any], args: tuple, results: Any) -> None:
+def run_rank(rank: int, world_size: int, store: str, case: Callable[..., Any], args: tuple, results: Any) -> None:
+    """Be one rank of a gloo group: the result of `case`, or its traceback, goes into `results`."""
     import torch
     import torch.distributed as dist
 

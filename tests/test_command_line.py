@@ -6,6 +6,7 @@ import json
 import re
 import runpy
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from ds_stacking.common.errors import UserError
 from ds_stacking.config import RunConfig
 from ds_stacking.engine.ds_config import load_ds_config
 from ds_stacking.training.batching import plan_batch
-from ds_stacking.training.run import check_stages
+from ds_stacking.training.build import check_stages
 
 ROOT = Path(__file__).parents[1]
 SHIPPED = sorted(path.stem for path in RECIPES.glob("*.json"))
@@ -50,8 +51,7 @@ def test_no_options_are_the_quickstart() -> None:
 def test_quickstart_recipe_equals_the_defaults() -> None:
     config = parse_run(["--recipe", "quickstart"])
     assert config.description
-    config.description = ""
-    assert config == RunConfig()
+    assert replace(config, description="") == RunConfig()
 
 
 def decides_the_model(name: str) -> bool:
@@ -206,8 +206,14 @@ def test_an_old_name_is_refused_with_the_new_one(tmp_path: Path) -> None:
         ),
         ({"stages": [{"layers": 2, "steps": "2"}]}, "stages[0].steps is 2; it must be a whole number."),
         ({"stages": [7]}, "stages[0] is 7; it must be an object with layers and steps."),
-        ({"stages": 5}, "stages is 5; it must be a list of objects with layers and steps or text."),
-        ({"stages": None}, "stages is null; it must be a list of objects with layers and steps or text."),
+        (
+            {"stages": 5},
+            "stages is 5; it must be a list of objects with layers and steps or text such as 2:450,4:450,8:400.",
+        ),
+        (
+            {"stages": None},
+            "stages is null; it must be a list of objects with layers and steps or text such as 2:450,4:450,8:400.",
+        ),
         ({"lr": "fast"}, "lr is fast; it must be a finite number."),
         ({"lr": "x" * 500}, f"lr is {'x' * 80}...; it must be a finite number."),
         ({"lr": None}, "lr is null; it must be a finite number."),

@@ -15,6 +15,7 @@ import pytest
 from ds_stacking.common.errors import UserError
 from ds_stacking.config import (
     OPTIMIZER_STATES,
+    QUICKSTART_STAGES,
     CorpusConfig,
     ModelConfig,
     OptimizerConfig,
@@ -148,6 +149,19 @@ def test_to_dict_is_json_and_holds_every_field() -> None:
     assert config["stages"][0]["layers"] == 2
 
 
+@pytest.mark.parametrize("config", [RunConfig(), StageConfig(layers=2, steps=5), ModelConfig(), OptimizerConfig()])
+def test_a_configuration_never_changes(config: Any) -> None:
+    for field in dataclasses.fields(config):
+        with pytest.raises(dataclasses.FrozenInstanceError):
+            setattr(config, field.name, None)
+
+
+def test_stages_are_a_list_however_they_are_given() -> None:
+    stages = [StageConfig(layers=2, steps=5), StageConfig(layers=4, steps=6)]
+    assert RunConfig(stages="2:5,4:6").stages == RunConfig(stages=stages).stages == stages  # type: ignore[arg-type]
+    assert RunConfig().stages == parse_stages(QUICKSTART_STAGES)
+
+
 def documented_fields(config: type) -> dict[str, str]:
     """The docstring under each field of a configuration class, on one line."""
     texts = {}
@@ -164,9 +178,10 @@ def table(config: type, prefix: str = "") -> str:
     texts = documented_fields(config)
     rows = []
     for field in dataclasses.fields(config):
-        if field.default_factory is not dataclasses.MISSING:
+        value = QUICKSTART_STAGES if field.name == "stages" else field.default
+        if value is dataclasses.MISSING and field.default_factory is not dataclasses.MISSING:
             continue
-        default = "required" if field.default is dataclasses.MISSING else f"`{json.dumps(field.default)}`"
+        default = "required" if value is dataclasses.MISSING else f"`{json.dumps(value)}`"
         rows.append(f"| `{prefix}{field.name}` | {default} | {texts[field.name]} |")
     return "\n".join(rows)
 

@@ -8,7 +8,7 @@ import shutil
 import subprocess
 import sys
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from importlib.metadata import packages_distributions
 from pathlib import Path
 
@@ -69,7 +69,7 @@ WRITERS = {
     "ds_stacking/models/shards.py": "into a directory that is renamed when it is whole",
     "ds_stacking/data/token_file.py": "into a directory that is renamed when it is whole",
     "kernels/offline.py": "a table of the repository, which git keeps",
-    "ds_stacking/training/metrics.py": "metrics.jsonl, which grows line by line",
+    "ds_stacking/training/metrics_file.py": "metrics.jsonl, which grows line by line",
 }
 """Files that may open others for writing, and why; all else is written by common/files.py."""
 PICKLING_COLLECTIVES = {"broadcast_object_list", "all_gather_object", "gather_object", "scatter_object_list"}
@@ -170,6 +170,55 @@ def test_imports_follow_the_arrows(path: Path) -> None:
 )
 def test_a_wrong_import_is_found(where: str, source: str) -> None:
     assert len(wrong_imports(where, source)) == 1
+
+
+def graph(sources: Mapping[str, str]) -> dict[str, set[str]]:
+    """For each module, by its dotted name, the others that its source imports, for type checkers or in functions."""
+    found = {}
+    for module, source in sources.items():
+        paths = [name.split(".") for name in imports(source)]
+        prefixes = [[".".join(parts[:end]) for end in range(len(parts), 0, -1)] for parts in paths]
+        found[module] = {next((name for name in names if name in sources), module) for names in prefixes} - {module}
+    return found
+
+
+def circles(edges: Mapping[str, set[str]]) -> list[list[str]]:
+    """Modules that import each other, directly or through others: strongly connected components of two or more."""
+
+    def reached(start: str) -> set[str]:
+        seen, rest = set(), [start]
+        while rest:
+            for name in edges[rest.pop()] - seen:
+                seen.add(name)
+                rest.append(name)
+        return seen
+
+    reach = {name: reached(name) for name in edges}
+    whole = {frozenset({other for other in reach[name] if name in reach[other]}) for name in edges}
+    return sorted(sorted(component) for component in whole if component)
+
+
+def library() -> dict[str, str]:
+    """The source of every module of the library."""
+    parts = {path: path.relative_to(ROOT).with_suffix("").parts for path in LIBRARY}
+    named = {path: ("ds_stacking", *name) if name[0] == "kernels" else name for path, name in parts.items()}
+    return {".".join(name).removesuffix(".__init__"): path.read_text() for path, name in named.items()}
+
+
+def test_no_modules_import_each_other_in_a_circle() -> None:
+    edges = graph(library())
+    assert len(edges) == len(LIBRARY) and sum(map(len, edges.values())) > len(edges), "imports were not found"
+    assert circles(edges) == []
+
+
+@pytest.mark.parametrize("hidden", ["{}", "if TYPE_CHECKING:\n    {}", "def f():\n    {}"])
+def test_a_circle_is_found(hidden: str) -> None:
+    """Through two others, under TYPE_CHECKING and inside a function too."""
+    back = hidden.format("from ds_stacking.training.loop import Pretraining")
+    sources = library()
+    sources["ds_stacking.training.schedule"] += f"\n{back}\n"
+    (circle,) = circles(graph(sources))
+    assert {"ds_stacking.training.loop", "ds_stacking.training.schedule"} <= set(circle)
 
 
 @pytest.mark.parametrize("path", [*LIBRARY, *LAUNCHERS], ids=relative)

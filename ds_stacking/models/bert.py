@@ -192,24 +192,6 @@ class Bert(nn.Module):
         return block(x, spans, selection)
 
 
-def bert_class(fused: bool) -> type[Bert]:
-    """`Bert`, or its twin on the fused kernels, whose import takes seconds: only a model that uses them pays."""
-    if not fused:
-        return Bert
-    from ds_stacking.models.fused import FusedBert
-
-    return FusedBert
-
-
-def has_kernels(device: torch.device) -> bool:
-    """Whether `device` runs the fused kernels themselves rather than their references: NVIDIA from Ampere, MI300."""
-    if device.type != "cuda":
-        return False
-    from ds_stacking.kernels import runs_kernels
-
-    return runs_kernels(torch.empty(0, device=device))
-
-
 def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:  # [N, V], [N] -> [N]
     """Cross entropy per row in nats, computed in fp32 whatever the type of the logits."""
     return F.cross_entropy(logits.float(), labels, reduction="none")

@@ -1,6 +1,6 @@
 """`Bert` with what surrounds its matrix products in fused kernels: the same parameters, initial values and results.
 
-Imported by `bert_class` alone, since the kernels' import takes seconds. Shapes are those of models/blocks.py.
+Imported by models/variants.py alone, since the kernels' import takes seconds. Shapes are those of models/blocks.py.
 """
 
 from __future__ import annotations

@@ -1,13 +1,21 @@
-"""Batch arithmetic: how the tokens of one optimizer step spread over ranks and micro-batches."""
+"""Batches: how the tokens of one optimizer step spread over ranks and micro-batches, and the steps made ahead."""
 
 from __future__ import annotations
 
+from collections.abc import Generator
 from dataclasses import dataclass
 
 import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
 
 from ds_stacking.common.errors import UserError
 from ds_stacking.config import RunConfig, StageConfig
+from ds_stacking.data.batches import Batch, MaskedBatches
+from ds_stacking.data.prefetch import prefetch
+from ds_stacking.engine.factory import EngineSpec
+from ds_stacking.training.state import Position
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,3 +77,40 @@ def plan_batch(config: RunConfig, stage: StageConfig, world_size: int) -> BatchP
         accumulation=share // micro,
         world_size=world_size,
     )
+
+
+def engine_spec(stage: StageConfig, plan: BatchPlan) -> EngineSpec:
+    """The engine of a stage."""
+    return EngineSpec(
+        layers=stage.layers,
+        micro_batch_size=plan.micro_batch_size,
+        accumulation=plan.accumulation,
+        zero_stage=stage.zero_stage,
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepBatches:
+    """What an optimizer step of this rank learns from, on the host."""
+
+    micro_batches: list[Batch]
+    """In the order in which they are used."""
+    counts: Tensor
+    """Predicted tokens, pairs that see each other of all tokens and of these, whether to stop: [4] int64."""
+
+
+def stream_steps(
+    source: MaskedBatches, plan: BatchPlan, position: Position, steps: int, device: torch.device
+) -> Generator[StepBatches]:
+    """This rank's micro-batches of the next `steps` steps, made ahead in the background."""
+    start, rank = position.samples, dist.get_rank()
+    others = start - position.by_length.get(str(plan.sequence_length), 0)  # samples of other lengths
+
+    def make_step(samples: list[np.ndarray]) -> StepBatches:
+        batches = [source.batch(indices, others) for indices in samples]
+        counts = torch.tensor([(len(batch.labels), *batch.pairs, 0) for batch in batches]).sum(0)
+        if device.type == "cuda":  # from page-locked memory a copy need not block
+            batches, counts = [batch.pin_memory() for batch in batches], counts.pin_memory()
+        return StepBatches(micro_batches=batches, counts=counts)
+
+    return prefetch(make_step, (plan.samples(start + i * plan.sequences, rank) for i in range(steps)))

@@ -21,10 +21,8 @@ CONTAINER = Path("/sys/fs/cgroup/memory.max")
 OFFLOADS = ("offload_param", "offload_optimizer")
 
 
-def refuse_what_cannot_fit(
-    config: RunConfig, ds_config: Mapping[str, Any], device: torch.device, *, bf16: bool
-) -> None:
-    """Raise UserError where a stage's weights, gradients and optimizer state are larger than all memory there is.
+def refuse_what_cannot_fit(config: RunConfig, ds_config: Mapping[str, Any], there: float, *, bf16: bool) -> None:
+    """Raise UserError where a stage's weights, gradients and optimizer state are larger than the memory of a rank.
 
     Activations and buffers do not count, nor what others have taken: what is refused could never run. States that are
     offloaded are not counted at all.
@@ -32,16 +30,14 @@ def refuse_what_cannot_fit(
     zero = ds_config["zero_optimization"]
     if any((zero.get(name) or {}).get("device", "none") != "none" for name in OFFLOADS):
         return
-    assert isinstance(config.stages, list)
     stage = max(config.stages, key=lambda stage: stage.layers)
-    parameters = _parameters(config.model, stage.layers)
+    parameters = count_parameters(config.model, stage.layers)
     needed = state_bytes(
         parameters,
         zero_stage=zero["stage"] if stage.zero_stage is None else stage.zero_stage,
         world_size=world_size(),
         item=2 if bf16 else 4,
     )
-    there = memory(device)
     if needed > there:
         raise UserError(
             f"The model of stage {stage.layers}:{stage.steps} has {parameters:,} parameters, which take {_gb(needed)} "
@@ -50,17 +46,17 @@ def refuse_what_cannot_fit(
         )
 
 
-def memory(device: torch.device) -> float:
+def memory(device: torch.device, container: Path = CONTAINER) -> float:
     """Bytes that one rank can have: of its GPU, or its share of the host."""
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).total_memory
     total = psutil.virtual_memory().total
     with suppress(OSError, ValueError):  # no container, or one without a limit: "max"
-        total = min(total, int(CONTAINER.read_text()))
+        total = min(total, int(container.read_text()))
     return total / local_world_size()
 
 
-def _parameters(model: ModelConfig, layers: int) -> int:
+def count_parameters(model: ModelConfig, layers: int) -> int:
     """Without building ten thousand layers; a vocabulary that is not known yet counts little."""
     model = replace(model, vocab_size=model.vocab_size or 8)
     one, two = parameter_count(model, 1), parameter_count(model, 2)

@@ -18,7 +18,7 @@ from typing_extensions import TypedDict
 from ds_stacking.common.errors import UserError
 from ds_stacking.common.json_files import KEEP_OTHERS, Count, check_value, read_json
 from ds_stacking.common.words import LONGEST, plain
-from ds_stacking.config import RunConfig, StageConfig
+from ds_stacking.config import RENAMED, RunConfig, StageConfig
 from ds_stacking.training.run_directory import CONFIG
 
 SETTING = re.compile(r"(stages\[\d{1,5}\]\.)?\w{1,50}(\.\w{1,50})?")
@@ -134,7 +134,7 @@ def saved_settings(identity: Mapping[str, Any], run_dir: Path, config: RunConfig
             raise UserError(
                 f"The checkpoint was saved under a setting {ascii(strange)[:60]}, which no run has; {mend}."
             )
-        return saved
+        return _renamed(saved)
     if _old_digest(config.to_dict()) == identity.get("recipe"):
         return settings(config)
     content = read_config(run_dir)
@@ -149,9 +149,14 @@ def read_config(run_dir: Path) -> dict[str, Any] | None:
     """The content of a run's config.json; None where there is none. Raises UserError where it is damaged."""
     mend = "restore it, or start again with --overwrite in the place of --resume"
     try:
-        return dict(read_json(run_dir / CONFIG, SavedConfig, mend=mend, inside=run_dir))
+        return _renamed(read_json(run_dir / CONFIG, SavedConfig, mend=mend, inside=run_dir))
     except FileNotFoundError:
         return None
+
+
+def _renamed(saved: Mapping[str, Any]) -> dict[str, Any]:
+    """Saved settings by the names that they have today."""
+    return {RENAMED.get(name, name): value for name, value in saved.items()}
 
 
 def _old_digest(config: dict[str, Any]) -> str:
@@ -161,7 +166,8 @@ def _old_digest(config: dict[str, Any]) -> str:
     free = {name.split(".")[0] for name in PLACES if "." not in name} | {"precision", "micro_batch_size", "tracking"}
     free |= {"log_every", "checkpoint_every", "checkpoint_keep", "checkpoint_async"}
     free |= {"kernels", "compile", "growth_memory", "max_skipped_steps", "hang_timeout"}
-    decisive = {name: value for name, value in config.items() if name not in free}
+    then = {today: name for name, today in RENAMED.items()}
+    decisive = {then.get(name, name): value for name, value in config.items() if name not in free}
     decisive["corpus"] = {
         name: value for name, value in decisive["corpus"].items() if f"corpus.{name}" not in {*PLACES, *FREE}
     }

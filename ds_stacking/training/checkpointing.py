@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import asdict, replace
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-import torch
 import torch.distributed as dist
 
 from ds_stacking.checkpoint.format import MANIFEST
@@ -25,6 +24,7 @@ from ds_stacking.engine.zero_state import LiveState
 from ds_stacking.growth.blocks import find_block_names
 from ds_stacking.growth.checks import check_finite
 from ds_stacking.growth.exchange import make_exchange
+from ds_stacking.training.batching import engine_spec
 from ds_stacking.training.changes import (
     OTHER_RUN,
     Settings,
@@ -33,14 +33,10 @@ from ds_stacking.training.changes import (
     saved_settings,
     settings,
 )
-from ds_stacking.training.compatibility import check_fits
-from ds_stacking.training.ledger import Ledger
-from ds_stacking.training.reporting import charge_flops
-from ds_stacking.training.run_directory import CHECKPOINTS, METRICS, SAVED, refuse_lost_checkpoints
-from ds_stacking.training.saved_state import ledger_values, saved_state
-
-if TYPE_CHECKING:
-    from ds_stacking.training.loop import Pretraining
+from ds_stacking.training.metrics import Metrics
+from ds_stacking.training.run_directory import CHECKPOINTS, METRICS, refuse_lost_checkpoints
+from ds_stacking.training.saved_state import check_fits, saved_state
+from ds_stacking.training.state import TrainState, from_all_ranks, seed_dropout
 
 
 def identity(config: RunConfig, fingerprint: str) -> dict[str, Any]:
@@ -110,21 +106,19 @@ def changed_settings(config: RunConfig, found: Found | None) -> list[dict[str, A
     if found is None or found.branch:
         return []
     reader = CheckpointReader(found.path)
-    extra, stages = saved_state(reader), config.stages
+    extra = saved_state(reader)
     position = extra["position"]
-    assert isinstance(stages, list)
     changes = find_changes(_then(found.path, reader.manifest, config), settings(config))
     refuse_another_run(found.path, changes, position["stage"])
     if f"stages[{position['stage']}].steps" in changes:
         _check_steps(config, reader)
     new = [{"step": found.step, "field": name, "from": a, "to": b} for name, (a, b) in changes.items()]
-    return [*(dict(change) for change in extra.get("changes", [])), *new]
+    return [*extra["changes"], *new]
 
 
 def _check_steps(config: RunConfig, reader: CheckpointReader) -> None:
     """Who goes on may prolong or shorten the stage that the checkpoint stands in, but not undo steps."""
     position, stages = saved_state(reader)["position"], config.stages
-    assert isinstance(stages, list)
     stage = stages[position["stage"]]
     if stage.steps < position["stage_step"]:
         raise UserError(
@@ -137,7 +131,6 @@ def _check_depth(config: RunConfig, reader: CheckpointReader) -> None:
     """A checkpoint may have been grown on the disk, to any depth."""
     stage = saved_state(reader)["position"]["stage"]
     layers = find_block_names({name: (info.numel,) for name, info in reader.parameters.items()}).count
-    assert isinstance(config.stages, list)
     if stage >= len(config.stages) or config.stages[stage].layers != layers:
         depths = ", ".join(str(entry.layers) for entry in config.stages)
         raise UserError(
@@ -146,98 +139,72 @@ def _check_depth(config: RunConfig, reader: CheckpointReader) -> None:
         )
 
 
-def make_writer(
-    config: RunConfig, expected: dict[str, Any], found: Found | None, holds: Callable[[], bool]
-) -> CheckpointWriter:
-    """The writer of a run that goes on from the checkpoint `found`."""
-    return CheckpointWriter(
-        Path(config.run_dir) / CHECKPOINTS,
-        make_exchange(device()),
-        identity=expected,
-        keep=config.checkpoint_keep,
-        asynchronous=config.checkpoint_async,
-        holds=holds,
-        record=Path(config.run_dir) / SAVED,
-        verified=[found.path] if found is not None else (),
-    )
-
-
-def save(run: Pretraining, *, stage_end: bool = False, required: bool = False) -> None:
+def save(
+    metrics: Metrics, writer: CheckpointWriter, run_dir: Path, *, stage_end: bool = False, required: bool = False
+) -> None:
     """Save the run between two steps; a stage's end is kept for good. All ranks call it together."""
-    with run.ledger.clock("checkpoint"):
-        charge_flops(run)
-        parts = [torch.zeros_like(run.loss_sum) for _ in range(run.world_size)]
-        dist.all_gather(parts, run.loss_sum)
-        metrics = run.run_dir / METRICS
-        run.tracker.flush()
-        extra = {
-            "position": asdict(run.position),
+    state, manager = metrics.state, metrics.manager
+    with metrics.ledger.clock("checkpoint"):
+        metrics.charge_flops()
+        loss_sums = from_all_ranks(state.loss_sum)
+        metrics.tracker.flush()
+        extra = state.state_dict() | {
+            "loss_sum": loss_sums,
             "stage_end": stage_end,
-            "ledger": run.ledger.to_dict(),
-            "growths": [asdict(record) for record in run.growths],
-            "evaluated": run.evaluated and [*run.evaluated[0], asdict(run.evaluated[1])],
-            "stage_steps": [stage.steps for stage in run.stages],
-            "held_out_losses": run.held_out_losses,
-            "loss_sum": [float(part) for part in parts],
-            "steps_in_loss": run.steps_in_loss,
-            "health": run.health.to_dict(),
-            "changes": run.changes,
-            "metrics_bytes": metrics.stat().st_size if run.rank == 0 else 0,
+            "ledger": metrics.ledger.state_dict(),
+            "metrics_bytes": (run_dir / METRICS).stat().st_size if dist.get_rank() == 0 else 0,
         }
-        run.writer.save(
-            run.position.step,
-            LiveState(run.engine),
-            run.manager.current_parameters(),
+        writer.save(
+            state.position.step,
+            LiveState(manager.engine),
+            manager.current_parameters(),
             extra=extra,
             keep=stage_end,
             required=required,
         )
-    log_failed_saves(run)
+    log_failed_saves(writer, metrics.log)
 
 
-def log_failed_saves(run: Pretraining) -> None:
+def log_failed_saves(writer: CheckpointWriter, log: Callable[[str], None]) -> None:
     """Say which saves failed; one that succeeded is silent."""
-    for report in run.writer.reports():
+    for report in writer.reports():
         if report.error or report.warning:
-            run.console.line(report.line)
+            log(report.line)
 
 
-def restore(run: Pretraining, found: Found) -> bool:
-    """Bring `run` to the checkpoint; returns whether it stands at the end of a stage, the next one not begun."""
-    reader = CheckpointReader(found.path)
+def restore(config: RunConfig, metrics: Metrics, found: Found) -> bool:
+    """Go on from the checkpoint; returns whether it stands at the end of a stage, the next one not begun."""
+    reader, state, ledger = CheckpointReader(found.path), metrics.state, metrics.ledger
     saved = saved_state(reader)
-    run.position = type(run.position)(**saved["position"])
-    if not run.position.by_length:  # of an older version, which counted all lengths as one
-        run.position.by_length = {str(run.plans[run.position.stage].sequence_length): run.position.samples}
-    run.manager.restore(run.spec(run.position.stage), reader.parameters, reader, stage=run.position.stage)
-    _refuse_diverged(run, found)
-    run.ledger = Ledger.from_dict(ledger_values(saved["ledger"]), peak=run.ledger.peak)
-    if len(run.ledger.stages) == run.position.stage:  # the checkpoint was grown on the disk
-        run.ledger.start_stage(run.stages[run.position.stage].layers)
-    run.growths = saved["growths"]
-    if saved["evaluated"] and not found.branch:  # a branch may evaluate on other blocks
-        step, layers, loss = saved["evaluated"]
-        run.evaluated = ((step, layers), loss)
-    same_ranks = len(saved["loss_sum"]) == run.world_size
-    mine = saved["loss_sum"][run.rank] if same_ranks else sum(saved["loss_sum"]) * (run.rank == 0)
-    run.loss_sum.fill_(mine)
-    run.steps_in_loss = saved["steps_in_loss"]
-    run.health.load(dict(saved["health"]))
-    run.settled = run.position.step
-    _settle_stages(run, saved["stage_steps"], found)
-    run.held_out_losses = list(saved.get("held_out_losses", []))
-    generators = reader.generators(run.rank, run.world_size)
+    position = saved["position"]
+    stage, plan = config.stages[position["stage"]], metrics.plans[position["stage"]]
+    if not position.get("by_length"):  # of an older version, which counted all lengths as one
+        position["by_length"] = {str(plan.sequence_length): position["samples"]}
+    metrics.manager.restore(engine_spec(stage, plan), reader.parameters, reader, stage=position["stage"])
+    _refuse_diverged(LiveState(metrics.manager.engine), found)
+    ledger.load_state_dict(saved["ledger"])
+    if len(ledger.stages) == position["stage"]:  # the checkpoint was grown on the disk
+        ledger.start_stage(stage.layers)
+    rank, world_size = dist.get_rank(), dist.get_world_size()
+    sums = saved["loss_sum"]
+    saved["loss_sum"] = sums[rank] if len(sums) == world_size else sum(sums) * (rank == 0)
+    saved["stage_steps"] = _settle_stages(state, saved, found)
+    saved["changes"] = state.changes  # with those of this resumption
+    if found.branch:  # which may evaluate on other sequences
+        saved["evaluated"] = None
+    state.load_state_dict(saved)
+    generators = reader.generators(rank, world_size)
     if generators is None:
-        run.seed_dropout()
+        seed_dropout(config.seed, state.position.step)
     else:
         restore_generators(generators)
-    return saved["stage_end"] and run.position.stage_step == run.stages[run.position.stage].steps
+    return saved["stage_end"] and not state.steps_left
 
 
-def _refuse_diverged(run: Pretraining, found: Found) -> None:
+def _refuse_diverged(state: LiveState, found: Found) -> None:
     """Raise UserError, on every rank, where the state that was restored is not finite."""
     try:
-        check_finite(LiveState(run.engine), make_exchange(run.device))
+        check_finite(state, make_exchange(device()))
     except UserError:
         raise UserError(
             f"Checkpoint {found.path} holds NaN or infinite numbers: the run had diverged; give an earlier one as "
@@ -245,13 +212,15 @@ def _refuse_diverged(run: Pretraining, found: Found) -> None:
         ) from None
 
 
-def _settle_stages(run: Pretraining, steps: list[int], found: Found) -> None:
-    """Give the stages the steps that a trigger settled, but those to come that this resumption was given others."""
-    given = {change["field"] for change in run.changes if change["step"] == found.step}
-    for number, (stage, settled) in enumerate(zip(run.stages, steps, strict=False)):
-        is_over = number < run.position.stage
+def _settle_stages(state: TrainState, saved: Mapping[str, Any], found: Found) -> list[int]:
+    """Steps of every stage: as saved, but of those to come what the recipe says where this resumption changed it."""
+    given = {change["field"] for change in state.changes if change["step"] == found.step}
+    steps = list(state.stage_steps)
+    for number, settled in enumerate(saved["stage_steps"][: len(steps)]):
+        is_over = number < saved["position"]["stage"]
         if is_over or not (found.branch or f"stages[{number}].steps" in given):
-            stage.steps = settled
+            steps[number] = settled
+    return steps
 
 
 def metrics_bytes(run_dir: Path, found: Found | None) -> int | None:

@@ -5,17 +5,20 @@ from __future__ import annotations
 import os
 import secrets
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch.distributed as dist
 from torch import Tensor
 
-from ds_stacking.common.errors import RunFailed
+from ds_stacking.common.errors import RunFailed, UserError
 from ds_stacking.common.files import explain_disk, whole_folder
 from ds_stacking.common.own_files import make_inside, open_folder, open_inside
 from ds_stacking.config import ModelConfig
 from ds_stacking.data.prepared_data import PreparedData
+from ds_stacking.engine.consolidate import gather_masters
+from ds_stacking.engine.stage_manager import StageManager
 from ds_stacking.models.convert import save_huggingface
 from ds_stacking.reports.model_card import write_model_card
 from ds_stacking.training.run_directory import EXPORT
@@ -53,6 +56,33 @@ def export_stage(
     finally:
         for _ in tensors:
             pass
+
+
+def try_export(
+    run_dir: Path,
+    stage: int,
+    layers: int,
+    manager: StageManager,
+    model: ModelConfig,
+    data: PreparedData,
+    alive: Callable[[], None],
+) -> Exception | None:
+    """Export the current engine's weights; what is to be said where that failed on this rank. Collective.
+
+    `alive` is called as they are gathered.
+    """
+
+    def masters() -> Iterator[tuple[str, Tensor]]:
+        for item in gather_masters(manager.engine, manager.parameters):
+            alive()
+            yield item
+
+    writes = dist.get_rank() == 0
+    try:
+        export_stage(run_dir, stage=stage, layers=layers, tensors=masters(), model=model, data=data, writes=writes)
+    except (OSError, RunFailed, UserError) as fault:
+        return fault
+    return None
 
 
 def finish_export(run_dir: Path, name: str, *, summary: Mapping[str, Any], config: Mapping[str, Any]) -> None:

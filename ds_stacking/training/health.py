@@ -9,23 +9,24 @@ SkipStepOptimizer.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from ds_stacking.checkpoint.write import CheckpointWriter
 from ds_stacking.common.errors import RunFailed
 from ds_stacking.common.files import write_json
+from ds_stacking.engine.factory import device
+from ds_stacking.engine.stage_manager import StageManager
 from ds_stacking.engine.zero_state import LiveState
-from ds_stacking.growth.plan import ParameterInfo
-from ds_stacking.growth.state import StateReader
-
-if TYPE_CHECKING:
-    from ds_stacking.training.loop import Pretraining
+from ds_stacking.growth.exchange import make_exchange
+from ds_stacking.growth.similarity import norms
+from ds_stacking.growth.state import Kind
+from ds_stacking.training.batching import BatchPlan
+from ds_stacking.training.state import HeldOutLoss, Position, TrainState, from_all_ranks
 
 WINDOW = 128
 """Steps whose losses make the bound."""
@@ -37,24 +38,13 @@ class Unhealthy(RunFailed):
     """Too many steps in a row were skipped. Its text says what to do."""
 
 
-@dataclass(kw_only=True)
 class Health:
-    """Judges and counts the steps of a run. Every rank has one, and all agree."""
+    """Judges the steps of a run and counts them in its state. Every rank has one, and all agree."""
 
-    limit: int
-    """Steps in a row that may be skipped; one more ends the run. 0: any number."""
-    sigma: float
-    """Standard deviations above the window's mean at which a loss is too high; 0: none is."""
-    device: torch.device
-    skipped: int = 0
-    """Steps skipped so far."""
-    in_a_row: int = 0
-    """Steps skipped since the last one that was taken."""
-    window: list[Tensor] = field(default_factory=list)
-    """Losses of the last steps that were taken, as float64 scalars on the device."""
-
-    def __post_init__(self) -> None:
-        self.loss = self._total = torch.zeros((), dtype=torch.float64, device=self.device)
+    def __init__(self, state: TrainState, *, limit: int, sigma: float) -> None:
+        """`limit` steps in a row may be skipped, or any number at 0; a loss is too high from `sigma` on, or never."""
+        self.state, self.limit, self.sigma = state, limit, sigma
+        self.loss = self._total = torch.zeros((), dtype=torch.float64, device=state.device)
 
     def factor(self, loss: Tensor) -> Tensor | float:
         """What the step's last micro-batch is multiplied by: 1, or NaN on all ranks where its loss is too high.
@@ -66,18 +56,19 @@ class Health:
             return 1.0
         self._total = loss.clone()
         dist.all_reduce(self._total)
-        if len(self.window) < LEAST:
+        if len(self.state.loss_window) < LEAST:
             return 1.0
-        known = torch.stack(self.window)
+        known = torch.stack(self.state.loss_window)
         bound = known.mean() + self.sigma * known.std()
         return torch.where(self._total > bound, torch.nan, 1.0)
 
     def count(self, taken: bool) -> None:
         """Note whether the step was taken."""
-        self.skipped += not taken
-        self.in_a_row = 0 if taken else self.in_a_row + 1
+        state = self.state
+        state.skipped += not taken
+        state.skipped_in_a_row = 0 if taken else state.skipped_in_a_row + 1
         if taken and self.sigma:
-            self.window = [*self.window[1 - WINDOW :], self._total]
+            state.loss_window = [*state.loss_window[1 - WINDOW :], self._total]
 
     @property
     def reason(self) -> str:
@@ -88,64 +79,70 @@ class Health:
     @property
     def hopeless(self) -> bool:
         """Whether too many steps in a row were skipped."""
-        return bool(self.limit) and self.in_a_row > self.limit
+        return bool(self.limit) and self.state.skipped_in_a_row > self.limit
 
-    def to_dict(self) -> dict[str, Any]:
-        """What a checkpoint must keep."""
-        return {"skipped": self.skipped, "in_a_row": self.in_a_row, "window": [float(loss) for loss in self.window]}
-
-    def load(self, saved: dict[str, Any]) -> None:
-        """Go on from what `to_dict` gave."""
-        self.skipped, self.in_a_row = saved["skipped"], saved["in_a_row"]
-        self.window = [torch.tensor(loss, dtype=torch.float64, device=self.device) for loss in saved["window"]]
+    def describe(self) -> str:
+        """The last step, which was skipped, in one line."""
+        state = self.state
+        counted = f"{state.skipped_in_a_row} in a row, {state.skipped} in all"
+        return f"step {state.position.step} was skipped: {self.reason}; {counted}"
 
 
-def write_post_mortem(run: Pretraining) -> Path:
-    """Write what is known of the last skipped step beside the metrics; all ranks call it together."""
-    step = run.position.step
-    losses = losses_by_rank(run.health.loss)
-    norms = norms_by_block(LiveState(run.engine), run.manager.parameters, run.device)
-    path = run.run_dir / f"post_mortem-step-{step}.json"
-    if run.rank == 0:
-        plan = run.plans[run.position.stage]
-        first = run.position.samples - plan.sequences
-        samples = [[part.tolist() for part in plan.samples(first, rank)] for rank in range(run.world_size)]
-        content = {"step": step, "reason": run.health.reason, **run.health.to_dict()}
-        content |= {"loss_by_rank": losses, "samples_by_rank": samples, "norms_by_block": norms}
-        write_json(path, content, inside=run.run_dir)
+def end_if_hopeless(
+    health: Health, plan: BatchPlan, manager: StageManager, writer: CheckpointWriter, run_dir: Path
+) -> None:
+    """Raise Unhealthy, with a file for the post-mortem, where step after step was skipped. Collective."""
+    if not health.hopeless:
+        return
+    path = write_post_mortem(health, plan, manager, run_dir)
+    writer.wait()
+    raise Unhealthy(
+        f"{health.state.skipped_in_a_row} optimizer steps in a row were skipped, the last one step "
+        f"{health.state.position.step}: {health.reason}. {path} has the losses, batches and norms; lower lr or "
+        f"look at the data, then go on with --resume auto."
+    )
+
+
+def write_post_mortem(health: Health, plan: BatchPlan, manager: StageManager, run_dir: Path) -> Path:
+    """Write what is known of the last skipped step beside the metrics. Collective."""
+    state = health.state
+    losses = from_all_ranks(health.loss)
+    weights, gradients = _norms(manager, "master"), _norms(manager, "exp_avg")  # which is the mean gradient
+    path = run_dir / f"post_mortem-step-{state.position.step}.json"
+    if dist.get_rank() == 0:
+        first = state.position.samples - plan.sequences
+        content: dict[str, Any] = {"step": state.position.step, "reason": health.reason}
+        content |= state.state_dict()["health"]
+        content["loss_by_rank"] = losses
+        content["samples_by_rank"] = [
+            [part.tolist() for part in plan.samples(first, rank)] for rank in range(plan.world_size)
+        ]
+        content["norms_by_block"] = {
+            block: {"weights": weights[block], "mean_gradient": gradients[block]} for block in weights
+        }
+        write_json(path, content, inside=run_dir)
     return path
 
 
-def losses_by_rank(loss: Tensor) -> list[float]:
-    """The last step's part of the loss from every rank: NaN on one shows which. All ranks call it together."""
-    parts = [torch.zeros_like(loss) for _ in range(dist.get_world_size())]
-    dist.all_gather(parts, loss)
-    return [float(part) for part in parts]
-
-
-def norms_by_block(
-    state: StateReader, parameters: Mapping[str, ParameterInfo], device: torch.device
-) -> dict[str, dict[str, float]]:
-    """Norms of the weights and of Adam's first moment, the mean gradient, of every block over all ranks.
-
-    A parameter of no block counts under the first part of its name. All ranks call it together.
-    """
-    blocks = list(dict.fromkeys(_block(name) for name in parameters))
-    sums = torch.zeros(len(blocks), 3, dtype=torch.float64, device=device)  # [blocks, (weights, moments, elements)]
-    for piece in state.slices():
-        squares = [state.read(piece, kind).double().square().sum() for kind in ("master", "exp_avg")]
-        sums[blocks.index(_block(piece.name))] += torch.stack([*squares, squares[0].new_tensor(piece.numel)]).to(
-            device
+def refuse_diverged(loss: HeldOutLoss, position: Position, writer: CheckpointWriter) -> None:
+    """Raise Unhealthy where a stage has ended with a model that is worth nothing; all ranks know the same loss."""
+    if not math.isfinite(loss.all_positions):
+        writer.wait()
+        raise Unhealthy(
+            f"The held-out loss at the end of stage {position.stage + 1} (step {position.step}) is not finite: the "
+            f"run has diverged; lower lr, then go back to a checkpoint with --resume DIR, or give --overwrite."
         )
-    dist.all_reduce(sums)
-    norms = {}
-    for block, (weights, moments, elements) in zip(blocks, sums.tolist(), strict=True):
-        copies = elements / sum(info.numel for name, info in parameters.items() if _block(name) == block)
-        norms[block] = {"weights": math.sqrt(weights / copies), "mean_gradient": math.sqrt(moments / copies)}
-    return norms
+
+
+def _norms(manager: StageManager, kind: Kind) -> dict[str, float]:
+    """Norms of one kind of the state by block, all its parameters together. Collective."""
+    state, parameters = LiveState(manager.engine), manager.parameters
+    labels, numels = {name: _block(name) for name in parameters}, {n: info.numel for n, info in parameters.items()}
+    return norms(state.slices(), lambda piece: state.read(piece, kind), labels, numels, make_exchange(device()))
 
 
 def _block(name: str) -> str:
+    """The block of a parameter; one of no block counts under the first part of its name."""
     first, _, rest = name.partition(".")
     number = rest.partition(".")[0]
     return f"{first}.{number}" if number.isdigit() else first

@@ -11,7 +11,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -148,21 +148,18 @@ class Ledger:
                 row["mfu"] = row["flops"] / (row["training_seconds"] or math.inf) / self.peak
         return rows
 
-    def to_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> dict[str, Any]:
         """Everything that a checkpoint must keep, as plain JSON values."""
         self._charge()
         stages = [dataclasses.asdict(stage) for stage in self.stages]
         return {"stages": stages, "phases": dict(self.phases), "cpu_phases": dict(self.cpu_phases)}
 
-    @classmethod
-    def from_dict(
-        cls, saved: dict[str, Any], *, peak: float | None = None, now: Callable[[], float] = time.perf_counter
-    ) -> Ledger:
-        """The ledger that `to_dict` saved; its clock goes on from now."""
-        stages = [StageTotals(**row) for row in saved["stages"]]
-        return cls(
-            stages=stages, phases=dict(saved["phases"]), cpu_phases=dict(saved["cpu_phases"]), peak=peak, now=now
-        )
+    def load_state_dict(self, saved: Mapping[str, Any]) -> None:
+        """Go on from what `state_dict` gave, with every phase and no other; the clock goes on from now."""
+        self.stages = [StageTotals(**row) for row in saved["stages"]]
+        self.phases = {phase: saved["phases"].get(phase, 0.0) for phase in PHASES}
+        self.cpu_phases = {phase: saved["cpu_phases"].get(phase, 0.0) for phase in PHASES}
+        self.__post_init__()
 
     def _charge(self) -> None:
         """Give the time since the last call to the innermost open phase and to the current stage."""

@@ -31,6 +31,7 @@ FREE = 0.1
 """Share of the device's memory that stays free."""
 REPEATS = 5
 """Passes per size, the first two of which warm up."""
+Measure = Callable[[Bert, Batch, torch.device], float]
 PATIENCE = 2
 """Sizes in a row that may be slower before no larger one is tried."""
 
@@ -59,6 +60,20 @@ def fastest(rate_of: Callable[[int], float], sizes: list[int]) -> int:
     return max(rates, key=lambda size: rates[size]) if rates else sizes[0]
 
 
+def seconds_of_a_pass(model: Bert, batch: Batch, device: torch.device) -> float:
+    """Median seconds of a forward and backward pass."""
+    times = []
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    for _ in range(REPEATS):
+        start = time.perf_counter()
+        model(**batch.inputs).loss_sum.backward()
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        times.append(time.perf_counter() - start)
+    return statistics.median(times[2:])
+
+
 def choose_micro_batches(
     config: RunConfig,
     build_model: Callable[[int, bool], Bert],
@@ -67,9 +82,12 @@ def choose_micro_batches(
     zero_stage: int,
     bf16: bool,
     device: torch.device,
+    measure: Measure = seconds_of_a_pass,
 ) -> RunConfig:
-    """The configuration with a number in place of every "auto". All ranks call it together and get the same."""
-    assert isinstance(config.stages, list)
+    """The configuration with a number in place of every "auto". All ranks call it together and get the same.
+
+    `measure` returns the seconds of a forward and backward pass.
+    """
     stages = []
     for stage in config.stages:
         asked = stage.micro_batch_size or config.micro_batch_size
@@ -80,7 +98,10 @@ def choose_micro_batches(
             stage_zero = zero_stage if stage.zero_stage is None else stage.zero_stage
             shared = {"zero_stage": stage_zero, "world_size": dist.get_world_size(), "item": 2 if bf16 else 4}
             states = state_bytes(model.num_parameters, **shared) + sum_bytes(model.num_parameters, **shared)
-            asked = fastest(partial(_rate, model, partial(read, config.length_of(stage)), states, device), sizes)
+            asked = fastest(
+                partial(_rate, measure, model, partial(read, config.length_of(stage)), states, device),
+                sizes,
+            )
             del model
             collect()  # NCCL takes its memory beside torch's, which would keep all that was tried
         stages.append(replace(stage, micro_batch_size=asked))
@@ -90,9 +111,7 @@ def choose_micro_batches(
 
 def recorded_micro_batches(config: RunConfig, device: torch.device) -> RunConfig | None:
     """The configuration with the sizes that the run chose before it stopped; None where its config.json has none."""
-    assert isinstance(config.stages, list)
-    asked = config.stages
-    sizes = from_first_rank(lambda: _read(Path(config.run_dir), asked), make_exchange(device))
+    sizes = from_first_rank(lambda: _read(Path(config.run_dir), config.stages), make_exchange(device))
     if not all(sizes):
         return None
     stages = [replace(stage, micro_batch_size=size) for stage, size in zip(config.stages, sizes, strict=True)]
@@ -107,11 +126,13 @@ def _read(run_dir: Path, stages: list[StageConfig]) -> list[int]:
     return found if fine else [0] * len(stages)
 
 
-def _rate(model: Bert, read: Callable[[np.ndarray], Batch], states: float, device: torch.device, size: int) -> float:
+def _rate(
+    measure: Measure, model: Bert, read: Callable[[np.ndarray], Batch], states: float, device: torch.device, size: int
+) -> float:
     """Sequences per second of the slowest rank; 0 where a rank runs out of memory."""
     seconds, fits = float("inf"), True
     try:
-        seconds = _seconds(model, read(np.arange(size)).to(device), device)
+        seconds = measure(model, read(np.arange(size)).to(device), device)
         fits = _peak(device) + states <= (1 - FREE) * _capacity(device)
     except (torch.OutOfMemoryError, RuntimeError) as error:
         if not isinstance(error, torch.OutOfMemoryError) and "alloc" not in str(error).lower():
@@ -121,20 +142,6 @@ def _rate(model: Bert, read: Callable[[np.ndarray], Batch], states: float, devic
     slowest = torch.tensor([seconds if fits else float("inf")], dtype=torch.float64, device=device)
     dist.all_reduce(slowest, dist.ReduceOp.MAX)
     return size / float(slowest)
-
-
-def _seconds(model: Bert, batch: Batch, device: torch.device) -> float:
-    """Median seconds of a forward and backward pass."""
-    times = []
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-    for _ in range(REPEATS):
-        start = time.perf_counter()
-        model(**batch.inputs).loss_sum.backward()
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        times.append(time.perf_counter() - start)
-    return statistics.median(times[2:])
 
 
 def _peak(device: torch.device) -> int:

@@ -90,7 +90,7 @@ class Process:
 class Owner:
     """The ownership of a run directory. A thread keeps it alive and ends the process where it was lost."""
 
-    def __init__(self, run_dir: Path, say: Callable[[str], None] = lambda text: None, *, shared: bool = False) -> None:
+    def __init__(self, run_dir: Path, log: Callable[[str], None] = lambda text: None, *, shared: bool = False) -> None:
         """Take `run_dir`, which is made where it is not there. Raises UserError where another process owns it."""
         self.run_dir, self.folder = run_dir, run_dir / OWNERS
         self._made: list[Path] = []
@@ -100,7 +100,7 @@ class Owner:
             if not os.path.lexists(self.folder):
                 self._made.insert(0, self.folder)
             make_inside(run_dir, OWNERS)
-            self.number = self._claim(say)
+            self.number = self._claim(log)
         except OSError as error:
             self._unmake()
             raise UserError(
@@ -139,12 +139,12 @@ class Owner:
             for folder in self._made:
                 folder.rmdir()
 
-    def _claim(self, say: Callable[[str], None]) -> int:
+    def _claim(self, log: Callable[[str], None]) -> int:
         """Create the number after the newest one, whose owner must be gone."""
         me, number = Process.this(), 0
         while True:
             last = max(number, newest(self.folder))  # a listing may be out of date, a name that is taken is not
-            if last and (owner := find_owner(self.folder / str(last), me, say)):
+            if last and (owner := find_owner(self.folder / str(last), me, log)):
                 raise UserError(
                     f"output_dir {self.run_dir} is in use by {owner}; wait for that run, stop it, or choose another "
                     f"--output_dir."
@@ -196,7 +196,7 @@ def newest(folder: Path) -> int:
     return 0
 
 
-def find_owner(path: Path, me: Process, say: Callable[[str], None]) -> str | None:
+def find_owner(path: Path, me: Process, log: Callable[[str], None]) -> str | None:
     """Who owns the directory by the file `path`, in words; None where that one is dead or has given it up.
 
     Where only the heartbeat can tell, this waits until it moves or was still for `SILENCE` seconds.
@@ -214,7 +214,7 @@ def find_owner(path: Path, me: Process, say: Callable[[str], None]) -> str | Non
         if alive is False or time.monotonic() > end:
             return None
         if not said:
-            say(f"looking for up to {SILENCE:.0f} s whether {other or 'another process'} still lives")
+            log(f"looking for up to {SILENCE:.0f} s whether {other or 'another process'} still lives")
             said = True
         time.sleep(BEAT / 10)
         content = _read(path)
@@ -253,7 +253,7 @@ def _start_of(pid: int) -> str | None:
 
 
 @contextmanager
-def one_writer(config: RunConfig, say: Callable[[str], None]) -> Iterator[Callable[[], bool]]:
+def one_writer(config: RunConfig, log: Callable[[str], None]) -> Iterator[Callable[[], bool]]:
     """Own the run directory while the body runs, which gets a function that tells whether it still does.
 
     All ranks call it together; rank 0 owns for all. Raises UserError on every rank where another run has it.
@@ -262,7 +262,7 @@ def one_writer(config: RunConfig, say: Callable[[str], None]) -> Iterator[Callab
 
     def claim() -> None:
         nonlocal owner
-        owner = Owner(Path(config.run_dir), say, shared=config.shared)
+        owner = Owner(Path(config.run_dir), log, shared=config.shared)
         try:
             check_run_directory(config)  # again: since the first look another run may have come and gone
         except UserError:

@@ -12,10 +12,12 @@ from __future__ import annotations
 import os
 import signal
 import time
+from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from ds_stacking.common.environment import local_rank
@@ -31,7 +33,8 @@ LOOK = 1.0
 class StopRequest:
     """Whether this process was asked to stop, and why."""
 
-    def __init__(self, run_dir: Path) -> None:
+    def __init__(self, run_dir: Path, *, now: Callable[[], float] = time.monotonic) -> None:
+        self.now = now
         first_of_node = local_rank() == 0
         self.stop_files = [run_dir / name for name in stop_names()] if first_of_node else []
         self.reason: str | None = None
@@ -46,7 +49,7 @@ class StopRequest:
 
     def asked(self) -> bool:
         """Look for every kind of request; on this rank only."""
-        now = time.monotonic()
+        now = self.now()
         if self.reason is None and now >= self._next_look:
             self._next_look = now + LOOK
             if found := next((path for path in self.stop_files if os.path.lexists(path)), None):
@@ -56,11 +59,40 @@ class StopRequest:
         return self.reason is not None
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        first = self._signalled.setdefault(number, time.monotonic())
-        if time.monotonic() - first > SAME_EVENT[signal.Signals(number)]:
+        first = self._signalled.setdefault(number, self.now())
+        if self.now() - first > SAME_EVENT[signal.Signals(number)]:
             os._exit(128 + number)
         if self.reason is None:
             self.reason = signal.Signals(number).name
+
+
+class SharedStop:
+    """Whether any rank was asked to stop, which all ranks come to know between the same two steps."""
+
+    def __init__(self, request: StopRequest, device: torch.device) -> None:
+        self.request, self.device = request, device
+        self.told = False
+        """Whether this rank knows that one was asked; the others know it too."""
+        self._sum = LaterSum(device)
+
+    def add_up(self, counts: Tensor) -> Tensor:
+        """The `counts` of a step, [4] int64 on the host, over all ranks, on the device; the last is who was asked."""
+        if self.request.asked():
+            counts[-1] = 1
+        total = counts.to(self.device, non_blocking=True)
+        dist.all_reduce(total)
+        self._sum.send(total[-1:])
+        return total
+
+    def ask(self) -> None:
+        """Add up nothing but who was asked."""
+        asked = torch.full((1,), int(self.request.asked()), dtype=torch.int64, device=self.device)
+        dist.all_reduce(asked)
+        self._sum.send(asked)
+
+    def listen(self) -> None:
+        """Read the sum that was sent last."""
+        self.told = self.told or self._sum.read() > 0
 
 
 class LaterSum:

@@ -1,7 +1,7 @@
 """What a person sees of a run: the resolved configuration, a progress bar per stage, events, the closing table.
 
-A terminal gets a live bar; a log file (SLURM, a pipe) gets a plain line now and then. Only rank 0 has a `Console`;
-every other rank has a `NullConsole`, so the loop asks no questions.
+A terminal gets a live bar; a log file (SLURM, a pipe) gets a plain line now and then. Only rank 0 has
+one that shows anything, so the loop asks no questions.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
-from typing import Any, Protocol, TextIO, cast
+from typing import Any, TextIO, cast
 
 import rich.console
 from rich import box
@@ -21,13 +21,13 @@ from ds_stacking.reports.closing import CLOSING, verdict
 from ds_stacking.reports.table import count, duration, loss, stage_table
 
 
-class StageConsole(Protocol):
-    """What the loop needs of a console."""
+class Console:
+    """What a run needs of a console. This one shows nothing: it is that of every rank but 0."""
 
     def resolved(self, settings: Mapping[str, object]) -> None:
         """Show the resolved configuration."""
 
-    def line(self, text: str) -> None:
+    def log(self, text: str) -> None:
         """Show an event."""
 
     def start_stage(self, *, stage: int, stages: int, layers: int, steps: int, done: int = 0) -> None:
@@ -41,24 +41,6 @@ class StageConsole(Protocol):
 
     def close(self) -> None:
         """Leave the terminal as it was."""
-
-
-class NullConsole:
-    """Shows nothing: the console of every rank but 0."""
-
-    def resolved(self, settings: Mapping[str, object]) -> None: ...
-
-    def line(self, text: str) -> None: ...
-
-    def start_stage(self, *, stage: int, stages: int, layers: int, steps: int, done: int = 0) -> None: ...
-
-    def update(
-        self, done: int, *, loss: float, lr: float, tokens_per_second: float, mfu: float | None = None
-    ) -> None: ...
-
-    def closing(self, summary: Mapping[str, Any]) -> None: ...
-
-    def close(self) -> None: ...
 
 
 class _Lenient:
@@ -80,7 +62,7 @@ class _Lenient:
         return getattr(self._stream, name)
 
 
-class Console:
+class RichConsole(Console):
     """Writes to `stream`; `every` is the number of seconds between two plain lines where it is no terminal."""
 
     def __init__(
@@ -103,7 +85,7 @@ class Console:
             table.add_row(title, str(value))
         self.out.print(table)
 
-    def line(self, text: str) -> None:
+    def log(self, text: str) -> None:
         self.out.print(text, soft_wrap=not self.live)
 
     def start_stage(self, *, stage: int, stages: int, layers: int, steps: int, done: int = 0) -> None:
@@ -131,15 +113,15 @@ class Console:
             self._bar.update(self._task, completed=done, figures=figures)
         elif self.now() >= self._next_line or done == self._steps:
             self._next_line = self.now() + self.every
-            self.line(f"{self._name}  step {done}/{self._steps}  {figures}")
+            self.log(f"{self._name}  step {done}/{self._steps}  {figures}")
 
     def closing(self, summary: Mapping[str, Any]) -> None:
         self.close()
         self.out.print(stage_table(summary["stages"]))
         for name, meaning in CLOSING:
-            self.line(f"{loss(summary.get(name)):>8}  {meaning}")
+            self.log(f"{loss(summary.get(name)):>8}  {meaning}")
         if words := verdict(summary):
-            self.line(words)
+            self.log(words)
 
     def close(self) -> None:
         if self._bar is not None:
@@ -147,9 +129,9 @@ class Console:
             self._bar = None
 
 
-def make_console(rank: int) -> StageConsole:
+def make_console(rank: int) -> Console:
     """The console of a rank: a real one on rank 0 only."""
-    return Console() if rank == 0 else NullConsole()
+    return RichConsole() if rank == 0 else Console()
 
 
 def growth_later_line(growth: Mapping[str, Any], steps: int) -> str:

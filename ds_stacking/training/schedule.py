@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable
+from typing import Any
 
 from ds_stacking.config import RunConfig, StageConfig
+from ds_stacking.training.state import Position
 
 
 class Schedule:
@@ -12,7 +14,7 @@ class Schedule:
 
     def __init__(self, config: RunConfig) -> None:
         self.config = config
-        self.stages: Sequence[StageConfig] = config.stages  # type: ignore[assignment] # parsed in __post_init__
+        self.stages = config.stages
         self.total = sum(stage.steps for stage in self.stages)
 
     def __call__(self, step: int, stage: int, stage_step: int) -> float:
@@ -24,6 +26,13 @@ class Schedule:
         """Factor on the rate of the blocks born in `stage`: their own warm-up after the growth."""
         rewarm = self.stages[stage].rewarm_steps if stage else 0
         return min(1.0, (stage_step + 1) / rewarm) if rewarm else 1.0
+
+    def set_rates(self, groups: Iterable[dict[str, Any]], position: Position) -> None:
+        """Give every parameter group the rate of the next step; the newest blocks may still be warming up."""
+        rate = self(position.step, position.stage, position.stage_step)
+        newest = self.newest(position.stage, position.stage_step)
+        for group in groups:
+            group["lr"] = rate * (newest if position.stage and group["birth"] == position.stage else 1.0)
 
     def _run(self, step: int) -> float:
         """Warm-up, then constant, linear to 0, or warm-up-stable-decay (Hu et al. 2024, section 4)."""

@@ -15,7 +15,7 @@ import threading
 import urllib.error
 import urllib.request
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -25,7 +25,7 @@ from ds_stacking.common.errors import UserError
 from ds_stacking.common.files import write_text
 from ds_stacking.common.own_files import make_inside, read_inside
 from ds_stacking.config import RunConfig, StageConfig
-from ds_stacking.training.metrics import MetricsFile, Record
+from ds_stacking.training.metrics_file import MetricsFile, Record
 from ds_stacking.training.run_directory import METRICS, WANDB, WANDB_ID
 
 logger = logging.getLogger(__name__)
@@ -42,6 +42,8 @@ UPLOAD_SECONDS = 60
 """Longest time that the upload of what is left may take at the end."""
 FINISH_SECONDS = 90
 """Longest time that a run waits for wandb at the end."""
+Answers = Callable[[str], bool]
+"""Whether a server answers."""
 RUN_ID = re.compile(r"[a-z0-9]{1,64}")
 QUEUE_LENGTH = 10_000
 """Records that may wait for wandb; later ones are dropped."""
@@ -60,20 +62,10 @@ class Tracker(Protocol):
         """Write what is left."""
 
 
-class NullTracker:
-    """Tracks nothing."""
-
-    def log(self, record: Record) -> None: ...
-
-    def flush(self) -> None: ...
-
-    def close(self, exit_code: int = 0) -> None: ...
-
-
 class FanOut:
-    """Hands every record to each of several trackers."""
+    """Hands every record to each of several trackers, or to none."""
 
-    def __init__(self, trackers: Sequence[Tracker]) -> None:
+    def __init__(self, trackers: Sequence[Tracker] = ()) -> None:
         self.trackers = trackers
 
     def log(self, record: Record) -> None:
@@ -96,11 +88,11 @@ class WandbTracker:
     lives on a thread of its own, because its calls block for ever when its service process hangs.
     """
 
-    def __init__(self, run_dir: Path, *, name: str, config: Mapping[str, Any]) -> None:
+    def __init__(self, run_dir: Path, *, name: str, config: Mapping[str, Any], answers: Answers | None = None) -> None:
         self.where = "not started yet"
         self._rows: queue.Queue[dict[str, Any] | None] = queue.Queue(QUEUE_LENGTH)
         self._started = threading.Event()
-        self._exit_code = 0
+        self._exit_code, self._answers = 0, answers or reachable
         self._thread = threading.Thread(target=self._work, args=(run_dir, name, config), daemon=True)
         self._thread.start()
         self._started.wait(START_SECONDS)
@@ -126,7 +118,7 @@ class WandbTracker:
 
     def _work(self, run_dir: Path, name: str, config: Mapping[str, Any]) -> None:
         try:
-            run = _start(run_dir, name, config)
+            run = _start(run_dir, name, config, self._answers)
             if run is None:
                 self.where = "off (wandb is disabled)"
                 return
@@ -143,12 +135,10 @@ class WandbTracker:
             self._started.set()
 
 
-def make_tracker(
-    run_dir: str | Path, *, tracking: str, name: str, config: Mapping[str, Any], rank: int = 0
-) -> FanOut | NullTracker:
+def make_tracker(run_dir: str | Path, *, tracking: str, name: str, config: Mapping[str, Any], rank: int = 0) -> FanOut:
     """The tracker of a rank: metrics.jsonl, and wandb if `tracking` is "wandb", on rank 0; nothing elsewhere."""
     if rank != 0:
-        return NullTracker()
+        return FanOut()
     trackers: list[Tracker] = [MetricsFile(Path(run_dir) / METRICS)]
     if tracking == "wandb":
         trackers.append(WandbTracker(Path(run_dir), name=name, config=config))
@@ -182,7 +172,7 @@ def _wandb_row(record: Record) -> dict[str, Any]:
     return row
 
 
-def _start(run_dir: Path, name: str, config: Mapping[str, Any]) -> Any:
+def _start(run_dir: Path, name: str, config: Mapping[str, Any], answers: Answers) -> Any:
     """A started wandb run, or None where the user's environment or settings files disable wandb."""
     import wandb  # takes a second, and only rank 0 with tracking needs it
 
@@ -190,11 +180,11 @@ def _start(run_dir: Path, name: str, config: Mapping[str, Any]) -> Any:
     if defaults.mode == "disabled":
         return None
     make_inside(run_dir, WANDB)  # which refuses a link
-    online = defaults.mode == "online" and _ready(wandb, defaults.base_url)
+    online = defaults.mode == "online" and _ready(wandb, defaults.base_url, answers)
     run = wandb.init(
         project=defaults.project or "ds-stacking",
         name=defaults.run_name or name,
-        id=_run_id(run_dir),
+        id=make_run_id(run_dir),
         resume="allow",
         mode="online" if online else "offline",
         dir=str(run_dir),
@@ -225,7 +215,7 @@ def check_run_id(run_dir: Path) -> str | None:
     return found
 
 
-def _run_id(run_dir: Path) -> str:
+def make_run_id(run_dir: Path) -> str:
     if check_run_id(run_dir) is None:
         write_text(run_dir / WANDB_ID, uuid.uuid4().hex[:16] + "\n", inside=run_dir)
     found = check_run_id(run_dir)
@@ -249,9 +239,9 @@ def _settings(wandb: Any) -> Any:
     return wandb.Settings(**{key: value for key, value in wanted.items() if key in wandb.Settings.model_fields})
 
 
-def _ready(wandb: Any, url: str) -> bool:
+def _ready(wandb: Any, url: str, answers: Answers) -> bool:
     """True when the server answers and takes the configured key; False without a key. Never asks for one."""
-    if not _reachable(url):
+    if not answers(url):
         return False
     try:
         return bool(wandb.login(prompt=False))
@@ -260,7 +250,7 @@ def _ready(wandb: Any, url: str) -> bool:
         return False
 
 
-def _reachable(url: str) -> bool:
+def reachable(url: str) -> bool:
     """True when anything at all answers at `url`, through the user's proxy if there is one."""
     try:
         urllib.request.urlopen(url, timeout=5).close()

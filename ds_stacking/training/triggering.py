@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import math
-from contextlib import closing
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
-from typing import TYPE_CHECKING
 
 import torch
 
 from ds_stacking.common.errors import UserError
 from ds_stacking.common.generators import capture_generators, restore_generators
 from ds_stacking.config import RunConfig, StageConfig
-from ds_stacking.engine.factory import EngineSpec
 from ds_stacking.growth.triggers import (
     EVALUATIONS,
     Trigger,
@@ -24,10 +23,7 @@ from ds_stacking.growth.triggers import (
 )
 from ds_stacking.models.bert import Bert
 from ds_stacking.models.flops import training_flops_per_token
-from ds_stacking.training.reporting import charge_flops, make_record
-
-if TYPE_CHECKING:
-    from ds_stacking.training.loop import Pretraining
+from ds_stacking.training.metrics import Metrics
 
 
 def triggered_stages(config: RunConfig) -> list[StageConfig]:
@@ -36,7 +32,6 @@ def triggered_stages(config: RunConfig) -> list[StageConfig]:
     Raises UserError where the trigger does not fit the stages.
     """
     stages, trigger = config.stages, parse_trigger(config.trigger)
-    assert isinstance(stages, list)
     check_plateau(config)
     steps = _steps(config, stages, trigger)
     return [replace(stage, steps=count) for stage, count in zip(stages, steps, strict=True)]
@@ -45,7 +40,6 @@ def triggered_stages(config: RunConfig) -> list[StageConfig]:
 def check_plateau(config: RunConfig) -> None:
     """Raise UserError where a stage would end before its evaluations could tell of a plateau, or has its own rate."""
     stages, every, begin = config.stages, config.eval_every, 0
-    assert isinstance(stages, list)
     if parse_trigger(config.trigger).kind != "plateau":
         return
     if any(stage.lr is not None for stage in stages):
@@ -101,58 +95,54 @@ def _gstack(config: RunConfig, stages: list[StageConfig], tokens: list[int]) -> 
     return [first, steps - first]
 
 
-def end_on_plateau(run: Pretraining, stage: StageConfig, loss: float) -> bool:
+def end_on_plateau(metrics: Metrics, loss: float) -> bool:
     """After an evaluation: where the held-out loss has come to a plateau, end the stage; the next gets its steps."""
-    position, trigger = run.position, parse_trigger(run.config.trigger)
-    if trigger.kind != "plateau" or position.stage + 1 == len(run.stages):
+    state, config, ledger = metrics.state, metrics.config, metrics.ledger
+    position, trigger = state.position, parse_trigger(config.trigger)
+    if trigger.kind != "plateau" or position.stage + 1 == len(config.stages):
         return False
-    charge_flops(run)
-    new = not run.held_out_losses or run.held_out_losses[-1][0] < run.ledger.flops  # else asked again by a resumption
-    if new and math.isfinite(loss) and position.step > run.config.warmup_steps:
-        run.held_out_losses.append((run.ledger.flops, loss))
-    if not has_plateaued(run.held_out_losses, trigger.numbers[0], must_fall=position.stage == 0):
+    metrics.charge_flops()
+    losses = state.held_out_losses
+    new = not losses or losses[-1][0] < ledger.flops  # else asked again by a resumption
+    if new and math.isfinite(loss) and position.step > config.warmup_steps:
+        losses.append((ledger.flops, loss))
+    if not has_plateaued(losses, trigger.numbers[0], must_fall=position.stage == 0):
         return False
-    run.stages[position.stage + 1].steps += stage.steps - position.stage_step
-    stage.steps = position.stage_step
-    run.console.line(f"the held-out loss has come to a plateau; the stage ends at step {position.step}")
+    state.stage_steps[position.stage + 1] += state.steps_left
+    state.stage_steps[position.stage] = position.stage_step
+    metrics.log(f"the held-out loss has come to a plateau; the stage ends at step {position.step}")
     return True
 
 
-def choose_operator(run: Pretraining, stage: StageConfig, spec: EngineSpec) -> str:
-    """The operator of the growth into `stage`: that of the recipe, or the best of a trial. Collective."""
-    trigger = parse_trigger(run.config.trigger)
+def choose_operator(metrics: Metrics, stage: StageConfig, attempt: Callable[[str, int], float]) -> str:
+    """The operator of the growth into `stage`: that of the recipe, or the best of a trial. Collective.
+
+    `attempt` returns the held-out loss after so many steps with an operator, and leaves all as it was.
+    """
+    trigger = parse_trigger(metrics.config.trigger)
     if trigger.kind != "trial":
-        return stage.operator or run.config.operator
-    losses = {}
+        return stage.operator or metrics.config.operator
+    losses, steps = {}, int(trigger.numbers[0])
     for operator in trigger.operators:
-        with run.ledger.clock("growth"):
-            losses[operator] = _try(run, operator, int(trigger.numbers[0]), stage, spec)
-        record = {"operator": operator, "steps_tried": int(trigger.numbers[0]), "eval_loss": losses[operator]}
-        run.tracker.log(make_record(run, "trial") | record)
-        run.console.line(
-            f"trial of {operator}: held-out loss {losses[operator]:.3f} after {trigger.numbers[0]:.0f} steps"
-        )
+        with metrics.ledger.clock("growth"):
+            losses[operator] = attempt(operator, steps)
+        metrics.record("trial", {"operator": operator, "steps_tried": steps, "eval_loss": losses[operator]})
+        metrics.log(f"trial of {operator}: held-out loss {losses[operator]:.3f} after {steps} steps")
     return min(losses, key=lambda operator: losses[operator])
 
 
-def _try(run: Pretraining, operator: str, steps: int, stage: StageConfig, spec: EngineSpec) -> float:
-    """Held-out loss after `steps` steps with an operator; then all is as before but the ledger, which is charged."""
-    position, health, generators = replace(run.position), run.health.to_dict(), capture_generators()
-    counted, evaluate = run.ledger.stage.steps, run.manager.evaluate
-    run.manager.evaluate = None
-    with run.manager.trial():
-        policy = stage.optimizer_state or run.config.optimizer_state
-        run.manager.grow(spec, operator=operator, optimizer_state=policy)
-        with closing(run.stream(steps)) as batches:
-            for batch in batches:
-                run.train_step(batch)
-        loss = run.held_out_loss().all_positions
-        charge_flops(run)
-    run.manager.evaluate = evaluate
-    run.position, run.settled, run.ledger.stage.steps = position, position.step, counted
-    run.loss_sum.zero_()
-    run.steps_in_loss = 0
-    run.health.load(health)
-    run.ledger.rates()  # the next line's rates begin after the trial
+@contextmanager
+def trial(metrics: Metrics) -> Iterator[None]:
+    """Whatever is trained inside, afterwards all is as before but the ledger, which is charged."""
+    state, manager, ledger = metrics.state, metrics.manager, metrics.ledger
+    before, generators = state.state_dict(), capture_generators()
+    counted, evaluate = ledger.stage.steps, manager.evaluate
+    manager.evaluate = None
+    with manager.trial():
+        yield
+        metrics.charge_flops()
+    manager.evaluate = evaluate
+    state.load_state_dict(before)
+    ledger.stage.steps = counted
+    ledger.rates()  # the next line's rates begin after the trial
     restore_generators(generators)
-    return loss

@@ -12,13 +12,11 @@ from transformers import MegatronBertForMaskedLM
 
 from ds_stacking.command_line import parse_run
 from ds_stacking.common.errors import RunAgain
-from ds_stacking.config import StageConfig
-from ds_stacking.training.loop import Pretraining
 from ds_stacking.training.run import pretrain
 from tests.corpus import small_options, write_corpus
 from tests.device_strict.double import strict_device
-from tests.engine.tiny import replaced
 from tests.ranks import run_ranks
+from tests.training.faults import stop_at
 
 pytestmark = pytest.mark.distributed
 
@@ -26,21 +24,15 @@ pytestmark = pytest.mark.distributed
 def start(folder: str, zero: int, cut: int, precision: str, *more: str) -> tuple[str, list[str]]:
     """Train until step `cut`, or to the end; how it ended, and where the host waited for the device."""
 
-    def stop_if_asked(self: Pretraining, told: bool) -> None:
-        if self.position.step == cut and self.rank == self.world_size - 1:
-            self.stop.reason = "the test"
-        original(self, told or self.position.step == cut)
-
-    original = Pretraining.stop_if_asked
     options = [
         *small_options(Path(folder)),
         *(f"--deepspeed_config=ds_configs/zero{zero}.json", f"--precision={precision}", "--kernels=torch"),
         *("--stages=1:6,2:6,4:6", "--tokens_per_step=768", "--log_every=3", "--tracking=none", "--resume=auto"),
         *more,
     ]
-    with strict_device(dist.get_rank()) as gpu, replaced(Pretraining, "stop_if_asked", stop_if_asked):
+    with strict_device(dist.get_rank()) as gpu:
         try:
-            pretrain(parse_run(options))
+            pretrain(parse_run(options), on_built=stop_at(cut))
         except RunAgain:
             return "stopped", gpu.waits
     return "finished", gpu.waits
@@ -79,21 +71,25 @@ def test_micro_batches_are_measured_on_the_device(tmp_path: Path) -> None:
 def waits_by_step(folder: str, zero: int) -> dict[int, list[str]]:
     """Where the host waited for the device from the start of each step to the end of its report."""
     found: dict[int, list[str]] = {}
-    train_step, report = Pretraining.train_step, Pretraining.report
     with strict_device(dist.get_rank()) as gpu:
 
-        def begin(self: Pretraining, *args: Any) -> None:
-            gpu.waits.clear()
-            train_step(self, *args)
+        def prepare(run: Any) -> None:
+            train_step, report = run.train_step, run.report
 
-        def end(self: Pretraining, stage: StageConfig) -> None:
-            report(self, stage)
-            found[self.position.step] = [*gpu.waits]
+            def begin(batches: Any) -> None:
+                gpu.waits.clear()
+                train_step(batches)
+
+            def end() -> None:
+                report()
+                found[run.state.position.step] = [*gpu.waits]
+
+            run.train_step, run.report = begin, end
 
         options = [*small_options(Path(folder)), f"--deepspeed_config=ds_configs/zero{zero}.json", "--precision=bf16"]
         options += ["--kernels=torch", "--stages=2:12", "--log_every=4", "--eval_every=0", "--tracking=none"]
-        with replaced(Pretraining, "train_step", begin), replaced(Pretraining, "report", end):
-            pretrain(parse_run([*options, "--skip_above_sigma=6", "--tokens_per_step=1024", "--micro_batch_size=8"]))
+        options += ["--skip_above_sigma=6", "--tokens_per_step=1024", "--micro_batch_size=8"]
+        pretrain(parse_run(options), on_built=prepare)
     return found
 
 

@@ -18,7 +18,8 @@ from ds_stacking.engine.factory import EngineSpec
 from ds_stacking.engine.release import collect, release
 from ds_stacking.engine.stage_manager import StageManager
 from ds_stacking.engine.zero_state import LiveState
-from ds_stacking.models.bert import Bert, bert_class
+from ds_stacking.models.bert import Bert
+from ds_stacking.models.variants import bert_class
 from tests.engine.tiny import (
     LENGTH,
     OPTIMIZER,

@@ -11,8 +11,9 @@ from transformers import BertConfig, BertForMaskedLM, MegatronBertConfig, Megatr
 
 from ds_stacking.config import ModelConfig
 from ds_stacking.data.batches import Batch
-from ds_stacking.models.bert import Bert, bert_class
+from ds_stacking.models.bert import Bert
 from ds_stacking.models.convert import huggingface_names, to_huggingface
+from ds_stacking.models.variants import bert_class
 
 CONFIG = ModelConfig(
     hidden_size=24, num_heads=3, intermediate_size=40, vocab_size=101, max_positions=32, initializer_range=0.2

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from ds_stacking.config import ModelConfig
 from ds_stacking.kernels import linear_cross_entropy as head
-from ds_stacking.models.bert import Bert, bert_class
+from ds_stacking.models.bert import Bert
+from ds_stacking.models.variants import bert_class
 from ds_stacking.planning.memory import SLICE, activation_bytes, parameter_count, state_bytes, sum_bytes
 
 

@@ -25,8 +25,6 @@ def train(folder: str, output: str, options: tuple[str, ...] = (), point: str = 
     from ds_stacking.common.errors import RunAgain
     from ds_stacking.training.run import pretrain
 
-    if point:
-        strike(point, FAULTS[fault], Path(folder) / output)
     arguments = [
         *small_options(Path(folder)),
         f"--output_dir={folder}/{output}",
@@ -35,41 +33,38 @@ def train(folder: str, output: str, options: tuple[str, ...] = (), point: str = 
         *options,
     ]
     try:
-        pretrain(parse_run(arguments))
+        pretrain(parse_run(arguments), on_built=lambda run: strike(run, point, fault) if point else None)
     except RunAgain:
         return "run again"
     return "finished"
 
 
-def strike(point: str, fault: Fault, mark: Path) -> None:
-    """Let `fault` strike once, at `point` and not before step 4; `mark` then exists."""
+def strike(run: Any, point: str, fault: str) -> None:
+    """Let a fault strike once, at `point` and not before step 4; a file beside the run directory then exists."""
     from ds_stacking.checkpoint.job import SaveJob
-    from ds_stacking.checkpoint.write import CheckpointWriter
-    from ds_stacking.engine.stage_manager import StageManager
-    from ds_stacking.training.loop import Pretraining
 
     when, what = point.split()
     place = {
-        ("in", "step"): (Pretraining, "loss"),
-        ("in", "evaluation"): (Pretraining, "poll"),
-        ("in", "growth"): (StageManager, "_build"),
-        ("in", "save"): (SaveJob, "_mark"),
+        ("in", "step"): (run, "loss"),
+        ("in", "evaluation"): (run.evaluation, "poll"),
+        ("in", "growth"): (run.manager.factory, "build"),
+        ("in", "save"): (SaveJob, "write_share"),
     }.get((when, what))
     whole = {
-        "step": (Pretraining, "train_step"),
-        "evaluation": (Pretraining, "evaluate"),
-        "growth": (Pretraining, "grow"),
-        "save": (CheckpointWriter, "save"),
+        "step": (run, "train_step"),
+        "evaluation": (run.evaluation, "evaluate"),
+        "growth": (run, "grow"),
+        "save": (run.writer, "save"),
     }[what]
     owner, name = place or whole
-    original, steps, done = getattr(owner, name), [0], []
+    original, done = getattr(owner, name), []
 
     def here() -> None:
-        if steps[0] >= 4 and not done:
+        if run.state.position.step >= 4 and not done:
             done.append(True)
             rank = int(os.environ["RANK"])
-            mark.with_name(f"{mark.name}.{rank}").write_text(point)
-            fault(rank)
+            run.run_dir.with_name(f"{run.run_dir.name}.{rank}").write_text(point)
+            FAULTS[fault](rank)
 
     def struck(*args: Any, **kwargs: Any) -> Any:
         if when != "after":
@@ -80,13 +75,24 @@ def strike(point: str, fault: Fault, mark: Path) -> None:
         return result
 
     setattr(owner, name, struck)
-    wrapped = Pretraining.train_step
 
-    def counted(self: Pretraining, batches: list) -> None:
-        wrapped(self, batches)
-        steps[0] = self.position.step
 
-    Pretraining.train_step = counted
+def stop_at(step: int) -> Callable[[Any], None]:
+    """For `on_built`: a run that is asked to stop, on its last rank, at a step, and knows it everywhere at once."""
+
+    def prepare(run: Any) -> None:
+        original = run.stop_if_asked
+
+        def stop_if_asked() -> None:
+            if run.state.position.step == step:
+                run.stop.told = True
+                if int(os.environ["RANK"]) == int(os.environ["WORLD_SIZE"]) - 1:
+                    run.stop.request.reason = "the test"
+            original()
+
+        run.stop_if_asked = stop_if_asked
+
+    return prepare
 
 
 def kill_rank_1(rank: int) -> None:
@@ -126,12 +132,12 @@ class Ranks:
     """Two ranks that run `train`; they may be killed."""
 
     def __init__(self, *arguments: Any) -> None:
-        self.results = ranks._context.Queue()
+        self.results = ranks.context.Queue()
         self.folder = tempfile.TemporaryDirectory()
         store = os.path.join(self.folder.name, "store")
         self.processes = [
-            ranks._context.Process(
-                target=ranks._rank, args=(rank, 2, store, train, arguments, self.results), daemon=True
+            ranks.context.Process(
+                target=ranks.run_rank, args=(rank, 2, store, train, arguments, self.results), daemon=True
             )
             for rank in range(2)
         ]

@@ -11,27 +11,20 @@ import torch
 from ds_stacking.common.errors import UserError
 from ds_stacking.config import ModelConfig, RunConfig
 from ds_stacking.models.bert import Bert
-from ds_stacking.training import capacity
-from ds_stacking.training.capacity import memory, refuse_what_cannot_fit
+from ds_stacking.training.capacity import count_parameters, memory, refuse_what_cannot_fit
 
 CPU = torch.device("cpu")
 
 
-@pytest.fixture
-def gigabyte(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(capacity, "memory", lambda device: 1e9)
-
-
 def ask(config: RunConfig, **zero: Any) -> None:
-    refuse_what_cannot_fit(config, {"zero_optimization": {"stage": 0} | zero}, CPU, bf16=False)
+    refuse_what_cannot_fit(config, {"zero_optimization": {"stage": 0} | zero}, 1e9, bf16=False)
 
 
 def test_the_count_is_that_of_the_model() -> None:
     model = ModelConfig(vocab_size=104, hidden_size=32)
-    assert capacity._parameters(model, 7) == Bert(model, 7).num_parameters
+    assert count_parameters(model, 7) == Bert(model, 7).num_parameters
 
 
-@pytest.mark.usefixtures("gigabyte")
 def test_the_deepest_stage_counts(monkeypatch: pytest.MonkeyPatch) -> None:
     wide = ModelConfig(hidden_size=768, num_heads=12)
     ask(RunConfig(stages="1:5,4:5", model=wide))
@@ -47,9 +40,8 @@ def test_the_deepest_stage_counts(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_containers_limit_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(capacity, "CONTAINER", tmp_path / "memory.max")
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
-    whole = memory(CPU)
+    whole = memory(CPU, tmp_path / "none")
     for content, found in (("max\n", whole), ("1000000\n", 500_000)):
         (tmp_path / "memory.max").write_text(content)
-        assert memory(CPU) == found
+        assert memory(CPU, tmp_path / "memory.max") == found

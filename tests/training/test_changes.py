@@ -12,7 +12,7 @@ import pytest
 
 from ds_stacking.command_line import parse_run
 from ds_stacking.common.errors import UserError
-from ds_stacking.config import RunConfig, StageConfig
+from ds_stacking.config import RENAMED, RunConfig, StageConfig
 from ds_stacking.training.changes import (
     FREE,
     describe,
@@ -37,7 +37,6 @@ def changed(**fields: Any) -> dict[str, Any]:
 
 
 def stage(number: int, **fields: Any) -> dict[str, Any]:
-    assert isinstance(BASE.stages, list)
     return {"stages": [replace(s, **fields) if i == number else s for i, s in enumerate(BASE.stages)]}
 
 
@@ -96,6 +95,22 @@ def test_a_setting_that_the_checkpoint_does_not_know_was_the_default() -> None:
     assert list(find_changes(then, settings(other))) == ["corpus.masking"]
 
 
+def test_a_setting_has_its_name_of_today(tmp_path: Path) -> None:
+    """Checkpoints and config.json of earlier versions hold eval_blocks."""
+    ((old, new),), now = RENAMED.items(), replace(BASE, eval_sequences=512)
+    saved = {old if name == new else name: value for name, value in settings(now).items()}
+    assert saved[old] == 512
+    found = saved_settings({"settings": saved}, tmp_path, now)
+    assert found is not None and find_changes(found, settings(now)) == {}
+    with pytest.raises(UserError, match="eval_sequences is 512 there and 256 here"):
+        refuse_another_run(Path("step-12"), find_changes(found, settings(BASE)))
+    content = {old if name == new else name: value for name, value in now.to_dict().items()}
+    (tmp_path / "config.json").write_text(json.dumps(content))
+    refuse_another_finished_run(replace(now, output_dir=str(tmp_path)))
+    with pytest.raises(UserError, match="eval_sequences 512 -> 256"):
+        refuse_another_finished_run(replace(BASE, output_dir=str(tmp_path)))
+
+
 def test_a_checkpoint_of_an_older_version_is_read_by_its_configuration(tmp_path: Path) -> None:
     """It holds a digest of what decides, and config.json has what the digest was made of."""
     config = BASE.to_dict()
@@ -111,6 +126,7 @@ def test_a_checkpoint_of_an_older_version_is_read_by_its_configuration(tmp_path:
     }
     left_out |= {"checkpoint_async", "kernels", "compile", "growth_memory", "max_skipped_steps", "hang_timeout"}
     decisive = json.loads(json.dumps({name: value for name, value in config.items() if name not in left_out}))
+    decisive["eval_blocks"] = decisive.pop("eval_sequences")
     for name in (
         "cache_dir",
         "verify",
@@ -182,18 +198,18 @@ def stages(lr: float) -> str:
 
 def post_mortem(folder: str) -> tuple[str, list[str]]:
     """A second stage at a rate far too high; what the run said at its end, and what the next start said."""
-    from ds_stacking.training import run as module
+    from ds_stacking.training.progress import Console
+    from ds_stacking.training.run import pretrain
 
     said: list[str] = []
-    console = type(module.make_console(0))
-    line = console.line
-    console.line = lambda self, text: (said.append(text), line(self, text))  # type: ignore[method-assign]
+    console = Console()
+    console.log = said.append  # type: ignore[method-assign]
     options = [*small_options(Path(folder)), f"--output_dir={folder}/run", "--tracking=none", "--checkpoint_every=4"]
     options += ["--max_skipped_steps=2", "--eval_after_growth=0", "--resume=auto"]
     with pytest.raises(Unhealthy) as ended:
-        module.pretrain(parse_run([*options, stages(lr=1e30)]))
+        pretrain(parse_run([*options, stages(lr=1e30)]), console=console)
     said.clear()
-    module.pretrain(parse_run([*options, stages(lr=2e-3), "--log_every=2"]))
+    pretrain(parse_run([*options, stages(lr=2e-3), "--log_every=2"]), console=console)
     return str(ended.value), said
 
 

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from ds_stacking.command_line import parse_run
 from ds_stacking.training.health import LEAST, Health, Unhealthy
+from ds_stacking.training.state import TrainState
 from tests.corpus import small_options, write_corpus
 from tests.ranks import run_ranks
 from tests.training.test_resume import assert_equal_to_the_bit, final, metrics, run
@@ -28,13 +31,17 @@ def disturbed(
     folder: str, output: str, zero_stage: int, disturb: Callable, options: tuple[str, ...] = ()
 ) -> tuple[bool, list[str]]:
     """Train with a disturbed loss; whether the run was ended as unhealthy, and what was said."""
-    from ds_stacking.training import run as module
-    from ds_stacking.training.loop import Pretraining
+    from ds_stacking.training.progress import Console
+    from ds_stacking.training.run import pretrain
 
-    original, said = Pretraining.loss, []
-    Pretraining.loss = lambda self, *args: disturb(self.position.step + 1, self.rank, original(self, *args))
-    line = module.make_console(0).__class__.line
-    module.make_console(0).__class__.line = lambda console, text: (said.append(text), line(console, text))
+    said: list[str] = []
+    console = Console()
+    console.log = said.append
+
+    def prepare(run: Any) -> None:
+        loss, rank = run.loss, int(os.environ["RANK"])
+        run.loss = lambda *args: disturb(run.state.position.step + 1, rank, loss(*args))
+
     arguments = [
         *small_options(Path(folder)),
         f"--output_dir={folder}/{output}",
@@ -44,7 +51,7 @@ def disturbed(
         *options,
     ]
     try:
-        module.pretrain(parse_run(arguments))
+        pretrain(parse_run(arguments), console=console, on_built=prepare)
     except Unhealthy as error:
         return True, [*said, str(error)]
     return False, said
@@ -135,7 +142,7 @@ def test_the_bound_needs_some_steps_first() -> None:
 
 
 def bounds() -> list[float | bool]:
-    health = Health(limit=0, sigma=3, device=torch.device("cpu"))
+    health = Health(TrainState(device=torch.device("cpu"), stage_steps=[]), limit=0, sigma=3)
     seen: list[float | bool] = []
     for loss in [5.0, 5.2] * (LEAST // 2) + [5.3, 7.0]:
         factor = float(health.factor(torch.tensor(loss, dtype=torch.float64)))

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -18,17 +20,18 @@ STAGES = (
 
 def run(folder: str, name: str, *options: str) -> list[tuple[int, list[int]]]:
     """The length and the places in its epochs of what each micro-batch was made of."""
-    from ds_stacking.data.batches import MaskedBatches
     from ds_stacking.training.run import pretrain
 
     seen: list[tuple[int, list[int]]] = []
-    right = MaskedBatches.blocks_of
 
-    def blocks_of(self: MaskedBatches, samples, others=0):  # type: ignore[no-untyped-def]
-        seen.append((self._readers[0].sequence_length, (samples - others).tolist()))
-        return right(self, samples, others)
+    def prepare(built: Any) -> None:
+        for length, source in built.batches.items():
+            source.batch = partial(recorded, length, source.batch)
 
-    MaskedBatches.blocks_of = blocks_of  # type: ignore[method-assign]
+    def recorded(length: int, right: Any, samples: Any, others: int) -> Any:
+        seen.append((length, (samples - others).tolist()))
+        return right(samples, others)
+
     given = [
         *small_options(Path(folder)),
         "--tracking=none",
@@ -42,7 +45,7 @@ def run(folder: str, name: str, *options: str) -> list[tuple[int, list[int]]]:
         "--eval_every=0",
         "--micro_batch_size=64",
     ]
-    pretrain(parse_run([*given, f"--output_dir={folder}/{name}", *options]))
+    pretrain(parse_run([*given, f"--output_dir={folder}/{name}", *options]), on_built=prepare)
     return seen
 
 

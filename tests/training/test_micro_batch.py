@@ -14,10 +14,14 @@ import torch.distributed as dist
 from ds_stacking.config import ModelConfig, RunConfig, StageConfig
 from ds_stacking.data.batches import Batch
 from ds_stacking.models.bert import Bert
-from ds_stacking.training import micro_batch
 from ds_stacking.training.batching import plan_batch
-from ds_stacking.training.micro_batch import choose_micro_batches, fastest, recorded_micro_batches, sizes_to_try
-from tests.engine.tiny import replaced
+from ds_stacking.training.micro_batch import (
+    choose_micro_batches,
+    fastest,
+    recorded_micro_batches,
+    seconds_of_a_pass,
+    sizes_to_try,
+)
 from tests.ranks import run_ranks
 
 
@@ -50,8 +54,8 @@ def test_the_fastest_that_fits_wins(rates: dict[int, float], chosen: int, tried:
 
 
 def config(folder: str) -> RunConfig:
-    stages = [StageConfig(layers=1, steps=1), StageConfig(layers=2, steps=1), StageConfig(layers=2, steps=1)]
-    stages[2].micro_batch_size = 2
+    stages = [StageConfig(layers=1, steps=1), StageConfig(layers=2, steps=1)]
+    stages.append(StageConfig(layers=2, steps=1, micro_batch_size=2))
     model = ModelConfig(hidden_size=16, num_heads=1, vocab_size=50)
     return RunConfig(stages=stages, model=model, micro_batch_size="auto", tokens_per_step=64 * 32, output_dir=folder)
 
@@ -64,10 +68,10 @@ def read(_: int, indices: np.ndarray) -> Batch:
 
 def choose(folder: str) -> dict[str, Any]:
     """Times are made up: larger is faster; the second rank has no memory for more than 4 sequences of 2 layers."""
-    measured, asked, cpu = micro_batch._seconds, config(folder), torch.device("cpu")
+    asked, cpu = config(folder), torch.device("cpu")
 
     def seconds(model: Bert, batch: Batch, device: torch.device) -> float:
-        assert measured(model, batch, device) > 0  # the real passes run
+        assert seconds_of_a_pass(model, batch, device) > 0  # the real passes run
         size = len(batch.input_ids)
         if dist.get_rank() == 1 and len(model.blocks) == 2 and size > 4:
             raise torch.OutOfMemoryError("made up")
@@ -76,13 +80,11 @@ def choose(folder: str) -> dict[str, Any]:
     def build(layers: int, initialize: bool) -> Bert:
         return Bert(asked.model, layers, initialize=initialize)
 
-    with replaced(micro_batch, "_seconds", seconds):
-        made = choose_micro_batches(asked, build, read, zero_stage=2, bf16=False, device=cpu)
+    made = choose_micro_batches(asked, build, read, zero_stage=2, bf16=False, device=cpu, measure=seconds)
     before = recorded_micro_batches(asked, cpu)
     if dist.get_rank() == 0:
         Path(folder, "config.json").write_text(json.dumps(made.to_dict()))
     after = recorded_micro_batches(asked, cpu)
-    assert isinstance(made.stages, list)
     return {
         "sizes": [stage.micro_batch_size for stage in made.stages],
         "largest": made.micro_batch_size,

@@ -6,8 +6,8 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -25,17 +25,18 @@ from pathlib import Path
 from ds_stacking.training import preemption
 signal.signal(signal.SIGHUP, signal.SIG_DFL)  # which the tests may have been started to ignore
 number, later, before = int(sys.argv[1]), float(sys.argv[2]), sys.argv[4]
-stop = preemption.StopRequest(Path(sys.argv[3]))
+clock = [1000.0]
+stop = preemption.StopRequest(Path(sys.argv[3]), now=lambda: clock[0])
 assert not stop.asked()
 if before == "file":
     (Path(sys.argv[3]) / "stop").touch()
-    stop._next_look = 0.0
+    clock[0] += preemption.LOOK
     assert stop.asked()
 elif before:
     os.kill(os.getpid(), int(before))
 os.kill(os.getpid(), number)
 assert stop.asked()
-stop._signalled = {known: at - later for known, at in stop._signalled.items()}
+clock[0] += later
 if not before:
     os.kill(os.getpid(), number)
 print(stop.reason)
@@ -82,12 +83,11 @@ def handlers() -> object:
 def test_one_rank_of_a_node_looks_and_not_at_every_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     now, looks = [1000.0], []
     exists = os.path.lexists
-    monkeypatch.setattr(time, "monotonic", lambda: now[0])
     monkeypatch.setattr(os.path, "lexists", lambda path: (looks.append(path), exists(path))[1])
     monkeypatch.setenv("LOCAL_RANK", "1")
-    second = StopRequest(tmp_path)
+    second = StopRequest(tmp_path, now=lambda: now[0])
     monkeypatch.setenv("LOCAL_RANK", "0")
-    first = StopRequest(tmp_path)
+    first = StopRequest(tmp_path, now=lambda: now[0])
     for _ in range(100):
         assert not first.asked() and not second.asked()
         now[0] += 0.99 * LOOK / 100
@@ -112,20 +112,21 @@ def test_a_job_has_a_stop_file_of_its_own(tmp_path: Path, monkeypatch: pytest.Mo
 
 def stopped(folder: str, rank_asked: int) -> str:
     """A run in which one rank is asked to stop after step 5; what ended it."""
-    from ds_stacking.training.loop import Pretraining
     from ds_stacking.training.run import pretrain
 
-    report = Pretraining.report
+    def prepare(run: Any) -> None:
+        report = run.report
 
-    def asked(self: Pretraining, *args: object) -> None:
-        if (self.position.step, self.rank) == (5, rank_asked):
-            self.stop.reason = "the test"
-        report(self, *args)
+        def asked() -> None:
+            if (run.state.position.step, int(os.environ["RANK"])) == (5, rank_asked):
+                run.stop.request.reason = "the test"
+            report()
 
-    Pretraining.report = asked
+        run.report = asked
+
     options = ["--stages=2:30", "--eval_every=0", "--checkpoint_every=0", "--tracking=none"]
     with pytest.raises(RunAgain) as error:
-        pretrain(parse_run([*small_options(Path(folder)), *options]))
+        pretrain(parse_run([*small_options(Path(folder)), *options]), on_built=prepare)
     return str(error.value)
 
 

@@ -2,7 +2,7 @@
 
 import io
 
-from ds_stacking.training.progress import Console, NullConsole, growth_line, make_console
+from ds_stacking.training.progress import Console, RichConsole, growth_line, make_console
 
 GROWTH = {
     "from_layers": 2,
@@ -34,9 +34,9 @@ class Gone(io.StringIO):
 
 
 def test_a_reader_that_goes_away_ends_nothing():
-    console = Console(Gone(), every=0.0)
+    console = RichConsole(Gone(), every=0.0)
     train(console, [0.0], steps=3)
-    console.line("an event")
+    console.log("an event")
     console.close()
 
 
@@ -49,7 +49,7 @@ def train(console: Console, clock: list[float], steps: int, done: int = 0) -> No
 
 def test_a_log_gets_a_line_now_and_then_with_the_time_left():
     stream, clock = io.StringIO(), [0.0]
-    train(Console(stream, every=10.0, now=lambda: clock[0]), clock, steps=25)
+    train(RichConsole(stream, every=10.0, now=lambda: clock[0]), clock, steps=25)
     lines = stream.getvalue().splitlines()
     assert [line.split("step ")[1].split()[0] for line in lines] == ["1/25", "11/25", "21/25", "25/25"]
     assert lines[1] == "stage 1/2, 2 layers  step 11/25  loss 5.000  lr 1.00e-03  12.3 k tokens/s  14.0 s left"
@@ -58,15 +58,15 @@ def test_a_log_gets_a_line_now_and_then_with_the_time_left():
 
 def test_time_left_of_a_resumed_stage_rests_on_this_process_only():
     stream, clock = io.StringIO(), [0.0]
-    train(Console(stream, now=lambda: clock[0]), clock, steps=25, done=20)
+    train(RichConsole(stream, now=lambda: clock[0]), clock, steps=25, done=20)
     assert stream.getvalue().splitlines()[0].endswith("4.0 s left")
 
 
 def test_a_terminal_gets_a_bar_and_events_above_it():
     stream, clock = Terminal(), [0.0]
-    console = Console(stream, now=lambda: clock[0])
+    console = RichConsole(stream, now=lambda: clock[0])
     train(console, clock, steps=5)
-    console.line("an event about [MASK]")
+    console.log("an event about [MASK]")
     console.close()
     assert "━" in stream.getvalue()
     assert "an event about [MASK]" in stream.getvalue()
@@ -75,7 +75,7 @@ def test_a_terminal_gets_a_bar_and_events_above_it():
 
 def test_resolved_configuration_shows_every_title_and_value():
     stream = io.StringIO()
-    Console(stream).resolved({"ranks": 2, "precision": "fp32 (no [bf16] here)"})
+    RichConsole(stream).resolved({"ranks": 2, "precision": "fp32 (no [bf16] here)"})
     assert [line.split(maxsplit=1)[0] for line in stream.getvalue().splitlines() if line.strip()] == [
         "ranks",
         "precision",
@@ -85,7 +85,7 @@ def test_resolved_configuration_shows_every_title_and_value():
 
 def test_closing_table_and_figures():
     stream = io.StringIO()
-    Console(stream).closing(SUMMARY)
+    RichConsole(stream).closing(SUMMARY)
     text = stream.getvalue()
     row = next(line for line in text.splitlines() if "450" in line)
     assert row.split() == ["2", "450", "921.6", "k", "3:05", "min", "2.5", "TFLOP", "5.500", "-", "-"]
@@ -104,13 +104,13 @@ def test_growth_line():
 
 def test_other_ranks_are_silent(capsys):
     console = make_console(3)
-    assert isinstance(console, NullConsole)
+    assert isinstance(console, Console)
     console.resolved({"ranks": 4})
     console.start_stage(stage=0, stages=1, layers=2, steps=3)
     console.update(1, loss=1.0, lr=1.0, tokens_per_second=1.0)
-    console.line("text")
+    console.log("text")
     console.closing(SUMMARY)
     console.close()
     assert capsys.readouterr().out == ""
-    make_console(0).line("text")
+    make_console(0).log("text")
     assert capsys.readouterr().out == "text\n"

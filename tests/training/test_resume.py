@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import random
+from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +16,12 @@ from ds_stacking.checkpoint.grow import grow_folder
 from ds_stacking.checkpoint.store import CheckpointReader
 from ds_stacking.command_line import parse_run
 from ds_stacking.common.errors import OtherRankFailed, RunAgain, UserError
+from ds_stacking.common.generators import capture_generators
 from ds_stacking.growth.state import KINDS, TensorSlice
 from tests.corpus import small_options, write_corpus
+from tests.engine.tiny import replaced
 from tests.ranks import run_ranks
+from tests.training.faults import stop_at
 
 pytestmark = pytest.mark.distributed
 
@@ -31,12 +36,11 @@ def run(
     cuts: tuple[int, ...],
     options: tuple[str, ...] = (),
     to_the_end: bool = True,
+    on_built: Callable[[Any], None] = lambda built: None,
 ) -> None:
     """Train `folder`/`output`, stopped at every step of `cuts` and resumed each time."""
-    from ds_stacking.training.loop import Pretraining
     from ds_stacking.training.run import pretrain
 
-    original = Pretraining.stop_if_asked
     arguments = [
         *small_options(Path(folder)),
         f"--output_dir={folder}/{output}",
@@ -48,16 +52,15 @@ def run(
     ]
     for cut in (*cuts, None) if to_the_end else cuts:
 
-        def stop_if_asked(self: Pretraining, told: bool, cut: int | None = cut) -> None:
-            if self.position.step == cut and self.rank == self.world_size - 1:
-                self.stop.reason = "the test"
-            original(self, told or self.position.step == cut)
+        def prepare(built: Any, cut: int | None = cut) -> None:
+            on_built(built)
+            if cut is not None:
+                stop_at(cut)(built)
 
-        Pretraining.stop_if_asked = stop_if_asked
         torch.manual_seed(99)  # a new process would not have the generators of the old one
         random.seed(99)
         try:
-            pretrain(parse_run(arguments))
+            pretrain(parse_run(arguments), on_built=prepare)
             assert cut is None
         except RunAgain as stopped:
             assert f"at step {cut}, saved" in str(stopped)
@@ -138,10 +141,8 @@ def test_generators_that_are_not_restored_are_noticed(folder: Path) -> None:
 
 
 def run_without_generators(folder: str) -> None:
-    from ds_stacking.training import checkpointing
-
-    checkpointing.restore_generators = lambda states: None
-    run(folder, "faulty", 2, (3,))
+    with replaced(CheckpointReader, "generators", lambda *_: capture_generators()):
+        run(folder, "faulty", 2, (3,))
 
 
 def test_another_world_size_and_zero_stage_go_on(folder: Path) -> None:
@@ -253,23 +254,21 @@ def test_a_finished_run_with_other_settings_is_no_success(folder: Path) -> None:
 def without_a_disk(folder: str, fault: str) -> list[str]:
     """A run whose exports or whose saves fail, and then, with the disk mended, the same command."""
     from ds_stacking.checkpoint.job import SaveJob
-    from ds_stacking.training import loop
 
-    def fails(*args: Any, **options: Any) -> None:
-        for _ in options.get("tensors", ()):
-            pass
-        raise OSError(28, "No space left on device")
+    def export_fails(built: Any) -> None:
+        built.export = lambda stage: full
 
-    said = []
-    owner, name = {"export": (loop, "export_stage"), "save": (SaveJob, "write_share")}[fault]
-    original, stop_if_asked = getattr(owner, name), loop.Pretraining.stop_if_asked
-    setattr(owner, name, fails)
-    try:
-        run(folder, fault, 2, (5,) if fault == "save" else (), (), to_the_end=fault == "export")
-    except (OSError, OtherRankFailed, RuntimeError) as error:
-        said.append(f"{type(error).__name__}: {error}")
-    setattr(owner, name, original)
-    loop.Pretraining.stop_if_asked = stop_if_asked
+    def write_fails(*_: Any) -> None:
+        raise full
+
+    full, said = OSError(28, "No space left on device"), []
+    cuts = (5,) if fault == "save" else ()
+    with replaced(SaveJob, "write_share", write_fails) if fault == "save" else nullcontext():
+        try:
+            on_built = export_fails if fault == "export" else (lambda built: None)
+            run(folder, fault, 2, cuts, (), fault == "export", on_built)
+        except (OSError, OtherRankFailed, RuntimeError) as error:
+            said.append(f"{type(error).__name__}: {error}")
     said.append(" ".join(sorted(path.name for path in (Path(folder) / fault / "checkpoints").glob("step-*"))))
     run(folder, fault, 2, ())
     return said
@@ -309,16 +308,14 @@ def test_a_resumption_at_the_very_end_exports_into_its_own_directory(folder: Pat
 
 
 def run_again(folder: str, output: str) -> list[str]:
-    from ds_stacking.training import run as module
+    from ds_stacking.training.progress import Console
+    from ds_stacking.training.run import pretrain
 
     said: list[str] = []
-
-    class Recorder:
-        def line(self, text: str) -> None:
-            said.append(text)
-
-    module.make_console = lambda rank: Recorder()
-    module.pretrain(parse_run([*small_options(Path(folder)), f"--output_dir={folder}/{output}", "--resume=auto"]))
+    console = Console()
+    console.log = said.append
+    arguments = [*small_options(Path(folder)), f"--output_dir={folder}/{output}", "--resume=auto"]
+    pretrain(parse_run(arguments), console=console)
     return said
 
 

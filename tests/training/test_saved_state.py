@@ -3,24 +3,27 @@
 from __future__ import annotations
 
 import copy
+import json
 from dataclasses import asdict
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
 from ds_stacking.common.errors import UserError
 from ds_stacking.config import ModelConfig, RunConfig
 from ds_stacking.engine.stage_manager import GrowthRecord
 from ds_stacking.growth.plan import ParameterInfo
 from ds_stacking.models.convert import parameter_shapes
-from ds_stacking.training.compatibility import check_fits
 from ds_stacking.training.ledger import Ledger
-from ds_stacking.training.loop import Position
-from ds_stacking.training.saved_state import saved_state
+from ds_stacking.training.saved_state import check_fits, saved_state
+from ds_stacking.training.state import HeldOutLoss, Position, TrainState
 
 NAN = float("nan")
+LOSS_SUM = {"loss_sum": 1.5}
+"""Of one rank; a checkpoint has those of all."""
 
 
 def saved() -> dict[str, Any]:
@@ -34,9 +37,9 @@ def saved() -> dict[str, Any]:
     return {
         "position": asdict(Position(step=12, stage=1, stage_step=4, samples=192)),
         "stage_end": False,
-        "ledger": ledger.to_dict(),
+        "ledger": ledger.state_dict(),
         "growths": [asdict(growth)],
-        "evaluated": [10, 2, {"every": NAN, "masked": 4.6}],
+        "evaluated": [10, 2, {"all_positions": NAN, "masked": 4.6}],
         "stage_steps": [8, 8],
         "held_out_losses": [[1e8, 4.7], [2e8, NAN]],
         "loss_sum": [0.0],
@@ -47,8 +50,8 @@ def saved() -> dict[str, Any]:
     }
 
 
-def judge(extra: Any) -> None:
-    saved_state(SimpleNamespace(path=Path("step-12"), extra=extra))  # type: ignore[arg-type]
+def judge(extra: Any) -> dict[str, Any]:
+    return saved_state(SimpleNamespace(path=Path("step-12"), extra=extra))  # type: ignore[arg-type]
 
 
 def test_what_a_run_saves_is_taken() -> None:
@@ -58,6 +61,26 @@ def test_what_a_run_saves_is_taken() -> None:
     grown_on_disk = saved()
     grown_on_disk["position"] |= {"stage": 2, "stage_step": 0}
     judge(grown_on_disk)
+
+
+def test_what_an_earlier_version_saved_is_taken() -> None:
+    """It called the loss at all positions `every`, and knew no changes and no losses for a plateau."""
+    old = {name: value for name, value in saved().items() if name not in ("changes", "held_out_losses")}
+    old["evaluated"] = [10, 2, {"every": 4.5, "masked": 4.6}]
+    found = judge(json.loads(json.dumps(old))) | LOSS_SUM
+    state = TrainState(device=torch.device("cpu"), stage_steps=[])
+    state.load_state_dict(found)
+    assert state.evaluated == (10, 2, HeldOutLoss(all_positions=4.5, masked=4.6))
+    assert state.changes == state.held_out_losses == []
+
+
+def test_a_state_is_what_it_was_after_it_was_saved_and_loaded() -> None:
+    first, second = (TrainState(device=torch.device("cpu"), stage_steps=[]) for _ in range(2))
+    first.load_state_dict(judge(saved() | {"evaluated": [10, 2, {"all_positions": 4.5, "masked": 4.6}]}) | LOSS_SUM)
+    plain = first.state_dict()
+    second.load_state_dict(json.loads(json.dumps(plain)))
+    assert json.dumps(second.state_dict()) == json.dumps(plain)
+    assert second.position == first.position and second.steps_left == 4 and second.charged == 12
 
 
 @pytest.mark.parametrize("name", sorted(saved().keys() - {"changes", "held_out_losses"}))

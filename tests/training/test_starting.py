@@ -46,15 +46,16 @@ def nothing() -> Iterator[None]:
 def faults() -> dict[str, tuple[Callable[[], Any], list[str]]]:
     """What goes wrong, by name: something that fails inside, or options that are wrong."""
     from ds_stacking.engine.factory import EngineFactory
+    from ds_stacking.training import build
     from ds_stacking.training import run as module
     from ds_stacking.training.loop import Pretraining
 
     memory = torch.OutOfMemoryError("made up")
     return {
         "engine": (lambda: raising(EngineFactory, "build", AssertionError("DeepSpeed refuses")), []),
-        "model": (lambda: raising(EngineFactory, "_construct", memory), []),
+        "model": (lambda: raising(build, "make_model", memory), []),
         "checkpoints": (lambda: raising(module, "make_writer", OSError(28, "No space left")), []),
-        "interrupted": (lambda: raising(module, "_resume", KeyboardInterrupt()), []),
+        "interrupted": (lambda: raising(Pretraining, "open_stage", KeyboardInterrupt()), []),
         "tracker": (lambda: raising(module, "make_tracker", OSError(5, "made up")), []),
         "first step": (lambda: raising(Pretraining, "train_step", memory), []),
         "trigger": (nothing, ["--trigger=gstack"]),

@@ -82,24 +82,26 @@ class Copies(TorchFunctionMode):
 
 def count(folder: str, zero: int, precision: str, sigma: float) -> dict[str, Any]:
     """What waits in the steps of `STEPS`, per step, by owner; and our places."""
-    from ds_stacking.training.loop import Pretraining
     from ds_stacking.training.run import pretrain
 
     found: Counter = Counter()
-    for name, first in (("train_step", STEPS.start - 1), ("report", STEPS.start)):
-        original = getattr(Pretraining, name)
 
-        def watched(self: Pretraining, *args: Any, first: int = first, original: Any = original) -> None:
-            if not first <= self.position.step < first + len(STEPS):
-                return original(self, *args)
-            with Reads(found), Copies(found):
-                return original(self, *args)
+    def prepare(run: Any) -> None:
+        for name, first in (("train_step", STEPS.start - 1), ("report", STEPS.start)):
+            original = getattr(run, name)
 
-        setattr(Pretraining, name, watched)
+            def watched(*args: Any, first: int = first, original: Any = original) -> None:
+                if not first <= run.state.position.step < first + len(STEPS):
+                    return original(*args)
+                with Reads(found), Copies(found):
+                    return original(*args)
+
+            setattr(run, name, watched)
+
     options = [f"--output_dir={folder}/run-{zero}-{precision}-{sigma}", f"--precision={precision}", "--stages=2:12"]
     options += [f"--deepspeed_config=ds_configs/zero{zero}.json", f"--skip_above_sigma={sigma}", "--tracking=none"]
     options += ["--log_every=1000", "--eval_every=0", "--micro_batch_size=4", "--corpus.separate_documents"]
-    pretrain(parse_run([*small_options(Path(folder)), *options]))
+    pretrain(parse_run([*small_options(Path(folder)), *options]), on_built=prepare)
     total = {owner: sum(n for (o, _), n in found.items() if o == owner) for owner in ("ours", "deepspeed", "nobody")}
     per_step = {owner: number / len(STEPS) for owner, number in total.items()}
     return per_step | {"places": sorted(where for owner, where in found if owner == "ours")}

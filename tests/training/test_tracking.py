@@ -17,10 +17,9 @@ import pytest
 from ds_stacking.common.errors import UserError
 from ds_stacking.config import RunConfig
 from ds_stacking.training import tracking
-from ds_stacking.training.metrics import MetricsFile
+from ds_stacking.training.metrics_file import MetricsFile
 from ds_stacking.training.tracking import (
     FanOut,
-    NullTracker,
     WandbTracker,
     check_run_id,
     known_fields,
@@ -106,7 +105,7 @@ def test_other_ranks_write_nothing(tmp_path):
     tracker = make_tracker(tmp_path, tracking="wandb", name="run", config={}, rank=1)
     tracker.log(TRAIN)
     tracker.close()
-    assert isinstance(tracker, NullTracker)
+    assert not tracker.trackers
     assert not list(tmp_path.iterdir())
 
 
@@ -222,8 +221,7 @@ def test_online_needs_a_network_and_a_key(tmp_path, monkeypatch, reachable, key,
     fake = Fake(mode="online")
     fake.login = lambda prompt: key
     monkeypatch.setitem(sys.modules, "wandb", fake)
-    monkeypatch.setattr(tracking, "_reachable", lambda url: reachable)
-    tracker = WandbTracker(tmp_path, name="run", config={})
+    tracker = WandbTracker(tmp_path, name="run", config={}, answers=lambda url: reachable)
     assert fake.init_options["mode"] == mode
     assert fake.init_options["resume"] == "allow"
     assert fake.init_options["id"] == (tmp_path / "wandb_id.txt").read_text().strip()
@@ -232,14 +230,13 @@ def test_online_needs_a_network_and_a_key(tmp_path, monkeypatch, reachable, key,
 
 def test_a_refused_key_means_offline(tmp_path, monkeypatch, caplog):
     monkeypatch.setitem(sys.modules, "wandb", Fake("login", mode="online"))
-    monkeypatch.setattr(tracking, "_reachable", lambda url: True)
-    tracker = WandbTracker(tmp_path, name="run", config={})
+    tracker = WandbTracker(tmp_path, name="run", config={}, answers=lambda url: True)
     assert tracker.where.startswith("offline")
     assert "refuses to log in" in caplog.text
 
 
 def test_nothing_answers_at_a_closed_port():
-    assert not tracking._reachable("http://127.0.0.1:9")
+    assert not tracking.reachable("http://127.0.0.1:9")
 
 
 SCRIPT = """
@@ -359,8 +356,8 @@ def test_an_id_is_not_read_through_a_link(tmp_path):
 
 
 def test_an_id_is_kept(tmp_path):
-    first = tracking._run_id(tmp_path)
-    assert tracking._run_id(tmp_path) == check_run_id(tmp_path) == first
+    first = tracking.make_run_id(tmp_path)
+    assert tracking.make_run_id(tmp_path) == check_run_id(tmp_path) == first
 
 
 def test_wandb_does_not_write_through_a_link(tmp_path, monkeypatch, caplog):

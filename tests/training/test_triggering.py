@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +15,11 @@ from ds_stacking.command_line import parse_run
 from ds_stacking.common.errors import RunAgain, UserError
 from ds_stacking.config import ModelConfig, RunConfig, StageConfig
 from ds_stacking.growth.state import KINDS, TensorSlice
-from ds_stacking.training.held_out import HeldOutLoss
+from ds_stacking.training.state import HeldOutLoss
 from ds_stacking.training.triggering import triggered_stages
 from tests.corpus import small_options, write_corpus
-from tests.engine.tiny import replaced
 from tests.ranks import run_ranks
+from tests.training.faults import stop_at
 
 TRIAL = "trial:stack,interleave,middle:3"
 PLATEAU = "plateau:0.0575"
@@ -79,33 +80,31 @@ def test_a_plateau_that_could_not_be_seen_is_refused(stages: str, every: int, pa
     assert steps("plateau:1", "2:95,4:100", eval_every=3) == [95, 100]
 
 
-def train(folder: str, output: str, *options: str, cut: int = 0) -> None:
+def train(folder: str, output: str, *options: str, cut: int = 0, made_up: bool = False) -> None:
     """A run of three stages; stopped after step `cut` and resumed."""
-    from ds_stacking.training.loop import Pretraining
     from ds_stacking.training.run import pretrain
 
     arguments = [*small_options(Path(folder)), f"--output_dir={folder}/{output}", "--tracking=none", "--resume=auto"]
-    config = [*arguments, "--eval_every=0", "--eval_after_growth=0", *options]
-    original = Pretraining.stop_if_asked
+    config = parse_run([*arguments, "--eval_every=0", "--eval_after_growth=0", *options])
+    runs: list[tuple[Any, dict[str, Any]]] = []
 
-    def stop_if_asked(self: Pretraining, told: bool) -> None:
-        original(self, told or self.position.step == cut)
+    def prepare(run: Any, cut: int = 0) -> None:
+        runs.append((run, run.config.to_dict()))
+        if made_up:
+            run.evaluation.held_out_loss = lambda **_: HeldOutLoss(
+                all_positions=made_up_loss(run.state.position.step), masked=1.0
+            )
+        if cut:
+            stop_at(cut)(run)
 
     if cut:
-        Pretraining.stop_if_asked = stop_if_asked
         with pytest.raises(RunAgain):
-            pretrain(parse_run(config))
-        Pretraining.stop_if_asked = original
-    pretrain(parse_run(config))
-
-
-def fake_loss(run: Any, **_: Any) -> HeldOutLoss:
-    return HeldOutLoss(every=made_up_loss(run.position.step), masked=1.0)
+            pretrain(config, on_built=partial(prepare, cut=cut))
+    pretrain(config, on_built=prepare)
+    assert all(run.config.to_dict() == before for run, before in runs), "a run leaves its configuration as it was"
 
 
 def case(folder: str) -> None:
-    from ds_stacking.training.loop import Pretraining
-
     train(folder, "trial", f"--trigger={TRIAL}")
     chosen = [growth["operator"] for growth in json.loads(Path(folder, "trial/summary.json").read_text())["growths"]]
     stages = [
@@ -114,9 +113,8 @@ def case(folder: str) -> None:
     ]
     train(folder, "chosen", f"--stages={json.dumps(stages)}")
     plateau = (f"--trigger={PLATEAU}", "--stages=1:70,2:8", "--eval_every=1", "--log_every=3", "--checkpoint_every=5")
-    with replaced(Pretraining, "held_out_loss", fake_loss):
-        train(folder, "plateau", *plateau)
-        train(folder, "cut", *plateau, cut=24)
+    train(folder, "plateau", *plateau, made_up=True)
+    train(folder, "cut", *plateau, cut=24, made_up=True)
 
 
 @pytest.fixture(scope="module")

@@ -13,8 +13,7 @@ from typing import Literal
 from typing_extensions import TypedDict
 
 from ds_stacking.common.errors import UserError
-from ds_stacking.common.json_files import KEEP_OTHERS, Count, check_value, read_json
-from ds_stacking.common.json_lines import read_json_lines
+from ds_stacking.common.json_files import KEEP_OTHERS, Count, check_value, read_json, read_json_lines
 from ds_stacking.common.outputs import check_output_folder
 from ds_stacking.common.own_files import open_folder, refuse_links
 from ds_stacking.config import CorpusConfig

@@ -10,21 +10,22 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from torch import Tensor
+
+from ds_stacking.engine.factory import Engine, device
 from ds_stacking.engine.release import collect
+from ds_stacking.engine.stage_manager import StageManager
 from ds_stacking.engine.zero_state import LiveState
 from ds_stacking.growth.blocks import find_blocks
 from ds_stacking.growth.exchange import make_exchange
+from ds_stacking.growth.operators import LayerMap
 from ds_stacking.growth.similarity import copies, cosines, norms, seams
 from ds_stacking.growth.state import ParkedState, TensorSlice
+from ds_stacking.training.metrics import Metrics
 from ds_stacking.training.progress import growth_later_line
-from ds_stacking.training.reporting import make_record
-
-if TYPE_CHECKING:
-    from torch import Tensor
-
-    from ds_stacking.training.loop import Pretraining
+from ds_stacking.training.state import TrainState
 
 
 def is_looked_at(steps: int) -> bool:
@@ -33,41 +34,48 @@ def is_looked_at(steps: int) -> bool:
     return digits[0] in "125" and set(digits[1:]) <= {"0"}
 
 
-def snapshot_moments(run: Pretraining) -> ParkedState | None:
+def snapshot_moments(state: TrainState, engine: Engine) -> ParkedState | None:
     """Before a step: this rank's exp_avg, on the host, where the growth is looked at after the step."""
-    if run.growing or not run.position.stage or not run.growths or not is_looked_at(run.position.stage_step + 1):
+    position = state.position
+    if state.growing or not position.stage or not state.growths or not is_looked_at(position.stage_step + 1):
         return None
-    return ParkedState(LiveState(run.engine), kinds=("exp_avg",))
+    return ParkedState(LiveState(engine), kinds=("exp_avg",))
 
 
-def observe_growth(run: Pretraining, before: ParkedState, *, taken: bool) -> None:
+def observe_growth(metrics: Metrics, before: ParkedState, *, taken: bool) -> None:
     """After the step: log what the blocks look like, and keep it in the growth's record. Collective.
 
     Without a step `taken` there is no gradient to tell of.
     """
-    with run.ledger.clock("evaluation"):
-        found = _observation(run, before, taken)
-    run.growths[-1].observations.append(found)
-    run.tracker.log(make_record(run, "after_growth") | found)
+    growth = metrics.state.growths[-1]
+    with metrics.ledger.clock("evaluation"):
+        found = {"steps_since": metrics.state.position.stage_step}
+        found |= _observation(
+            metrics.manager, tuple(growth.layer_map), metrics.config.optimizer.betas[0], before, taken
+        )
+    growth.observations.append(found)
+    metrics.record("after_growth", found)
 
 
-def note_later_loss(run: Pretraining) -> None:
+def note_later_loss(metrics: Metrics) -> None:
     """After an evaluation: keep its loss where it is the one that the growth's record waits for."""
-    if not run.growths or run.position.stage_step != run.config.eval_after_growth or not run.evaluated:
+    state = metrics.state
+    if not state.growths or state.position.stage_step != metrics.config.eval_after_growth or not state.evaluated:
         return
-    growth = run.growths[-1]
-    if growth.stage == run.position.stage and growth.eval_loss_later is None:
-        run.growths[-1] = replace(growth, eval_loss_later=run.evaluated[1].all_positions)
-        run.console.line(growth_later_line(asdict(run.growths[-1]), run.position.stage_step))
+    growth = state.growths[-1]
+    if growth.stage == state.position.stage and growth.eval_loss_later is None:
+        state.growths[-1] = replace(growth, eval_loss_later=state.evaluated[2].all_positions)
+        metrics.log(growth_later_line(asdict(state.growths[-1]), state.position.stage_step))
 
 
-def _observation(run: Pretraining, before: ParkedState, taken: bool) -> dict[str, Any]:
-    """Plain JSON values; blocks are numbered as in the grown model."""
-    state, parameters, exchange = LiveState(run.engine), run.manager.parameters, make_exchange(run.device)
-    blocks, layers = find_blocks(run.engine.module), tuple(run.growths[-1].layer_map)
+def _observation(
+    manager: StageManager, layers: LayerMap, beta: float, before: ParkedState, taken: bool
+) -> dict[str, Any]:
+    """Plain JSON values; blocks are numbered as in the grown model. `beta` is Adam's first."""
+    state, parameters, exchange = LiveState(manager.engine), manager.parameters, make_exchange(device())
+    blocks = find_blocks(manager.engine.module)
     numels = {name: info.numel for name, info in parameters.items()}
     labels = {name: str(parts[0]) for name, info in parameters.items() if (parts := blocks.split(name)) and info.decay}
-    beta = run.config.optimizer.betas[0]
 
     def gradient(piece: TensorSlice) -> Tensor:
         after = state.read(piece, "exp_avg")
@@ -78,7 +86,6 @@ def _observation(run: Pretraining, before: ParkedState, taken: bool) -> dict[str
     collect()  # the exchange may be NCCL's first between two ranks, for which it takes memory beside torch's
     likeness = cosines(state, parameters, blocks, copies(layers), exchange)
     return {
-        "steps_since": run.position.stage_step,
         "weight_norm": weight_norm,
         "weight_norm_jump": _jumps(weight_norm, seams(layers)),
         "gradient_norm": gradient_norm,

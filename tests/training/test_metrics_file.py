@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from ds_stacking.common.errors import UserError
-from ds_stacking.training import metrics
-from ds_stacking.training.metrics import MetricsFile, check_metrics, cut_metrics
+from ds_stacking.training import metrics_file
+from ds_stacking.training.metrics_file import MetricsFile, check_metrics, cut_metrics
 
 LINE = json.dumps({"kind": "train", "step": 1, "stage": 0, "layers": 2, "loss": 5.5}) + "\n"
 
@@ -80,7 +80,7 @@ def test_no_link_is_followed(tmp_path: Path) -> None:
 
 
 def test_a_last_line_without_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(metrics, "LONGEST_LINE", 100)
+    monkeypatch.setattr(metrics_file, "LONGEST_LINE", 100)
     path = tmp_path / "metrics.jsonl"
     path.write_text(LINE * 5 + LINE[:30])
     MetricsFile(path).close()

@@ -1,4 +1,4 @@
-"""The growth report beside DeepSpeed's own gathered weights, moments and gradients, under every ZeRO stage."""
+"""What is told of a growth, beside DeepSpeed's own gathered weights, moments and gradients, under every ZeRO stage."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from ds_stacking.command_line import parse_run
-from ds_stacking.training.growth_report import is_looked_at
+from ds_stacking.training.growth_metrics import is_looked_at
 from tests.corpus import small_options, write_corpus
 from tests.ranks import run_ranks
 
@@ -58,32 +58,46 @@ def runs(folder: str) -> list[list[dict]]:
     """A small run under every ZeRO stage; what its observations should be."""
     from deepspeed.utils import safe_get_full_grad
 
-    from ds_stacking.engine import stepping
-    from ds_stacking.training import loop
     from ds_stacking.training.run import pretrain
 
-    step, observe_growth = stepping.step_if_finite, loop.observe_growth
     gradients: dict[str, torch.Tensor] = {}
     expected: list[dict] = []
 
-    def recording_step(engine: Any) -> bool:
-        for name, parameter in engine.module.named_parameters():
-            plain = engine.zero_optimization_stage() == 0
-            gradients[name] = parameter.grad.clone() if plain else safe_get_full_grad(parameter)
-        return step(engine)
+    def prepare(run: Any) -> None:
+        """Keep the gradients of each step before it is taken, and what a look must find."""
+        train_step, run.engine_seen = run.train_step, None
+        record = run.metrics.record
 
-    def recording_look(run: Any, before: Any, *, taken: bool) -> None:
-        expected.append(reference(run.engine, gradients))
-        observe_growth(run, before, taken=taken)
+        def recording(kind: str, values: Any) -> None:
+            if kind == "after_growth":
+                expected.append(reference(run.engine, gradients))
+            record(kind, values)
 
-    stepping.step_if_finite, loop.observe_growth = recording_step, recording_look
+        def recording_step(batches: Any) -> None:
+            engine = run.engine
+            if engine is not run.engine_seen:
+                run.engine_seen, step = engine, engine.step
+
+                def recorded(*args: Any, **options: Any) -> Any:
+                    for name, parameter in engine.module.named_parameters():
+                        plain = engine.zero_optimization_stage() == 0
+                        gradients[name] = parameter.grad.clone() if plain else safe_get_full_grad(parameter)
+                    return step(*args, **options)
+
+                engine.step = recorded
+            train_step(batches)
+
+        run.train_step, run.metrics.record = recording_step, recording
+
     results = []
     for zero_stage in range(4):
         expected.clear()
         config = f"--deepspeed_config=ds_configs/zero{zero_stage}.json"
         options = ("--stages=1:3,2:12", "--optimizer.clip=0", "--eval_after_growth=7", "--tracking=none", "--lr=0.01")
         run_dir = Path(folder) / f"run-{zero_stage}"
-        pretrain(parse_run([*small_options(Path(folder)), config, *options, f"--output_dir={run_dir}"]))
+        pretrain(
+            parse_run([*small_options(Path(folder)), config, *options, f"--output_dir={run_dir}"]), on_built=prepare
+        )
         results.append(list(expected))
     return results
 

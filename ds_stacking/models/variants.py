@@ -1,0 +1,25 @@
+"""Which class of `Bert` runs where: the plain one, or its twin on the fused kernels."""
+
+from __future__ import annotations
+
+import torch
+
+from ds_stacking.models.bert import Bert
+
+
+def bert_class(fused: bool) -> type[Bert]:
+    """`Bert`, or its twin on the fused kernels, whose import takes seconds: only a model that uses them pays."""
+    if not fused:
+        return Bert
+    from ds_stacking.models.fused import FusedBert
+
+    return FusedBert
+
+
+def has_kernels(device: torch.device) -> bool:
+    """Whether `device` runs the fused kernels themselves rather than their references: NVIDIA from Ampere, MI300."""
+    if device.type != "cuda":
+        return False
+    from ds_stacking.kernels import runs_kernels
+
+    return runs_kernels(torch.empty(0, device=device))
