@@ -26,11 +26,12 @@ from transformers import BertTokenizer, DataCollatorForLanguageModeling
 
 from ds_stacking.common.files import write_json
 from ds_stacking.data.batches import MaskedBatches
+from ds_stacking.data.manifests import SPLITS
 from ds_stacking.data.masking import Masker, Unit
 from ds_stacking.data.preparation import worker
 from ds_stacking.data.sources.corpus import RawDocument
 from ds_stacking.data.sources.documentation import documentation
-from ds_stacking.data.token_file import SPLITS, Split, TokenFile
+from ds_stacking.data.token_file import Split, TokenFile
 from ds_stacking.data.tokenizer import SPECIAL_TOKENS, special_ids, text_encoder, train_tokenizer
 
 VOCAB_SIZE = 30_522

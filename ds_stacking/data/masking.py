@@ -63,7 +63,7 @@ class Masker:
         assert unit == "token" or continues is not None, "words are known by the tokens that continue them"
         self._mask_id, self._unit, self._continues, self.vocab_size = special.mask, unit, continues, vocab_size
         self._is_ordinary = np.ones(vocab_size, bool)
-        self._is_ordinary[list(special.every)] = False
+        self._is_ordinary[list(special.all_ids)] = False
         self._ordinary_ids = np.flatnonzero(self._is_ordinary)
 
     def mask(self, input_ids: np.ndarray, keys: np.ndarray, rates: np.ndarray | float) -> Masked:

@@ -22,7 +22,7 @@ def documents() -> list[str]:
 
 @pytest.fixture(scope="session")
 def special() -> SpecialIds:
-    return SpecialIds(pad=0, cls=2, sep=3, mask=4, every=(0, 1, 2, 3, 4))
+    return SpecialIds(pad=0, cls=2, sep=3, mask=4, all_ids=(0, 1, 2, 3, 4))
 
 
 @pytest.fixture(scope="session")

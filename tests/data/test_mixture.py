@@ -23,7 +23,7 @@ from ds_stacking.data.preparation.prepare import prepare
 from ds_stacking.data.token_file import Split, TokenFile
 from ds_stacking.data.tokenizer import SpecialIds, train_tokenizer
 
-SPECIAL = SpecialIds(pad=0, cls=2, sep=3, mask=4, every=(0, 1, 2, 3, 4))
+SPECIAL = SpecialIds(pad=0, cls=2, sep=3, mask=4, all_ids=(0, 1, 2, 3, 4))
 WEIGHTS = [3.0, 1.0, 0.5]
 
 

@@ -16,7 +16,7 @@ from ds_stacking.models.bert import Bert
 from ds_stacking.training.held_out import held_out_loss
 from tests.ranks import run_ranks
 
-SPECIAL = SpecialIds(pad=0, cls=2, sep=3, mask=4, every=(0, 1, 2, 3, 4))
+SPECIAL = SpecialIds(pad=0, cls=2, sep=3, mask=4, all_ids=(0, 1, 2, 3, 4))
 BLOCKS, LENGTH, VOCABULARY = 21, 16, 60
 
 

@@ -41,7 +41,7 @@ def test_workers_in_a_long_call_end_with_their_parent(tmp_path: Path, signal_num
         cwd=tmp_path,
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,
-        env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])},
+        env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[3])},
     )
     children: list[psutil.Process] = []
     try:
@@ -65,5 +65,5 @@ def test_results_on_their_way_are_not_waited_for(tmp_path: Path):
     script = STUCK.replace("def stuck(_):", "def large(_):\n    return bytes(10**8)\n\ndef stuck(_):")
     (tmp_path / "large.py").write_text(script.replace("{}", "[pool.submit(large, None) for _ in range(4)]"))
     command = [sys.executable, "large.py"]
-    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[3])}
     subprocess.run(command, cwd=tmp_path, env=environment, check=True, timeout=60)
