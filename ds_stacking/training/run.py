@@ -293,7 +293,7 @@ def _evaluation(config: RunConfig, data: PreparedData, split: Split | Mixture, b
     """Blocks of a split with masks that stay: those of the evaluation, and training text for its controls."""
     return EvalBatches(
         split,
-        blocks=blocks,
+        sequences=blocks,
         sequence_length=config.corpus.sequence_length,
         masking_rate=config.corpus.masking_rate_end or config.corpus.masking_rate,
         **_blocks(config, data),

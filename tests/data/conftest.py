@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from ds_stacking.data.sources.documentation import _docstrings
+from ds_stacking.data.sources.documentation import docstrings
 from ds_stacking.data.token_file import Split, TokenFile
 from ds_stacking.data.tokenizer import SpecialIds
 
@@ -16,7 +16,7 @@ from ds_stacking.data.tokenizer import SpecialIds
 def documents() -> list[str]:
     """Documentation of 40 modules of the standard library, some 150 kB of prose."""
     paths = sorted(Path(sysconfig.get_paths()["stdlib"]).glob("*.py"))
-    texts = ("\n\n".join(_docstrings(path)) for path in paths)
+    texts = ("\n\n".join(docstrings(path)) for path in paths)
     return [text for text in texts if len(text) > 500][:40]
 
 

@@ -53,7 +53,7 @@ def make(
     held_out, train = (
         EvalBatches(
             mixed(seed) if mixture else split(seed, 0),
-            blocks=blocks, sequence_length=16, masking_rate=0.3, masker=masker, special=SPECIAL, **fields,
+            sequences=blocks, sequence_length=16, masking_rate=0.3, masker=masker, special=SPECIAL, **fields,
         )
         for seed, blocks in ((10, 61), (20, 90))
     )  # fmt: skip

@@ -25,7 +25,7 @@ def batches() -> EvalBatches:
     split = Split(files=[TokenFile(tokens=tokens, offsets=np.array([0, len(tokens)]))])
     return EvalBatches(
         split,
-        blocks=BLOCKS,
+        sequences=BLOCKS,
         sequence_length=LENGTH,
         masking_rate=0.3,
         masker=Masker(special=SPECIAL, vocab_size=VOCABULARY),

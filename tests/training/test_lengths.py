@@ -22,13 +22,13 @@ def run(folder: str, name: str, *options: str) -> list[tuple[int, list[int]]]:
     from ds_stacking.training.run import pretrain
 
     seen: list[tuple[int, list[int]]] = []
-    right = MaskedBatches.blocks_of
+    right = MaskedBatches.sequences_of
 
-    def blocks_of(self: MaskedBatches, samples, others=0):  # type: ignore[no-untyped-def]
+    def sequences_of(self: MaskedBatches, samples, others=0):  # type: ignore[no-untyped-def]
         seen.append((self._readers[0].sequence_length, (samples - others).tolist()))
         return right(self, samples, others)
 
-    MaskedBatches.blocks_of = blocks_of  # type: ignore[method-assign]
+    MaskedBatches.sequences_of = sequences_of  # type: ignore[method-assign]
     given = [
         *small_options(Path(folder)),
         "--tracking=none",

@@ -22,7 +22,7 @@ from ds_stacking.data.masking import Masker
 from ds_stacking.data.preparation.configuration import PreparationConfig
 from ds_stacking.data.preparation.folder import prepare_folder
 from ds_stacking.data.preparation.prepare import prepare
-from ds_stacking.data.sequences import BlockReader
+from ds_stacking.data.sequences import SequenceReader
 from ds_stacking.data.token_file import Split, TokenFile, looked_at, map_array
 from ds_stacking.data.tokenizer import SpecialIds, load_tokenizer, train_tokenizer
 
@@ -292,12 +292,12 @@ def test_hashes_of_a_cache_entry_are_compared_on_request(source: Path, tokenizer
 def test_a_large_array_is_looked_at_in_places_and_never_read_outside(
     special: SpecialIds, monkeypatch: pytest.MonkeyPatch
 ):
-    """What opening did not see ends in a sentence too, or in blocks that are no worse than cut elsewhere."""
+    """What opening did not see ends in a sentence too, or in sequences that are no worse than cut elsewhere."""
     tokens = np.full(10_000, 50, np.uint16)
     offsets = np.arange(0, 10_001, 10)
     offsets[400:420] = np.array([2**62, -(2**62)] * 10)
     split = Split(files=[TokenFile(tokens=tokens, offsets=offsets)])
-    reader = BlockReader(split, sequence_length=32, special=special, separate_documents=True)
+    reader = SequenceReader(split, sequence_length=32, special=special, separate_documents=True)
     bounds = reader.read(np.arange(len(reader)), np.zeros(len(reader), np.uint64)).cu_seqlens
     assert bounds is not None and bounds[0] == 0 and bounds[-1] == 32 * len(reader) and (np.diff(bounds) > 0).all()
     tokens[9000:] = 60_000
