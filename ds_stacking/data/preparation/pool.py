@@ -21,7 +21,7 @@ from ds_stacking.data.preparation import worker
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
-_ALONE = 32
+ALONE = 32
 """Batches that one process works through in the seconds that the others would take to start and pay off."""
 _MOST = 16
 """What one process reads keeps no more of them busy."""
@@ -32,17 +32,19 @@ def each(
     items: Iterable[Item],
     workers: int,
     setting: worker.WorkerConfig | None = None,
+    *,
+    alone: int = ALONE,
 ) -> Generator[tuple[Item, Result]]:
     """Yield every item with `function(item)`, in order, computed ahead by worker processes; close it to end them.
 
-    With 0 workers this process does a small source by itself, and of a larger one only the beginning: then there is
-    one per core, but no more than one reader feeds.
+    With 0 workers this process does the first `alone` items by itself, which is all of a small source; for the others
+    there is one worker per core, but no more than one reader feeds.
     """
     items = iter(items)
     if not workers:
         if setting is not None:
             worker.load(setting)
-        yield from ((item, function(item)) for item in islice(items, _ALONE))
+        yield from ((item, function(item)) for item in islice(items, alone))
         if (following := next(items, None)) is None:
             return
         items, workers = chain((following,), items), min(_MOST, len(os.sched_getaffinity(0)))
