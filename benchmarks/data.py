@@ -191,7 +191,8 @@ def index(documents: int) -> dict[str, Any]:
     """Open a folder of so many documents of 8 tokens and read batches from it: seconds, and memory of its own."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        manifest = {"dtype": "uint16"} | {part: {"tokens": documents * 8} for part in SPLITS}
+        facts = {"tokens": documents * 8, "documents": documents}
+        manifest: Any = {"dtype": "uint16", "vocab_size": VOCAB_SIZE} | {part: facts for part in SPLITS}
         write_json(folder / "manifest.json", manifest)
         with (folder / "train.bin").open("wb") as file:
             file.truncate(documents * 16)  # a file of zeros that takes no room
