@@ -96,7 +96,7 @@ def make_folder(
     before = sum(manifest["totals"].get(kind, 0) for kind in ("equal", "near"))
     log(
         f"Prepared {tokens:,} tokens of {documents:,} documents in {time.monotonic() - begin:.0f} s; "
-        f"{before:,} that were there before left out."
+        f"{before:,} that were there before left out; see card.md."
     )
     if build.skipped:
         name, what = next(iter(build.skipped.items()))
