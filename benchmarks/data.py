@@ -1,8 +1,8 @@
 """python benchmarks/data.py - data on one core: masked batches and tokenising, beside transformers and tokenizers.
 
-Peers run in the same process, in turns; speeds are ratios of medians of CPU time. The Hugging Face way reads blocks
-from a `datasets` table and masks them with DataCollatorForLanguageModeling; ours draws the order of the blocks, reads
-and masks them. `--index_documents 100000000` opens a prepared folder of so many synthetic documents instead. Prints
+Peers run in the same process, in turns; speeds are ratios of medians of CPU time. The Hugging Face way reads sequences
+from a `datasets` table and masks them with DataCollatorForLanguageModeling; ours draws their order, reads and masks
+them. `--index_documents 100000000` opens a prepared folder of so many synthetic documents instead. Prints
 JSON lines.
 """
 
@@ -26,11 +26,12 @@ from transformers import BertTokenizer, DataCollatorForLanguageModeling
 
 from ds_stacking.common.files import write_json
 from ds_stacking.data.batches import MaskedBatches
+from ds_stacking.data.manifests import SPLITS
 from ds_stacking.data.masking import Masker, Unit
 from ds_stacking.data.preparation import worker
 from ds_stacking.data.sources.corpus import RawDocument
 from ds_stacking.data.sources.documentation import documentation
-from ds_stacking.data.token_file import SPLITS, Split, TokenFile
+from ds_stacking.data.token_file import Split, TokenFile
 from ds_stacking.data.tokenizer import SPECIAL_TOKENS, special_ids, text_encoder, train_tokenizer
 
 VOCAB_SIZE = 30_522
@@ -38,8 +39,8 @@ STREAM_TOKENS = 8_000_000
 SENTENCE_TOKENS = 23
 TEXT_CHARACTERS = 2_000_000
 CASES: list[tuple[str, int, bool, Unit]] = [
-    ("plain blocks", 1, False, "token"),
-    ("plain blocks, 35 shards", 35, False, "token"),
+    ("plain sequences", 1, False, "token"),
+    ("plain sequences, 35 shards", 35, False, "token"),
     ("sentence pairs", 1, True, "token"),
     ("sentence pairs, 35 shards", 35, True, "token"),
     ("whole words", 1, False, "word"),
@@ -75,7 +76,7 @@ def compare(
     peer: Callable[[np.ndarray], int],
     options: argparse.Namespace,
 ) -> dict[str, object]:
-    """Median speeds of our case and of the peer's plain blocks in masked tokens per second, and their ratio."""
+    """Median speeds of our case and of the peer's plain sequences in masked tokens per second, and their ratio."""
     name, shards, pairs, unit = case
     special = special_ids(tokenizer)
     batches = MaskedBatches(
@@ -109,14 +110,14 @@ def split(tokens: np.ndarray, shards: int, sentences: bool) -> Split:
 def hugging_face(
     tokens: np.ndarray, tokenizer: BertTokenizer, options: argparse.Namespace
 ) -> Callable[[np.ndarray], int]:
-    """Batches from a `datasets` table of blocks, masked by the collator; returns how many tokens were masked."""
+    """Batches from a `datasets` table of sequences, masked by the collator; returns how many tokens were masked."""
     places = options.sequence_length - 2
     rows = tokens[: len(tokens) // places * places].reshape(-1, places)[:20_000].astype(np.int32)
     ends = np.full((len(rows), 1), 0, np.int32)
-    blocks = np.concatenate((ends + tokenizer.cls_token_id, rows, ends + tokenizer.sep_token_id), axis=1)
-    flags = np.zeros_like(blocks, np.int8)
+    sequences = np.concatenate((ends + tokenizer.cls_token_id, rows, ends + tokenizer.sep_token_id), axis=1)
+    flags = np.zeros_like(sequences, np.int8)
     flags[:, [0, -1]] = 1
-    table = datasets.Dataset.from_dict({"input_ids": list(blocks), "special_tokens_mask": list(flags)})
+    table = datasets.Dataset.from_dict({"input_ids": list(sequences), "special_tokens_mask": list(flags)})
     collator = DataCollatorForLanguageModeling(tokenizer, mlm_probability=0.15)
     order = np.random.default_rng(1).permutation(len(table))
 
@@ -190,7 +191,8 @@ def index(documents: int) -> dict[str, Any]:
     """Open a folder of so many documents of 8 tokens and read batches from it: seconds, and memory of its own."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        manifest = {"dtype": "uint16"} | {part: {"tokens": documents * 8} for part in SPLITS}
+        facts = {"tokens": documents * 8, "documents": documents}
+        manifest: Any = {"dtype": "uint16", "vocab_size": VOCAB_SIZE} | {part: facts for part in SPLITS}
         write_json(folder / "manifest.json", manifest)
         with (folder / "train.bin").open("wb") as file:
             file.truncate(documents * 16)  # a file of zeros that takes no room

@@ -177,16 +177,44 @@ class SourceConfig:
             require_text(f"corpus.{name}", getattr(self, name))
 
 
+MOST_WORKERS = 1024
+"""Processes that prepare data; each has a copy of the tokenizer and of some documents."""
+
+
 @dataclass(kw_only=True)
-class CorpusConfig(SourceConfig):
-    """Where text comes from and how it becomes blocks of tokens. The source itself is `--data`."""
+class PreparationOptions:
+    """What is done to the documents of a source, whether a run prepares them (`corpus.`) or prepare_data.py."""
+
+    sentences: bool = False
+    """Store where sentences begin, for sentence pairs that meet at a sentence's end (model.next_sentence)."""
+    near_duplicates: float = 0.0
+    """Jaccard similarity of word 5-grams from which a document is dropped as a near duplicate; 0: equal ones only."""
+    max_leak: float = 1.0
+    """Largest share, in percent, of held-out 13-grams that may stand in the training split too; what prepare_data.py
+    made has its own."""
+    workers: int = 0
+    """Processes that clean and tokenise; 0: none for a small source, one per core, 16 at most, for a larger one."""
+
+    def __post_init__(self) -> None:
+        _check_preparation(self)
+
+
+def _check_preparation(options: PreparationOptions, where: str = "") -> None:
+    for name, most in (("near_duplicates", 1), ("max_leak", 100), ("workers", MOST_WORKERS)):
+        value = getattr(options, name)
+        require(0 <= value <= most, f"{where}{name} is {value}; it must lie between 0 and {most}.")
+
+
+@dataclass(kw_only=True)
+class CorpusConfig(PreparationOptions, SourceConfig):
+    """Where text comes from and how it becomes sequences of tokens. The source itself is `--data`."""
 
     sequence_length: int = 64
-    """Tokens per block, special tokens included."""
+    """Tokens per sequence, special tokens included."""
     separate_documents: bool = False
-    """Tokens attend to their own document only, and its positions begin at 0; else a block is one sequence."""
+    """Tokens attend to their own document only, and its positions begin at 0; else a sequence is attended to whole."""
     masking_rate: float = 0.15
-    """Share of a block's ordinary tokens that are predicted (BERT: 15 %, of which 80/10/10 masked/random/kept)."""
+    """Share of a sequence's ordinary tokens that are predicted (BERT: 15 %, of which 80/10/10 masked/random/kept)."""
     masking_rate_end: float | None = None
     """Rate that masking_rate changes to, linearly over the run; default: masking_rate. Evaluation uses this one."""
     masking: Literal["token", "word", "span"] = "token"
@@ -195,21 +223,15 @@ class CorpusConfig(SourceConfig):
     """Where prepared data are kept; default $DS_STACKING_CACHE, else ~/.cache/ds_stacking."""
     verify: bool = False
     """Compare every byte of the prepared data with its hash before the first step, not the sizes of files alone."""
-    max_leak: float = 1.0
-    """Largest share, in percent, of held-out 13-grams that may stand in the training split too; a prepared folder has
-    its own."""
     fingerprint: str | None = None
     """Fingerprint that the prepared data must have; they are then taken from the cache as they are, whatever has
     become of their source."""
 
     def __post_init__(self) -> None:
-        super().__post_init__()
+        SourceConfig.__post_init__(self)
+        _check_preparation(self, "corpus.")
         if self.cache_dir is not None:
             require_text("corpus.cache_dir", self.cache_dir)
-        require(
-            0 <= self.max_leak <= 100,
-            f"corpus.max_leak is {self.max_leak}; it is in percent, and must lie between 0 and 100.",
-        )
         require(
             self.fingerprint is None or re.fullmatch("[0-9a-f]{16}", self.fingerprint),
             f"corpus.fingerprint is {shown(str(self.fingerprint))}; it must be the 16 digits of data_fingerprint in a "

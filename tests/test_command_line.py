@@ -67,7 +67,7 @@ def decides_the_model(name: str) -> bool:
         "kernels",
         "compile",
         *("corpus.verify", "corpus.max_document", "corpus.max_expansion", "corpus.zstd_window"),
-        *("corpus.follow_links", "corpus.max_leak", "corpus.fingerprint"),
+        *("corpus.follow_links", "corpus.max_leak", "corpus.fingerprint", "corpus.workers"),
     )
     return name not in kept and not name.startswith("checkpoint_")
 

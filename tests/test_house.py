@@ -67,7 +67,7 @@ WRITERS = {
     "ds_stacking/common/failures.py": "failures, a line from each rank, for the batch script",
     "ds_stacking/training/export.py": "into a directory that is renamed when it is whole",
     "ds_stacking/models/shards.py": "into a directory that is renamed when it is whole",
-    "ds_stacking/data/token_file.py": "into a directory that is renamed when it is whole",
+    "ds_stacking/data/preparation/shards.py": "into a directory that is renamed when it is whole",
     "kernels/offline.py": "a table of the repository, which git keeps",
     "ds_stacking/training/metrics_file.py": "metrics.jsonl, which grows line by line",
 }

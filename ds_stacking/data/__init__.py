@@ -1,1 +1,1 @@
-"""Corpora, tokenizer, memory-mapped token files, blocks and masking."""
+"""Corpora, tokenizer, memory-mapped token files, sequences and masking."""

@@ -1,11 +1,11 @@
 """Masked batches as a pure function of (seed, samples consumed).
 
-Sample number s is block `permutation_e(s mod n)` of epoch e = s div n, masked with random numbers of its own. So a
+Sample number s is sequence `permutation_e(s mod n)` of epoch e = s div n, masked with random numbers of its own. So a
 batch depends neither on the number of ranks nor on how its samples are grouped, and a run is resumed by one integer;
-or two, where the length of blocks changes: each length has blocks and epochs of its own, and samples of other lengths
-are taken from s before that.
+or two, where the length of sequences changes: each length has sequences and epochs of its own, and samples of other
+lengths are taken from s before that.
 
-Shapes: B blocks of a batch, T tokens of a block, M masked positions of a batch, S documents in it.
+Shapes: B sequences of a batch, T tokens of a sequence, M masked positions of a batch, S documents in it.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from ds_stacking.common.errors import RunFailed, UserError
 from ds_stacking.data.masking import Masker
 from ds_stacking.data.mixture import Interleaving, Mixture
 from ds_stacking.data.random_numbers import derive_keys, permute
-from ds_stacking.data.sequences import BlockReader, Blocks, read_mixed
+from ds_stacking.data.sequences import SequenceReader, Sequences, read_mixed
 from ds_stacking.data.token_file import Split
 from ds_stacking.data.tokenizer import SpecialIds
 
@@ -43,11 +43,11 @@ class Batch:
     is_mask: torch.Tensor
     """Whether the input there is [MASK], [M] bool."""
     token_type_ids: torch.Tensor | None = None
-    """[B, T] int64: segment 0 or 1; None for plain blocks."""
+    """[B, T] int64: segment 0 or 1; None for plain sequences."""
     next_sentence_labels: torch.Tensor | None = None
-    """[B] int64: 0 where segment B follows A, else 1; None for plain blocks."""
+    """[B] int64: 0 where segment B follows A, else 1; None for plain sequences."""
     cu_seqlens: torch.Tensor | None = None
-    """Bounds of documents among the B*T tokens, [S + 1] int32; None where a block is one sequence."""
+    """Bounds of documents among the B*T tokens, [S + 1] int32; None where a sequence is attended to whole."""
 
     @property
     def inputs(self) -> dict[str, torch.Tensor | None]:
@@ -79,7 +79,7 @@ class Batch:
 
 
 class MaskedBatches:
-    """Training batches by sample numbers. `len()` is the number of blocks, that is of samples in an epoch."""
+    """Training batches by sample numbers. `len()` is the number of sequences, that is of samples in an epoch."""
 
     def __init__(
         self,
@@ -97,7 +97,7 @@ class MaskedBatches:
     ) -> None:
         """With `masking_rate_end` the rate changes linearly from the first to the last of `samples` samples.
 
-        Raises UserError if the split is shorter than one block or no token of a block would be masked.
+        Raises UserError if the split is shorter than one sequence or no token of a sequence would be masked.
         """
         self._rate, self._slope = masking_rate, 0.0
         if masking_rate_end is not None:
@@ -114,25 +114,27 @@ class MaskedBatches:
     def __len__(self) -> int:
         return sum(map(len, self._readers))
 
-    def blocks_of(self, sample_indices: np.ndarray, others: int = 0) -> tuple[np.ndarray, np.ndarray]:
-        """Return source and block of every sample number, [B] int64 each; in constant time for any number.
+    def sequences_of(self, sample_indices: np.ndarray, of_other_lengths: int = 0) -> tuple[np.ndarray, np.ndarray]:
+        """Return source and sequence of every sample number, [B] int64 each; in constant time for any number.
 
-        `others` of the samples before them were of another length, and are none of these blocks' epochs.
+        `of_other_lengths` of the samples before them were of another length, and are none of these sequences' epochs.
         """
-        sources, numbers = self._interleaving.locate(np.asarray(sample_indices, np.int64) - others)
-        blocks = np.empty_like(numbers)
+        sources, numbers = self._interleaving.locate(np.asarray(sample_indices, np.int64) - of_other_lengths)
+        sequences = np.empty_like(numbers)
         for source, reader in enumerate(self._readers):
             chosen = np.flatnonzero(sources == source)
             epochs, places = np.divmod(numbers[chosen], len(reader))
             purpose = _ORDER + source * _PURPOSES
-            blocks[chosen] = permute(places, len(reader), derive_keys(self._seed, purpose, epochs))
-        return sources, blocks
+            sequences[chosen] = permute(places, len(reader), derive_keys(self._seed, purpose, epochs))
+        return sources, sequences
 
-    def batch(self, sample_indices: np.ndarray, others: int = 0) -> Batch:
+    def batch(self, sample_indices: np.ndarray, of_other_lengths: int = 0) -> Batch:
         """Return the samples with these numbers, [B] int64, counted from 0 over all epochs and lengths."""
         samples = np.asarray(sample_indices, np.int64)
-        blocks = read_mixed(self._readers, *self.blocks_of(samples, others), derive_keys(self._seed, _PAIRS, samples))
-        return _masked(blocks, self._masker, derive_keys(self._seed, _MASKING, samples), self._rates(samples))
+        sequences = read_mixed(
+            self._readers, *self.sequences_of(samples, of_other_lengths), derive_keys(self._seed, _PAIRS, samples)
+        )
+        return _masked(sequences, self._masker, derive_keys(self._seed, _MASKING, samples), self._rates(samples))
 
     def _rates(self, samples: np.ndarray) -> np.ndarray:
         """The masking rate of every sample, [B] float64."""
@@ -140,17 +142,17 @@ class MaskedBatches:
 
 
 class EvalBatches:
-    """Blocks spread evenly over the held-out split, masked in the same way each time. `len()` is their number.
+    """Sequences spread evenly over the held-out split, masked in the same way each time. `len()` is their number.
 
-    `shuffled` gives the control: the same blocks and masked positions with the ordinary tokens permuted inside each
-    block. A model that uses more than which words occur must do worse there.
+    `shuffled` gives the control: the same sequences and masked positions with the ordinary tokens permuted inside each
+    sequence. A model that uses more than which words occur must do worse there.
     """
 
     def __init__(
         self,
         data: Split | Mixture,
         *,
-        blocks: int,
+        sequences: int,
         sequence_length: int,
         masking_rate: float,
         masker: Masker,
@@ -158,23 +160,23 @@ class EvalBatches:
         next_sentence: bool = False,
         separate_documents: bool = False,
     ) -> None:
-        """Use `blocks` blocks, or all where there are fewer. Raise UserError as MaskedBatches does."""
+        """Use `sequences` sequences, or all where there are fewer. Raise UserError as MaskedBatches does."""
         require_masked_tokens(sequence_length, masking_rate)
         mixture = Mixture.of(data)
         self._readers = _readers(mixture, sequence_length, special, next_sentence, separate_documents)
         self._masker, self._rate = masker, masking_rate
-        self._sources, self._places = _spread(blocks, mixture.weights, [len(reader) for reader in self._readers])
+        self._sources, self._places = _spread(sequences, mixture.weights, [len(reader) for reader in self._readers])
 
     def __len__(self) -> int:
         return len(self._places)
 
     def batch(self, indices: np.ndarray) -> Batch:
-        """Return blocks by index in [0, len), [B] int64."""
-        blocks, keys = self._read(indices)
-        return _masked(blocks, self._masker, keys, self._rate)
+        """Return sequences by index in [0, len), [B] int64."""
+        sequences, keys = self._read(indices)
+        return _masked(sequences, self._masker, keys, self._rate)
 
     def fingerprint(self) -> str:
-        """Digest of all blocks and their masks: equal for two runs exactly if they are evaluated on the same."""
+        """Digest of all sequences and their masks: equal for two runs exactly if they are evaluated on the same."""
         hashed = sha256()
         for indices in np.array_split(np.arange(len(self)), -(-len(self) // 1024)):
             batch = self.batch(indices)
@@ -183,26 +185,26 @@ class EvalBatches:
         return hashed.hexdigest()[:16]
 
     def shuffled(self, indices: np.ndarray) -> Batch:
-        """Return the same blocks with shuffled tokens, masked at the same positions."""
-        blocks, keys = self._read(indices)
-        shuffled = self._masker.shuffle(blocks.input_ids, keys)
-        return _masked(replace(blocks, input_ids=shuffled), self._masker, keys, self._rate)
+        """Return the same sequences with shuffled tokens, masked at the same positions."""
+        sequences, keys = self._read(indices)
+        shuffled = self._masker.shuffle(sequences.input_ids, keys)
+        return _masked(replace(sequences, input_ids=shuffled), self._masker, keys, self._rate)
 
-    def _read(self, indices: np.ndarray) -> tuple[Blocks, np.ndarray]:
-        """The blocks and the keys of their masks, which belong to the block, however many others are evaluated."""
-        assert np.all((indices >= 0) & (indices < len(self))), "evaluation block out of range"
+    def _read(self, indices: np.ndarray) -> tuple[Sequences, np.ndarray]:
+        """The sequences and the keys of their masks, which are their own, however many others are evaluated."""
+        assert np.all((indices >= 0) & (indices < len(self))), "evaluation sequence out of range"
         sources, places = self._sources[indices], self._places[indices]
         identities = places + (sources << 40)  # those of a single source are its places
-        blocks = read_mixed(self._readers, sources, places, derive_keys(_EVAL_SEED, _PAIRS, identities))
-        return blocks, derive_keys(_EVAL_SEED, _MASKING, identities)
+        sequences = read_mixed(self._readers, sources, places, derive_keys(_EVAL_SEED, _PAIRS, identities))
+        return sequences, derive_keys(_EVAL_SEED, _MASKING, identities)
 
 
 def _readers(
     mixture: Mixture, sequence_length: int, special: SpecialIds, next_sentence: bool, separate_documents: bool
-) -> list[BlockReader]:
+) -> list[SequenceReader]:
     """A reader of each source."""
     return [
-        BlockReader(
+        SequenceReader(
             split,
             sequence_length=sequence_length,
             special=special,
@@ -213,33 +215,33 @@ def _readers(
     ]
 
 
-def _spread(blocks: int, weights: Sequence[float], lengths: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
-    """Source and place of so many blocks, or all there are, spread evenly over each source, [count] int64 each."""
-    sources, _ = Interleaving(weights).locate(np.arange(blocks))
+def _spread(sequences: int, weights: Sequence[float], lengths: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
+    """Source and place of so many sequences, or all there are, spread evenly over each source, [count] int64 each."""
+    sources, _ = Interleaving(weights).locate(np.arange(sequences))
     counts = np.minimum(np.bincount(sources, minlength=len(lengths)), lengths)
-    # not the first blocks: they come from a few documents
+    # not the first sequences: they come from a few documents
     places = [np.arange(count) * length // max(1, count) for count, length in zip(counts, lengths, strict=True)]
     return np.repeat(np.arange(len(lengths)), counts), np.concatenate(places)
 
 
 def require_masked_tokens(sequence_length: int, masking_rate: float) -> None:
-    """Raise UserError if a full block would have no masked token."""
+    """Raise UserError if a full sequence would have no masked token."""
     if round(masking_rate * (sequence_length - 3)) < 1:
         raise UserError(
-            f"corpus.masking_rate {masking_rate:g} masks no token of a block of {sequence_length}; "
+            f"corpus.masking_rate {masking_rate:g} masks no token of a sequence of {sequence_length}; "
             f"raise it or corpus.sequence_length."
         )
 
 
-def _masked(blocks: Blocks, masker: Masker, keys: np.ndarray, rates: np.ndarray | float) -> Batch:
-    highest = int(blocks.input_ids.max(initial=0))
+def _masked(sequences: Sequences, masker: Masker, keys: np.ndarray, rates: np.ndarray | float) -> Batch:
+    highest = int(sequences.input_ids.max(initial=0))
     if highest >= masker.vocab_size:  # of large files, opening them has looked at some places only
         raise RunFailed(
             f"The prepared data hold the token {highest:,}, beyond the {masker.vocab_size:,} of their vocabulary; "
             f"they are damaged: run prepare_data.py --verify on their folder."
         )
-    masked = masker.mask(blocks.input_ids, keys, rates)
-    optional = (blocks.token_type_ids, blocks.next_sentence_labels, blocks.cu_seqlens)
+    masked = masker.mask(sequences.input_ids, keys, rates)
+    optional = (sequences.token_type_ids, sequences.next_sentence_labels, sequences.cu_seqlens)
     token_type_ids, next_sentence_labels, cu_seqlens = (
         None if array is None else torch.from_numpy(array) for array in optional
     )

@@ -1,4 +1,4 @@
-"""What the manifests of shards, prepared folders and cache entries say, and how each is read and checked."""
+"""What the manifests of prepared folders and of their shards say, and how each is read and checked."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from typing_extensions import TypedDict
 from ds_stacking.common.errors import UserError
 from ds_stacking.common.json_files import KEEP_OTHERS, Count, Finite, read_json
 from ds_stacking.config import LARGEST_VOCABULARY
-from ds_stacking.data.arrays import Damaged
 
 MANIFEST = "manifest.json"
-COUNTS = "counts.npy"
+BEGUN = "preparation.json"
+TOKENIZER = "tokenizer"
 SPLITS: tuple[Literal["train"], Literal["eval"]] = ("train", "eval")
 
 _SHARD = re.compile("shard-[0-9]{5}")
@@ -26,6 +26,10 @@ Digest = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
 Rows = Annotated[int, Field(gt=0, le=LARGEST_VOCABULARY)]
 Number = Annotated[Finite, Field(ge=0)]
 Dtype = Literal["uint16", "uint32"]
+
+
+class Damaged(UserError):
+    """Prepared data that are not what was written, or that nobody wrote."""
 
 
 class Sums(TypedDict):
@@ -38,7 +42,7 @@ class Sums(TypedDict):
 
 
 class Arrays(TypedDict):
-    """A split of one shard or cache entry."""
+    """A split of one shard."""
 
     __pydantic_config__ = KEEP_OTHERS  # type: ignore[misc]
     documents: Count
@@ -92,22 +96,9 @@ class Identity(TypedDict):
 
     __pydantic_config__ = KEEP_OTHERS  # type: ignore[misc]
     eval_percent: Finite
+    sentences: bool
+    near_duplicates: Finite
     tokenizer: str | Trained
-
-
-class CacheManifest(TypedDict):
-    """manifest.json of a cache entry."""
-
-    __pydantic_config__ = KEEP_OTHERS  # type: ignore[misc]
-    dtype: Dtype
-    vocab_size: Rows
-    train: Arrays
-    eval: Arrays
-    unigram_entropy: Number
-    tokenizer_sha256: Digest
-    counts_sha256: Digest
-    leak: FoundLeak
-    identity: Identity
 
 
 class Begun(TypedDict):
@@ -134,13 +125,14 @@ class FolderManifest(TypedDict):
     unigram_entropy: Number
     tokenizer: str
     tokenizer_sha256: Digest
+    leak: FoundLeak
     max_leak: Finite
     shards: Annotated[list[str], Field(min_length=1)]
     identity: Identity
 
 
 def read_manifest(folder: Path, shape: type[Shape], *, inside: Path | None = None) -> Shape:
-    """Return what a shard, a cache entry or a prepared folder says of itself; no link below `inside` is followed.
+    """Return what a shard or a prepared folder says of itself; no link below `inside` is followed.
 
     Raises Damaged for a manifest of another shape, and for one that is not there.
     """

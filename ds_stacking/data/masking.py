@@ -5,7 +5,7 @@ predicted; of these 80 % are replaced by [MASK], 10 % by a random token, 10 % ar
 ones. What is chosen together is a token, a whole word (BERT's later release) or a span of words (Joshi et al. 2020,
 "SpanBERT", section 3.1).
 
-Shapes: B blocks of a batch, T tokens of a block, M masked positions of a batch.
+Shapes: B sequences of a batch, T tokens of a sequence, M masked positions of a batch.
 """
 
 from __future__ import annotations
@@ -49,10 +49,10 @@ class Masked:
 
 
 class Masker:
-    """Masks about rate * n of the n ordinary tokens of each block, chosen uniformly.
+    """Masks about rate * n of the n ordinary tokens of each sequence, chosen uniformly.
 
-    The choice in a block is a pure function of the block's key. With the unit `token` the number is round(rate * n);
-    with `word` and `span` words stay whole, and the last one is taken if half of it or more is within the number.
+    The choice in a sequence is a pure function of its key. With the unit `token` the number is round(rate * n); with
+    `word` and `span` words stay whole, and the last one is taken if half of it or more is within the number.
     Tokens of a span are replaced all in the same way.
     """
 
@@ -63,16 +63,18 @@ class Masker:
         assert unit == "token" or continues is not None, "words are known by the tokens that continue them"
         self._mask_id, self._unit, self._continues, self.vocab_size = special.mask, unit, continues, vocab_size
         self._is_ordinary = np.ones(vocab_size, bool)
-        self._is_ordinary[list(special.every)] = False
+        self._is_ordinary[list(special.all_ids)] = False
         self._ordinary_ids = np.flatnonzero(self._is_ordinary)
 
     def mask(self, input_ids: np.ndarray, keys: np.ndarray, rates: np.ndarray | float) -> Masked:
-        """Mask a copy of blocks `input_ids` [B, T] int64, with one key per block, [B] uint64, and rate, [B] or one."""
+        """Mask a copy of `input_ids` [B, T] int64, with one key per sequence, [B] uint64, and rate, [B] or one."""
         ordinary = self._is_ordinary[input_ids]  # [B, T]
         counts = np.rint(rates * np.count_nonzero(ordinary, axis=1)).astype(np.int64)  # [B]
         unit_keys = random_bits(keys, np.array([0]))
         if self._unit == "token":
-            numbers = random_bits(unit_keys[:, None], np.arange(ordinary.shape[1]))  # [B, T], no two of a block equal
+            numbers = random_bits(
+                unit_keys[:, None], np.arange(ordinary.shape[1])
+            )  # [B, T], no two of a sequence equal
             numbers[~ordinary] = _LAST
             chosen = _smallest(numbers, ordinary, counts)
         else:
@@ -95,7 +97,7 @@ class Masker:
         return Masked(input_ids=output, positions=positions, labels=labels, is_mask=is_mask)
 
     def shuffle(self, input_ids: np.ndarray, keys: np.ndarray) -> np.ndarray:
-        """Return a copy of blocks [B, T] whose ordinary tokens are permuted at random inside their block."""
+        """Return a copy of sequences [B, T] whose ordinary tokens are permuted at random inside their sequence."""
         ordinary = self._is_ordinary[input_ids]
         bits = random_bits(random_bits(keys, np.array([2]))[:, None], np.arange(input_ids.shape[1]))
         order = np.argsort(np.where(ordinary, bits, _LAST), axis=1, kind="stable")  # ordinary tokens first, shuffled
@@ -105,7 +107,7 @@ class Masker:
         return output
 
     def _words(self, input_ids: np.ndarray, ordinary: np.ndarray) -> np.ndarray:
-        """The word of every token, counted in its block, [B, T] int64; what is special is a word by itself."""
+        """The word of every token, counted in its sequence, [B, T] int64; what is special is a word by itself."""
         assert self._continues is not None
         starts = ~(self._continues[input_ids] & ordinary)
         starts[:, 1:] |= ~ordinary[:, :-1]
@@ -135,12 +137,12 @@ def _spread(numbers: np.ndarray, is_word: np.ndarray, keys: np.ndarray) -> np.nd
 
 
 def _threshold(numbers: np.ndarray, counts: np.ndarray) -> np.ndarray:
-    """The `counts`-th smallest number of each block, [B, 1]."""
+    """The `counts`-th smallest number of each sequence, [B, 1]."""
     return np.take_along_axis(np.sort(numbers, axis=1), np.maximum(counts - 1, 0)[:, None], axis=1)
 
 
 def _smallest(numbers: np.ndarray, ordinary: np.ndarray, counts: np.ndarray) -> np.ndarray:
-    """Choose the tokens with the `counts` [B] smallest numbers of their block, all different, [B, T] bool."""
+    """Choose the tokens with the `counts` [B] smallest numbers of their sequence, all different, [B, T] bool."""
     return (numbers <= _threshold(numbers, counts)) & ordinary & (counts > 0)[:, None]
 
 

@@ -1,9 +1,9 @@
-"""Prepared data, opened: an entry of the cache, a folder of prepare_data.py, or a mixture of such folders."""
+"""Prepared data, opened: a prepared folder, which each entry of the cache is too, or a mixture of such folders."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, replace
 from hashlib import sha256
 from pathlib import Path
@@ -12,39 +12,19 @@ from typing import Any, cast
 import numpy as np
 from typing_extensions import TypedDict
 
+from ds_stacking.common.environment import cache_folder
 from ds_stacking.common.errors import UserError
 from ds_stacking.common.files import write_json
 from ds_stacking.common.json_files import KEEP_OTHERS, Finite, read_json
-from ds_stacking.common.own_files import refuse_links
 from ds_stacking.config import CorpusConfig
-from ds_stacking.data.arrays import Damaged, hash_inside, map_array
-from ds_stacking.data.manifests import (
-    COUNTS,
-    SPLITS,
-    CacheManifest,
-    FolderManifest,
-    Identity,
-    read_manifest,
-    read_shards,
-)
+from ds_stacking.data.manifests import SPLITS, TOKENIZER, Damaged, FolderManifest, Identity, ShardManifest, read_shards
 from ds_stacking.data.mixture import Mixture, read_mixture
-from ds_stacking.data.preparation.cache import cache_root, locked
-from ds_stacking.data.preparation.folder import (
-    TOKENIZER,
-    is_prepared,
-    open_folder,
-    own_tokenizer,
-    token_counts,
-    verify_folder,
-)
-from ds_stacking.data.preparation.leaks import find_leak, refuse_leak
-from ds_stacking.data.token_file import Split, TokenFile, hashes, unigram_entropy
+from ds_stacking.data.preparation.claim import locked
+from ds_stacking.data.preparation.leaks import find_leak
+from ds_stacking.data.prepared_folder import is_prepared, open_folder, own_tokenizer, token_counts, verify_folder
+from ds_stacking.data.token_file import Split, unigram_entropy
 from ds_stacking.data.tokenizer import SpecialIds, continuing_tokens, load_tokenizer, special_ids, tokenizer_hash
 
-_MEND_LEAK = (
-    "prepare a folder without near duplicates (prepare_data.py --near_duplicates 0.7) and give it as --data, or raise "
-    "--corpus.max_leak"
-)
 STRETCHES, STRETCH = 32, 1024
 """How many places of a split are read to tell it from another, and tokens at each."""
 
@@ -54,7 +34,7 @@ class PreparedData:
     """A tokenised corpus and its tokenizer."""
 
     folder: Path
-    """The cache folder that holds all of it."""
+    """The prepared folder; of a mixture the first one."""
     tokenizer_dir: Path
     """Hugging Face folder of the tokenizer, for AutoTokenizer."""
     vocab_size: int
@@ -77,15 +57,17 @@ class PreparedData:
     """What manifest.json holds: counts, digests, the source and the files that were left out."""
 
 
-def fingerprint(manifest: FolderManifest | CacheManifest, *, sentences: bool = False) -> str:
+def fingerprint(manifest: FolderManifest, shards: Collection[ShardManifest]) -> str:
     """16 hexadecimal digits of the tokenizer and of the token ids of both splits, as their shards hold them.
 
     Equal on two machines exactly if they hold the same data. Documents need no digest of their own, for each ends with
     [SEP], nor do sentences, which a rule finds in the text, but for whether they are known. The source, its place and
     the reader's settings do not count.
     """
-    digests = [manifest["tokenizer_sha256"], *(manifest[split]["sha256"] for split in SPLITS)]
-    return sha256("".join([*digests, *["sentences"] * sentences]).encode()).hexdigest()[:16]
+    # of a single shard its own digests, as they were the fingerprint's before entries of the cache had shards
+    parts = shards if len(shards) == 1 else [manifest]
+    digests = [manifest["tokenizer_sha256"], *(part[split]["sha256"] for part in parts for split in SPLITS)]
+    return sha256("".join([*digests, *["sentences"] * manifest["identity"]["sentences"]]).encode()).hexdigest()[:16]
 
 
 def sampled_fingerprint(data: PreparedData) -> str:
@@ -104,26 +86,6 @@ def sampled_fingerprint(data: PreparedData) -> str:
     return hashed.hexdigest()[:16]
 
 
-def open_cached(folder: Path, config: CorpusConfig) -> PreparedData:
-    """Open an entry of the cache. Raises Damaged for one that is not what was written."""
-    refuse_links(folder.parent, (folder.name,))
-    manifest = read_manifest(folder, CacheManifest)
-    if config.verify:
-        expected = {COUNTS: manifest["counts_sha256"]}
-        for split in SPLITS:
-            expected |= hashes(split, manifest)
-        for name, digest in expected.items():
-            if hash_inside(folder, name) != digest:
-                raise Damaged(f"{folder / name} is not what was written; remove {folder}.")
-    leak = 100 * manifest["leak"]["found"] / max(1, manifest["leak"]["ngrams"])
-    refuse_leak(leak, config.max_leak, name="corpus.max_leak", mend=_MEND_LEAK)
-    splits: dict[str, Split] = {
-        split: Split(files=[TokenFile.open(folder, split, manifest, whole=config.verify)]) for split in SPLITS
-    }
-    counts = map_array(folder, COUNTS, np.int64)
-    return _prepared(folder, manifest, splits, counts, config)
-
-
 def open_prepared(folder: Path, tokenizer: str, config: CorpusConfig, log: Callable[[str], None]) -> PreparedData:
     """Open a folder of prepare_data.py, which has decided the tokenizer and the split; say where it was otherwise."""
     if config.verify:
@@ -135,13 +97,32 @@ def open_prepared(folder: Path, tokenizer: str, config: CorpusConfig, log: Calla
             f"give --tokenizer train to take the folder's, or prepare the data anew."
         )
     say_decided(folder, manifest["identity"], config, log)
-    counts = token_counts(folder, read_shards(folder, manifest))
-    return _prepared(folder, manifest, splits, counts, config)
+    shards = read_shards(folder, manifest)
+    counts = token_counts(folder, shards)
+    if counts.min() < 0 or counts.sum() != manifest["train"]["tokens"]:
+        raise Damaged(f"{folder} holds the counts of other tokens; prepare these data again.")
+    for split in SPLITS:
+        _require_one_sequence(split, manifest[split]["tokens"], config)
+    tokenizer_of_data = own_tokenizer(folder, manifest["vocab_size"])
+    special = special_ids(tokenizer_of_data)
+    return PreparedData(
+        folder=folder,
+        tokenizer_dir=folder / TOKENIZER,
+        vocab_size=manifest["vocab_size"],
+        special=special,
+        continuing=None if config.masking == "token" else continuing_tokens(tokenizer_of_data),
+        train=splits["train"],
+        eval=splits["eval"],
+        unigram_entropy=manifest["unigram_entropy"],
+        unigram=smoothed(counts, special),
+        fingerprint=fingerprint(manifest, shards.values()),
+        manifest=dict(manifest),
+    )
 
 
 def say_decided(folder: Path, identity: Identity, config: CorpusConfig, log: Callable[[str], None]) -> None:
     """Say where data that were prepared before have decided something otherwise than the configuration."""
-    decided = {"eval_percent": identity["eval_percent"]}
+    decided: dict[str, Any] = {name: identity[name] for name in ("eval_percent", "sentences", "near_duplicates")}  # type: ignore[literal-required]
     if isinstance(identity["tokenizer"], dict):
         decided |= {name: identity["tokenizer"][name] for name in ("vocab_size", "lowercase")}
     for name, value in decided.items():
@@ -166,7 +147,7 @@ def open_mixture(path: Path, tokenizer: str, config: CorpusConfig, log: Callable
     fingerprint = sha256(
         json.dumps([(part.fingerprint, w) for part, w in zip(parts, weights.values(), strict=True)]).encode()
     )
-    _refuse_mixed_leak(parts, cache_root(config), log)
+    _refuse_mixed_leak(parts, cache_folder(config.cache_dir), log)
     shares = list(weights.values())
     frequencies = [w * counts / max(1, counts.sum()) for w, counts in zip(shares, map(_ordinary, parts), strict=True)]
     return replace(
@@ -184,7 +165,7 @@ def _ordinary(part: PreparedData) -> np.ndarray:
     """Frequencies of the ordinary train tokens, [vocab_size]."""
     manifest = cast(FolderManifest, part.manifest)
     counts = token_counts(part.folder, read_shards(part.folder, manifest))
-    counts[list(part.special.every)] = 0
+    counts[list(part.special.all_ids)] = 0
     return counts
 
 
@@ -226,47 +207,18 @@ def _known_leak(path: Path) -> float | None:
         return None
 
 
-def _prepared(
-    folder: Path,
-    manifest: FolderManifest | CacheManifest,
-    splits: dict[str, Split],
-    counts: np.ndarray,
-    config: CorpusConfig,
-) -> PreparedData:
-    if len(counts) != manifest["vocab_size"] or counts.min() < 0 or counts.sum() != manifest["train"]["tokens"]:
-        raise Damaged(f"{COUNTS} in {folder} holds the counts of other tokens; prepare these data again.")
-    for split in SPLITS:
-        _require_one_block(split, manifest[split]["tokens"], config)
-    tokenizer_dir = folder / TOKENIZER
-    tokenizer = own_tokenizer(folder, manifest["vocab_size"])
-    special = special_ids(tokenizer)
-    return PreparedData(
-        folder=folder,
-        tokenizer_dir=tokenizer_dir,
-        vocab_size=manifest["vocab_size"],
-        special=special,
-        continuing=None if config.masking == "token" else continuing_tokens(tokenizer),
-        train=splits["train"],
-        eval=splits["eval"],
-        unigram_entropy=manifest["unigram_entropy"],
-        unigram=smoothed(counts, special),
-        fingerprint=fingerprint(manifest, sentences=splits["train"].files[0].sentences is not None),
-        manifest=dict(manifest),
-    )
-
-
 def smoothed(counts: np.ndarray, special: SpecialIds) -> np.ndarray:
     """Shares of the ordinary tokens after one was added to each count, [vocab_size]; 0 for special ones."""
     shares = counts + 1.0
-    shares[list(special.every)] = 0
+    shares[list(special.all_ids)] = 0
     return shares / shares.sum()
 
 
-def _require_one_block(split: str, tokens: int, config: CorpusConfig) -> None:
+def _require_one_sequence(split: str, tokens: int, config: CorpusConfig) -> None:
     if tokens >= config.sequence_length:
         return
     mend = "raise" if split == "eval" else "lower"
     raise UserError(
-        f"The {split} split has {tokens} tokens, fewer than one block of {config.sequence_length}; "
+        f"The {split} split has {tokens} tokens, fewer than one sequence of {config.sequence_length}; "
         f"give more documents, {mend} corpus.eval_percent ({config.eval_percent:g}) or shorten corpus.sequence_length."
     )

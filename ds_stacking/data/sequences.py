@@ -1,6 +1,6 @@
-"""Blocks: rows of T token ids cut from the flat stream, plain or as BERT's sentence pairs.
+"""Sequences: rows of T token ids cut from the flat stream, plain or as BERT's sentence pairs.
 
-Shapes: B blocks of a batch, T tokens of a block, C ordinary places of a block, S documents or pieces of such.
+Shapes: B sequences of a batch, T tokens of a sequence, C ordinary places of a sequence, S documents or pieces of such.
 """
 
 from __future__ import annotations
@@ -18,36 +18,36 @@ from ds_stacking.data.tokenizer import SpecialIds
 
 
 @dataclass(frozen=True, kw_only=True)
-class Blocks:
-    """Unmasked blocks."""
+class Sequences:
+    """Unmasked sequences."""
 
     input_ids: np.ndarray
     """[B, T] int64"""
     token_type_ids: np.ndarray | None = None
-    """[B, T] int64: 0 in segment A, 1 in segment B; None for plain blocks."""
+    """[B, T] int64: 0 in segment A, 1 in segment B; None for plain sequences."""
     next_sentence_labels: np.ndarray | None = None
-    """[B] int64: 0 where B follows A, else 1, as in Hugging Face's models; None for plain blocks."""
+    """[B] int64: 0 where B follows A, else 1, as in Hugging Face's models; None for plain sequences."""
     cu_seqlens: np.ndarray | None = None
-    """Where documents begin among the B*T tokens, each block's start included, then B*T: [S + 1] int32; None where
-    a block is one sequence."""
+    """Where documents begin among the B*T tokens, each sequence's start included, then B*T: [S + 1] int32; None where
+    a sequence is attended to whole."""
 
 
-class BlockReader:
-    """Cuts consecutive blocks from the shards of a split.
+class SequenceReader:
+    """Cuts consecutive sequences from the shards of a split.
 
-    A plain block is [CLS] and the next C = T - 2 tokens of the stream and [SEP]. The blocks of a shard hold every one
-    of its tokens exactly once, except for fewer than C at its end.
+    A plain sequence is [CLS] and the next C = T - 2 tokens of the stream and [SEP]. The sequences of a shard hold
+    every one of its tokens exactly once, except for fewer than C at its end.
 
-    With `next_sentence` a block is [CLS] A [SEP] B [SEP] with C = T - 3: A is the first part of the next C tokens,
-    between a quarter and three quarters of them. In half of the blocks B is the rest of them, in the others it comes
-    from another block drawn at random (Devlin et al. 2019, section 3.1, task 2). Where the split knows its sentences,
-    A ends with one and B begins with one, if any begins there; else they are pieces of the stream. Where a document
+    With `next_sentence` a sequence is [CLS] A [SEP] B [SEP] with C = T - 3: A is the first part of the next C tokens,
+    between a quarter and three quarters of them. In half of the sequences B is the rest of them, in the others it
+    comes from another sequence drawn at random (Devlin et al. 2019, section 3.1, task 2). Where sentences are known, A
+    ends with one and B begins with one, if any begins there; else they are pieces of the stream. Where a document
     ends inside those C tokens they are moved into one of the two, each with the probability of its share, so that A
     and what follows it come from one document. Documents of fewer than C tokens have no room for that: their ends, a
     [SEP], may fall inside A or B, but never between them where B follows. An epoch shows every A part once, but for
     those that were moved, and not every B part.
 
-    With `separate_documents` plain blocks come with the bounds of the documents inside them.
+    With `separate_documents` plain sequences come with the bounds of the documents inside them.
     """
 
     def __init__(
@@ -59,19 +59,19 @@ class BlockReader:
         next_sentence: bool = False,
         separate_documents: bool = False,
     ) -> None:
-        """Raise UserError if the split is shorter than one block, or than two for sentence pairs."""
+        """Raise UserError if the split is shorter than one sequence, or than two for sentence pairs."""
         assert not (next_sentence and separate_documents), "sentence pairs reach over documents"
         self.sequence_length, self.next_sentence = sequence_length, next_sentence
         self._cls, self._sep = special.cls, special.sep
         self._places = sequence_length - (3 if next_sentence else 2)
         files = [file for file in split.files if len(file) >= self._places]
         counts = np.array([len(file) // self._places for file in files], np.int64)
-        self._ends = np.cumsum(counts)  # of the shards, in blocks
+        self._ends = np.cumsum(counts)  # of the shards, in sequences
         self._count = int(counts.sum())
         least = 2 if next_sentence else 1
         if self._count < least:
             raise UserError(
-                f"{len(split)} tokens make fewer than {least} blocks of {sequence_length}; "
+                f"{len(split)} tokens make fewer than {least} sequences of {sequence_length}; "
                 f"give more documents or shorten corpus.sequence_length."
             )
         self._starts = self._ends - counts
@@ -84,8 +84,8 @@ class BlockReader:
     def __len__(self) -> int:
         return self._count
 
-    def read(self, indices: np.ndarray, keys: np.ndarray) -> Blocks:
-        """Return blocks by index, [B] int64; `keys` [B] uint64 decide the sentence pairs and nothing else."""
+    def read(self, indices: np.ndarray, keys: np.ndarray) -> Sequences:
+        """Return sequences by index, [B] int64; `keys` [B] uint64 decide the sentence pairs and nothing else."""
         if self.next_sentence:
             return self._read_pairs(indices, keys)
         input_ids = np.empty((len(indices), self.sequence_length), np.int64)  # [B, T]
@@ -93,15 +93,15 @@ class BlockReader:
         shards, begins = self._locate(indices)
         input_ids[:, 1:-1] = self._gather(shards, begins)
         input_ids[:, -1] = self._sep
-        return Blocks(input_ids=input_ids, cu_seqlens=self._document_bounds(shards, begins))
+        return Sequences(input_ids=input_ids, cu_seqlens=self._document_bounds(shards, begins))
 
     def _locate(self, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """The shard of each block and where in its tokens the block begins, [B] and [B] int64."""
+        """The shard of each sequence and where in its tokens the sequence begins, [B] and [B] int64."""
         shards = np.searchsorted(self._ends, indices, side="right")
         return shards, (indices - self._starts[shards]) * self._places
 
     def _by_shard(self, shards: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
-        """For each shard that holds some of the blocks: its number and which they are."""
+        """For each shard that holds some of the sequences: its number and which they are."""
         order = np.argsort(shards, kind="stable")
         for chosen in np.split(order, np.flatnonzero(np.diff(shards[order])) + 1):
             yield int(shards[chosen[0]]), chosen
@@ -117,7 +117,7 @@ class BlockReader:
         return tokens
 
     def _document_bounds(self, shards: np.ndarray, begins: np.ndarray) -> np.ndarray | None:
-        """Bounds of blocks and of the documents inside them; [CLS] belongs to the first document of its block."""
+        """Bounds of sequences and of the documents inside them; [CLS] belongs to the first document after it."""
         if not self._separate:
             return None
         bounds = [np.arange(len(shards) + 1) * self.sequence_length]
@@ -126,20 +126,21 @@ class BlockReader:
             first = np.searchsorted(offsets, begin, side="right")
             counts = np.searchsorted(offsets, begin + self._places, side="left") - first
             counts = np.clip(counts, 0, self._places)  # made-up offsets need not ascend
-            block = np.repeat(np.arange(len(begin)), counts)
-            which = np.arange(len(block)) + np.repeat(first - (np.cumsum(counts) - counts), counts)
-            inside = np.clip(offsets[which] - begin[block], 0, self._places - 1)
-            bounds.append(inside + 1 + chosen[block] * self.sequence_length)
+            sequence = np.repeat(np.arange(len(begin)), counts)
+            which = np.arange(len(sequence)) + np.repeat(first - (np.cumsum(counts) - counts), counts)
+            inside = np.clip(offsets[which] - begin[sequence], 0, self._places - 1)
+            bounds.append(inside + 1 + chosen[sequence] * self.sequence_length)
         return np.unique(np.concatenate(bounds)).astype(np.int32)
 
-    def _read_pairs(self, indices: np.ndarray, keys: np.ndarray) -> Blocks:
+    def _read_pairs(self, indices: np.ndarray, keys: np.ndarray) -> Sequences:
         label_bits, other_bits, length_bits = (random_bits(keys, np.array([draw])) for draw in range(3))
         labels = (label_bits >> np.uint64(63)).astype(np.int64)  # [B]
-        others = (indices + 1 + below(other_bits, self._count - 1)) % self._count  # never the block itself
+        others = (indices + 1 + below(other_bits, self._count - 1)) % self._count  # never the sequence itself
         quarter = self._places // 4
         lengths = quarter + below(length_bits, self._places - 2 * quarter + 1)  # [B], of A
         random = np.flatnonzero(labels)
-        shards, begins = self._locate(np.concatenate((indices, others[random])))  # A's blocks, then those of other Bs
+        # A's sequences, then those of other Bs
+        shards, begins = self._locate(np.concatenate((indices, others[random])))
         begins = self._into_documents(
             shards, begins, random_bits(np.concatenate((keys, ~keys[random])), np.array([3]))
         )
@@ -162,7 +163,7 @@ class BlockReader:
         np.copyto(input_ids[:, 2:-1], second, where=in_second)
         input_ids[rows, lengths + 1] = self._sep
         token_type_ids = (np.arange(self.sequence_length) > lengths[:, None] + 1).astype(np.int64)
-        return Blocks(input_ids=input_ids, token_type_ids=token_type_ids, next_sentence_labels=labels)
+        return Sequences(input_ids=input_ids, token_type_ids=token_type_ids, next_sentence_labels=labels)
 
     def _into_documents(self, shards: np.ndarray, begins: np.ndarray, bits: np.ndarray) -> np.ndarray:
         """Move the C tokens from each place on, [B], into the document of one of them drawn at random, if it has C."""
@@ -188,7 +189,7 @@ class BlockReader:
     def _to_sentence(
         self, shards: np.ndarray, begins: np.ndarray, places: np.ndarray, least: np.ndarray, most: np.ndarray
     ) -> np.ndarray:
-        """Move a place in each block, [B], to the next sentence's beginning, else to the last one's, within range."""
+        """Move a place in each sequence, [B], to the next sentence's beginning, else the last one's, within range."""
         if all(starts is None for starts in self._sentences):
             return places.copy()
         before, after = np.full_like(begins, -1), np.full_like(begins, -1)
@@ -204,8 +205,10 @@ class BlockReader:
         return moved
 
 
-def read_mixed(readers: Sequence[BlockReader], sources: np.ndarray, indices: np.ndarray, keys: np.ndarray) -> Blocks:
-    """Read blocks by source and index, [B] int64 each, from readers of one block length."""
+def read_mixed(
+    readers: Sequence[SequenceReader], sources: np.ndarray, indices: np.ndarray, keys: np.ndarray
+) -> Sequences:
+    """Read sequences by source and index, [B] int64 each, from readers of one sequence length."""
     if len(readers) == 1:
         return readers[0].read(indices, keys)
     rows, parts = [], []
@@ -220,7 +223,7 @@ def read_mixed(readers: Sequence[BlockReader], sources: np.ndarray, indices: np.
 
     input_ids = join("input_ids")
     assert input_ids is not None
-    return Blocks(
+    return Sequences(
         input_ids=input_ids,
         token_type_ids=join("token_type_ids"),
         next_sentence_labels=join("next_sentence_labels"),
@@ -228,13 +231,13 @@ def read_mixed(readers: Sequence[BlockReader], sources: np.ndarray, indices: np.
     )
 
 
-def _join_bounds(rows: Sequence[np.ndarray], parts: Sequence[Blocks], length: int) -> np.ndarray | None:
-    """The bounds of documents of all parts, each block moved to its row."""
+def _join_bounds(rows: Sequence[np.ndarray], parts: Sequence[Sequences], length: int) -> np.ndarray | None:
+    """The bounds of documents of all parts, each sequence moved to its row."""
     bounds = []
     for of_part, part in zip(rows, parts, strict=True):
         if part.cu_seqlens is None:
             return None
-        block, place = np.divmod(part.cu_seqlens[:-1], length)
-        bounds.append(of_part[block] * length + place)
+        sequence, place = np.divmod(part.cu_seqlens[:-1], length)
+        bounds.append(of_part[sequence] * length + place)
     end = sum(map(len, rows)) * length
     return np.append(np.sort(np.concatenate(bounds)), end).astype(np.int32)

@@ -2,29 +2,28 @@
 
 A folder holds, for the splits `train` and `eval`, `<split>.bin` (the token ids of all documents, each followed by
 [SEP], as uint16, or uint32 for vocabularies above 65,536), `<split>_offsets.npy` (int64, where each document begins,
-and the length) and, if asked for, `<split>_sentences.npy` (uint32, where each sentence begins), and `manifest.json`,
-which is written last.
+and the length) and, if asked for, `<split>_sentences.npy` (uint32, where each sentence begins). They may have come
+from somebody else: no link is followed, nothing is unpickled, types and sizes must be those that are expected.
 """
 
 from __future__ import annotations
 
 import os
-from array import array
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
+from numpy.lib import format as npy
+from numpy.typing import DTypeLike
 
-from ds_stacking.data.arrays import Damaged, hash_inside, map_array, map_values
-from ds_stacking.data.manifests import MANIFEST, SPLITS, CacheManifest, ShardManifest
+from ds_stacking.common.errors import UserError
+from ds_stacking.common.own_files import open_inside
+from ds_stacking.data.manifests import Damaged, ShardManifest
 
-__all__ = ["MANIFEST", "SPLITS", "Split", "SplitWriter", "TokenFile"]
-
-_LOOKED_AT = 2**18
+LOOKED_AT = 2**18
 """Values of a larger array that are looked at when it is opened."""
 _PART = 2**14
 
@@ -48,7 +47,7 @@ class TokenFile:
         cls,
         folder: Path,
         split: Literal["train", "eval"],
-        manifest: ShardManifest | CacheManifest,
+        manifest: ShardManifest,
         *,
         inside: Path | None = None,
         whole: bool = False,
@@ -78,13 +77,13 @@ class TokenFile:
         offsets, sentences = self.offsets, self.sentences
         if len(offsets) != documents + 1 or offsets[0] != 0 or offsets[-1] != len(self):
             return f"offsets that are not those of {documents:,} documents and {len(self):,} tokens"
-        if not all(_ascends(part) for part in _parts(offsets, whole)):
+        if not all(_ascends(part) for part in looked_at(offsets, whole)):
             return "documents that end before they begin"
         if sentences is not None and not all(
-            _ascends(part) and part.max(initial=0) <= len(self) for part in _parts(sentences, whole)
+            _ascends(part) and part.max(initial=0) <= len(self) for part in looked_at(sentences, whole)
         ):
             return "sentences that begin before the one before, or behind the end"
-        if any(part.max(initial=0) >= vocab_size for part in _parts(self.tokens, whole)):
+        if any(part.max(initial=0) >= vocab_size for part in looked_at(self.tokens, whole)):
             return f"tokens beyond the {vocab_size:,} of its vocabulary"
         return None
 
@@ -98,19 +97,6 @@ class Split:
 
     def __len__(self) -> int:
         return sum(map(len, self.files))
-
-
-@contextmanager
-def split_writers(
-    folder: Path, dtype: np.dtype, vocab_size: int
-) -> Iterator[dict[Literal["train", "eval"], SplitWriter]]:
-    """A writer of each split, whose files are closed in any case."""
-    writers = {split: SplitWriter(folder, split, dtype, vocab_size) for split in SPLITS}
-    try:
-        yield writers
-    finally:
-        for writer in writers.values():
-            writer.abandon()
 
 
 def token_type(vocab_size: int) -> np.dtype:
@@ -129,15 +115,7 @@ def unigram_entropy(counts: np.ndarray, special: tuple[int, ...]) -> float:
     return float(-(shares * np.log(shares)).sum())
 
 
-def write_array(path: Path, values: np.ndarray) -> str:
-    """Write an array as NumPy's .npy through to the disk; return the sha256 of the file."""
-    with path.open("wb") as file:
-        np.save(file, values)
-        flush(file)
-    return hash_inside(path.parent, path.name)
-
-
-def hashes(split: Literal["train", "eval"], manifest: ShardManifest | CacheManifest) -> dict[str, str]:
+def hashes(split: Literal["train", "eval"], manifest: ShardManifest) -> dict[str, str]:
     """The files of one split and their sha256."""
     facts = manifest[split]
     named = {f"{split}.bin": facts["sha256"], f"{split}_offsets.npy": facts["offsets_sha256"]}
@@ -150,64 +128,65 @@ def _ascends(values: np.ndarray) -> bool:
     return bool(np.all(values[1:] > values[:-1]))  # a difference of unsigned values is never negative
 
 
-def _parts(values: np.ndarray, whole: bool) -> Iterator[np.ndarray]:
-    """An array in parts that overlap by one; of a large one, unless `whole`, so many places spread over it."""
+def looked_at(values: np.ndarray, whole: bool, most: int = LOOKED_AT) -> Iterator[np.ndarray]:
+    """An array in parts that overlap by one; of one with more than `most` values, unless `whole`, parts spread over it
+    that have as many."""
     begins = range(0, len(values), _PART)
-    if len(values) > _LOOKED_AT and not whole:
-        begins = np.linspace(0, len(values) - _PART, _LOOKED_AT // _PART).astype(np.int64)  # type: ignore[assignment]
+    if len(values) > most and not whole:
+        begins = np.linspace(0, len(values) - _PART, most // _PART).astype(np.int64)  # type: ignore[assignment]
     for begin in begins:
         yield values[begin : begin + _PART + 1]
 
 
-class SplitWriter:
-    """Appends documents to one split of a folder and counts what it wrote."""
+def map_array(folder: Path, name: str, dtype: DTypeLike, columns: int = 0) -> np.ndarray:
+    """Map the .npy file `name` of `folder` for reading: [N], or with `columns` [N, columns].
 
-    def __init__(self, folder: Path, split: str, dtype: np.dtype, vocab_size: int, sentences: bool = False) -> None:
-        self._folder, self._split = folder, split
-        self._file = (folder / f"{split}.bin").open("wb")
-        self._hash = sha256()
-        self._lengths = array("q")
-        self._sentences = array("I") if sentences else None
-        self._dtype = dtype
-        self.size = 0
-        self.counts = np.zeros(vocab_size, np.int64)
-
-    def add(self, tokens: np.ndarray, lengths: np.ndarray, sentences: np.ndarray | None = None) -> None:
-        """Append documents of `lengths` [D] tokens, [SEP] included, and where in `tokens` [N] sentences begin."""
-        self._lengths.frombytes(lengths.astype(np.int64).tobytes())
-        if self._sentences is not None:
-            assert sentences is not None, "a split with sentences gets them for every document"
-            self._sentences.frombytes((sentences + self.size).astype(np.uint32).tobytes())
-        self.size += len(tokens)
-        self.counts += np.bincount(tokens, minlength=len(self.counts))
-        tokens = np.ascontiguousarray(tokens, self._dtype)
-        self._hash.update(tokens.data)
-        self._file.write(tokens.data)
-
-    def close(self) -> dict[str, Any]:
-        """Write the rest; return the split's part of the manifest."""
-        offsets = np.zeros(len(self._lengths) + 1, np.int64)
-        np.cumsum(np.frombuffer(self._lengths, np.int64), out=offsets[1:])
-        flush(self._file)
-        self._file.close()
-        facts = {
-            "documents": len(self._lengths),
-            "tokens": self.size,
-            "sha256": self._hash.hexdigest(),
-            "offsets_sha256": write_array(self._folder / f"{self._split}_offsets.npy", offsets),
-        }
-        if self._sentences is not None:
-            starts = np.frombuffer(self._sentences, np.uint32)
-            facts["sentences_sha256"] = write_array(self._folder / f"{self._split}_sentences.npy", starts)
-        return facts
-
-    def abandon(self) -> None:
-        """Close the file, whatever is still to be written: the folder is about to be removed."""
-        with suppress(OSError):  # such as of a full disk, once more
-            self._file.close()
+    Raises Damaged, also for a file that is not there.
+    """
+    path = folder / name
+    with open(_open(folder, name), "rb") as file:
+        try:
+            if npy.read_magic(file) != (1, 0):  # only later versions have headers of more than 64 kB
+                raise ValueError("a version of .npy that nobody writes here")
+            shape, fortran_order, found = npy.read_array_header_1_0(file)
+        except (ValueError, EOFError, RecursionError, MemoryError) as error:
+            raise Damaged(f"{path} is no array ({str(error)[:80]!r}); make it again.") from None
+        expected = np.dtype(dtype)
+        right_shape = len(shape) == 1 + bool(columns) and (not columns or shape[1] == columns)
+        if found != expected or fortran_order or not right_shape or shape[0] < 0:
+            raise Damaged(f"{path} holds {found} of shape {str(shape)[:80]}, not {expected}; make it again.")
+        return _map(file.fileno(), path, expected, shape, file.tell())
 
 
-def flush(file: Any) -> None:
-    """Write a file through to the disk."""
-    file.flush()
-    os.fsync(file.fileno())
+def map_values(folder: Path, name: str, dtype: DTypeLike, count: int) -> np.ndarray:
+    """Map the file `name` of `folder`, `count` values and nothing else, for reading: [count]. Raises Damaged."""
+    with open(_open(folder, name), "rb") as file:
+        return _map(file.fileno(), folder / name, np.dtype(dtype), (count,), 0)
+
+
+def hash_inside(folder: Path, name: str) -> str:
+    """Return the sha256 of the file `name` of `folder`, no link followed. Raises Damaged."""
+    hashed = sha256()
+    with open(_open(folder, name), "rb") as file:
+        while chunk := file.read(2**20):
+            hashed.update(chunk)
+    return hashed.hexdigest()
+
+
+def _open(folder: Path, name: str) -> int:
+    try:
+        return open_inside(folder, name)
+    except UserError as error:
+        raise Damaged(str(error)) from None
+    except OSError as error:
+        raise Damaged(f"{folder / name} cannot be read ({error.strerror}); make it again.") from None
+
+
+def _map(handle: int, path: Path, dtype: np.dtype, shape: tuple[int, ...], begin: int) -> np.ndarray:
+    size, needed = os.fstat(handle).st_size, begin + dtype.itemsize * int(np.prod(shape, dtype=object))
+    if size != needed:
+        raise Damaged(f"{path} has {size:,} bytes instead of {needed:,}; make it again.")
+    if size == begin:
+        return np.zeros(shape, dtype)
+    with open(handle, "rb", closefd=False) as file:
+        return np.memmap(file, dtype, "r", begin, shape)

@@ -42,12 +42,12 @@ class SpecialIds:
     pad: int
     """Padding."""
     cls: int
-    """First token of every block."""
+    """First token of every sequence."""
     sep: int
-    """End of a document, a segment and a block."""
+    """End of a document, a segment and a sequence."""
     mask: int
     """Stands for a token that is to be predicted."""
-    every: tuple[int, ...]
+    all_ids: tuple[int, ...]
     """All special ids, the unknown token included; none of them is ever predicted."""
 
 
@@ -168,7 +168,7 @@ def special_ids(tokenizer: PreTrainedTokenizerBase) -> SpecialIds:
             f"The tokenizer {tokenizer.name_or_path!r} has no {', '.join(missing)} token; "
             f"give one made for masked language modelling, or `train`."
         )
-    return SpecialIds(**found, every=tuple(sorted(tokenizer.all_special_ids)))
+    return SpecialIds(**found, all_ids=tuple(sorted(tokenizer.all_special_ids)))
 
 
 def count_vocabulary(tokenizer: PreTrainedTokenizerBase) -> int:

@@ -135,7 +135,7 @@ def make_eval_batches(config: RunConfig, data: PreparedData, split: Split | Mixt
     """Sequences of a split with masks that stay: those of the evaluation, and training text for its controls."""
     return EvalBatches(
         split,
-        blocks=sequences,
+        sequences=sequences,
         sequence_length=config.corpus.sequence_length,
         masking_rate=config.corpus.masking_rate_end or config.corpus.masking_rate,
         **_masking(config, data),

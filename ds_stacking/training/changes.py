@@ -37,7 +37,7 @@ FREE = (
     *("lr", "schedule", "warmup_steps", "decay_percent"),
     *("optimizer.clip", "skip_above_sigma", "max_skipped_steps"),
     *("corpus.verify", "corpus.max_document", "corpus.max_expansion", "corpus.zstd_window"),
-    *("corpus.follow_links", "corpus.max_leak", "corpus.fingerprint"),
+    *("corpus.follow_links", "corpus.max_leak", "corpus.fingerprint", "corpus.workers"),
 )
 """What may change at any resumption."""
 FREE_IN_STAGES = ("micro_batch_size", "zero_stage")

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from ds_stacking.data.sources.documentation import _docstrings
+from ds_stacking.data.sources.documentation import docstrings
 from ds_stacking.data.token_file import Split, TokenFile
 from ds_stacking.data.tokenizer import SpecialIds
 
@@ -16,13 +16,13 @@ from ds_stacking.data.tokenizer import SpecialIds
 def documents() -> list[str]:
     """Documentation of 40 modules of the standard library, some 150 kB of prose."""
     paths = sorted(Path(sysconfig.get_paths()["stdlib"]).glob("*.py"))
-    texts = ("\n\n".join(_docstrings(path)) for path in paths)
+    texts = ("\n\n".join(docstrings(path)) for path in paths)
     return [text for text in texts if len(text) > 500][:40]
 
 
 @pytest.fixture(scope="session")
 def special() -> SpecialIds:
-    return SpecialIds(pad=0, cls=2, sep=3, mask=4, every=(0, 1, 2, 3, 4))
+    return SpecialIds(pad=0, cls=2, sep=3, mask=4, all_ids=(0, 1, 2, 3, 4))
 
 
 @pytest.fixture(scope="session")

@@ -17,7 +17,7 @@ from ds_stacking.data.masking import Masked, Masker
 from ds_stacking.data.token_file import Split, TokenFile
 from ds_stacking.data.tokenizer import SpecialIds
 
-SPECIAL = SpecialIds(pad=0, cls=2, sep=3, mask=4, every=(0, 1, 2, 3, 4))
+SPECIAL = SpecialIds(pad=0, cls=2, sep=3, mask=4, all_ids=(0, 1, 2, 3, 4))
 
 
 def make(
@@ -37,7 +37,7 @@ def make(
 
 
 def unmask(batch: Batch) -> torch.Tensor:
-    """Return the block content, [B, T - 2], with the labels put back."""
+    """Return the sequence content, [B, T - 2], with the labels put back."""
     restored = batch.input_ids.clone()
     restored.view(-1)[batch.masked_positions] = batch.labels
     return restored[:, 1:-1]
@@ -114,10 +114,10 @@ def test_the_grouping_test_sees_a_generator_with_a_state(monkeypatch: pytest.Mon
 
 def test_order_and_masks_change_with_epoch_and_seed():
     batches, n = make(3000), len(make(3000))
-    first, second = batches.blocks_of(np.arange(n))[1], batches.blocks_of(np.arange(n, 2 * n))[1]
-    other_seed = make(3000, seed=2).blocks_of(np.arange(n))[1]
+    first, second = batches.sequences_of(np.arange(n))[1], batches.sequences_of(np.arange(n, 2 * n))[1]
+    other_seed = make(3000, seed=2).sequences_of(np.arange(n))[1]
     assert (first == second).mean() < 0.05 and (first == other_seed).mean() < 0.05
-    again = n + int(np.flatnonzero(second == first[0])[0])  # the sample of epoch 1 that shows sample 0's block
+    again = n + int(np.flatnonzero(second == first[0])[0])  # the sample of epoch 1 that shows sample 0's sequence
     one, two = batches.batch(np.array([0])), batches.batch(np.array([again]))
     assert torch.equal(unmask(one), unmask(two))
     masks = [batches.batch(np.array([i * n])).masked_positions.tolist() for i in range(20)]
@@ -146,10 +146,10 @@ def test_shapes_and_types(make_split: Callable[..., Split]):
 
 @pytest.mark.parametrize("next_sentence", [False, True])
 def test_evaluation_is_fixed_and_its_control_shuffled(make_split: Callable[..., Split], next_sentence: bool):
-    def build(blocks: int) -> EvalBatches:
+    def build(sequences: int) -> EvalBatches:
         return EvalBatches(
             make_split(3000),
-            blocks=blocks,
+            sequences=sequences,
             sequence_length=32,
             masking_rate=0.15,
             masker=Masker(special=SPECIAL, vocab_size=1000),
@@ -157,9 +157,9 @@ def test_evaluation_is_fixed_and_its_control_shuffled(make_split: Callable[..., 
             next_sentence=next_sentence,
         )
 
-    few, all_blocks = build(8), build(10**6)
-    assert len(few) == 8 and len(all_blocks) == 3000 // (29 if next_sentence else 30)
-    batch = all_blocks.batch(np.arange(8) * len(all_blocks) // 8)  # spread evenly over the split
+    few, all_sequences = build(8), build(10**6)
+    assert len(few) == 8 and len(all_sequences) == 3000 // (29 if next_sentence else 30)
+    batch = all_sequences.batch(np.arange(8) * len(all_sequences) // 8)  # spread evenly over the split
     assert equal(concatenate([few.batch(np.arange(8))], 32), concatenate([batch], 32))
     assert equal(concatenate([few.batch(np.arange(i, i + 2)) for i in (0, 2, 4, 6)], 32), concatenate([batch], 32))
 

@@ -31,7 +31,7 @@ def masked(masker: Masker, input_ids: np.ndarray):
     return masker.mask(input_ids, derive_keys(1, 0, np.arange(BLOCKS)), 0.15)
 
 
-def test_the_count_is_exact_in_every_block(masked, input_ids: np.ndarray):
+def test_the_count_is_exact_in_every_sequence(masked, input_ids: np.ndarray):
     ordinary = (input_ids > 4).sum(1)
     assert len(set(ordinary)) > 5
     counts = np.bincount(masked.positions // LENGTH, minlength=BLOCKS)
@@ -119,7 +119,7 @@ def test_a_span_is_replaced_as_one(special):
 
 
 @pytest.mark.parametrize("unit", ["token", "word", "span"])
-def test_rates_may_differ_between_blocks(special, unit):
+def test_rates_may_differ_between_sequences(special, unit):
     ids = np.random.default_rng(0).integers(5, VOCAB, (2000, 40))
     masker = Masker(special=special, vocab_size=VOCAB, unit=unit, continues=np.arange(VOCAB) >= 70)
     rates = np.repeat([0.15, 0.3], 1000)
@@ -136,7 +136,7 @@ def test_blocks_without_ordinary_tokens_pass_through(masker: Masker):
     assert (masked.input_ids == ids).all() and masked.positions.size == 0
 
 
-def test_shuffling_moves_ordinary_tokens_inside_their_block(masker: Masker, input_ids: np.ndarray):
+def test_shuffling_moves_ordinary_tokens_inside_their_sequence(masker: Masker, input_ids: np.ndarray):
     shuffled = masker.shuffle(input_ids, derive_keys(1, 0, np.arange(BLOCKS)))
     special = input_ids < 5
     assert (shuffled[special] == input_ids[special]).all()

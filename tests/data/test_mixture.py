@@ -1,4 +1,4 @@
-"""Mixtures: exact shares, every block of a source once per epoch of it, and what is refused."""
+"""Mixtures: exact shares, every sequence of a source once per epoch of it, and what is refused."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from ds_stacking.data.preparation.prepare import prepare
 from ds_stacking.data.token_file import Split, TokenFile
 from ds_stacking.data.tokenizer import SpecialIds, train_tokenizer
 
-SPECIAL = SpecialIds(pad=0, cls=2, sep=3, mask=4, every=(0, 1, 2, 3, 4))
+SPECIAL = SpecialIds(pad=0, cls=2, sep=3, mask=4, all_ids=(0, 1, 2, 3, 4))
 WEIGHTS = [3.0, 1.0, 0.5]
 
 
@@ -70,9 +70,9 @@ def test_any_stretch_holds_each_source_in_its_share(weights: list[float], start:
 
 def test_a_source_shows_each_of_its_blocks_once_per_epoch():
     mixed = batches()
-    sources, blocks = mixed.blocks_of(np.arange(600))
+    sources, sequences = mixed.sequences_of(np.arange(600))
     for source, reader in enumerate(mixed._readers):
-        seen = blocks[sources == source]
+        seen = sequences[sources == source]
         assert sorted(seen[: len(reader)]) == list(range(len(reader)))
 
 
@@ -92,7 +92,9 @@ def test_evaluation_blocks_are_shared_out_by_weight():
     splits = [stream(1000, 7000, 3), stream(30_000, 3000, 1), stream(50_000, 2000, 2)]
     masker = Masker(special=SPECIAL, vocab_size=60_000)
     mixture = Mixture(splits=splits, weights=WEIGHTS)
-    held_out = EvalBatches(mixture, blocks=90, sequence_length=16, masking_rate=0.15, masker=masker, special=SPECIAL)
+    held_out = EvalBatches(
+        mixture, sequences=90, sequence_length=16, masking_rate=0.15, masker=masker, special=SPECIAL
+    )
     middles = held_out.batch(np.arange(len(held_out))).input_ids.median(1).values
     assert np.histogram(middles, [0, 30_000, 50_000, 60_000])[0].tolist() == [60, 20, 10]
 

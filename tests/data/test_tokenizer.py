@@ -67,7 +67,7 @@ def test_rare_characters_do_not_fill_the_vocabulary():
 
 def test_special_tokens_in_a_text_are_text(trained):
     ids = text_encoder(trained).encode("replace it by [MASK] and [SEP]", add_special_tokens=False).ids
-    assert set(ids).isdisjoint(set(special_ids(trained).every) - {trained.unk_token_id})
+    assert set(ids).isdisjoint(set(special_ids(trained).all_ids) - {trained.unk_token_id})
     assert trained.mask_token_id in trained("replace it by [MASK]").input_ids  # else the test could not fail
 
 

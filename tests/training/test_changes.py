@@ -135,6 +135,7 @@ def test_a_checkpoint_of_an_older_version_is_read_by_its_configuration(tmp_path:
         "zstd_window",
         "follow_links",
         "max_leak",
+        "workers",
         "fingerprint",
     ):
         del decisive["corpus"][name]

@@ -19,7 +19,7 @@ from ds_stacking.data.tokenizer import SpecialIds
 from ds_stacking.training import controls
 from ds_stacking.training.controls import measure_controls
 
-SPECIAL = SpecialIds(pad=0, cls=2, sep=3, mask=4, every=(0, 1, 2, 3, 4))
+SPECIAL = SpecialIds(pad=0, cls=2, sep=3, mask=4, all_ids=(0, 1, 2, 3, 4))
 VOCABULARY = 80
 CONTINUES = np.arange(VOCABULARY) % 4 == 0
 
@@ -54,7 +54,7 @@ def make(
     held_out, train = (
         EvalBatches(
             mixed(seed) if mixture else split(seed, 0),
-            blocks=blocks, sequence_length=16, masking_rate=0.3, masker=masker, special=SPECIAL, **fields,
+            sequences=blocks, sequence_length=16, masking_rate=0.3, masker=masker, special=SPECIAL, **fields,
         )
         for seed, blocks in ((10, 61), (20, 90))
     )  # fmt: skip
@@ -64,8 +64,8 @@ def make(
     return (
         held_out,
         train,
-        np.array([0 if t in SPECIAL.every else counts[t] + 1 for t in range(VOCABULARY)])
-        / (sum(counts[t] + 1 for t in range(VOCABULARY) if t not in SPECIAL.every)),
+        np.array([0 if t in SPECIAL.all_ids else counts[t] + 1 for t in range(VOCABULARY)])
+        / (sum(counts[t] + 1 for t in range(VOCABULARY) if t not in SPECIAL.all_ids)),
     )
 
 
@@ -81,7 +81,7 @@ def pairs(batches: EvalBatches, unigram: np.ndarray) -> list[tuple[float, float]
             if ids[place] == SPECIAL.mask:
                 begin = max(b for b in bounds if b <= place)
                 end = min(b for b in bounds if b > place)
-                seen = Counter(t for t in ids[begin:end] if t not in SPECIAL.every)
+                seen = Counter(t for t in ids[begin:end] if t not in SPECIAL.all_ids)
                 found.append((unigram[label], seen[label] / seen.total() if seen else unigram[label]))
     return found
 

@@ -16,7 +16,7 @@ from ds_stacking.models.bert import Bert
 from ds_stacking.training.held_out import held_out_loss
 from tests.ranks import run_ranks
 
-SPECIAL = SpecialIds(pad=0, cls=2, sep=3, mask=4, every=(0, 1, 2, 3, 4))
+SPECIAL = SpecialIds(pad=0, cls=2, sep=3, mask=4, all_ids=(0, 1, 2, 3, 4))
 BLOCKS, LENGTH, VOCABULARY = 21, 16, 60
 
 
@@ -25,7 +25,7 @@ def batches() -> EvalBatches:
     split = Split(files=[TokenFile(tokens=tokens, offsets=np.array([0, len(tokens)]))])
     return EvalBatches(
         split,
-        blocks=BLOCKS,
+        sequences=BLOCKS,
         sequence_length=LENGTH,
         masking_rate=0.3,
         masker=Masker(special=SPECIAL, vocab_size=VOCABULARY),

@@ -45,7 +45,7 @@ def test_a_copy_that_differs_is_named_though_it_has_the_same_manifest(tmp_path: 
     prepared = [tmp_path / node / "cache" for node in ("one", "two")]
     run_ranks(1, prepare_here, str(tmp_path), str(prepared[0]))
     shutil.copytree(prepared[0], prepared[1])
-    (tokens,) = prepared[1].glob("*/train.bin")
+    (tokens,) = prepared[1].glob("*/shard-00000/train.bin")
     content = tokens.read_bytes()
     tokens.write_bytes(content[: len(content) // 2] + bytes(len(content) - len(content) // 2))
     said = run_ranks(3, refused, str(tmp_path), True)

@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 
 from ds_stacking.common.files import whole_file, write_text
-from ds_stacking.data.token_file import SPLITS, Split
+from ds_stacking.data.manifests import SPLITS
+from ds_stacking.data.token_file import Split
 
 CARD, FIGURE = "card.md", "lengths.png"
 

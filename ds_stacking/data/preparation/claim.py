@@ -1,54 +1,53 @@
 """Whose a prepared folder is while it is made: claimed under a lock, given back by who fails before the first shard.
 
-What binds a folder to its settings is a finished shard. Without one the next command may be another.
+What binds a folder to its settings is a finished shard. Without one the next command may be another. In the cache
+processes wait for each other, so an entry has a lock beside it too.
 """
 
 from __future__ import annotations
 
+import json
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from filelock import FileLock, Timeout
 
+from ds_stacking.common.environment import world_size
 from ds_stacking.common.errors import RunFailed, UserError
 from ds_stacking.common.files import is_leftover, write_json
 from ds_stacking.common.json_files import read_json
 from ds_stacking.common.own_files import refuse_links
-from ds_stacking.data.manifests import MANIFEST, Begun, is_unfinished_shard, shard_folders
+from ds_stacking.data.manifests import BEGUN, MANIFEST, TOKENIZER, Begun, is_unfinished_shard, shard_folders
 from ds_stacking.data.names import first_line, printable
 from ds_stacking.data.preparation.build import remove
 
-BEGUN = "preparation.json"
-TOKENIZER = "tokenizer"
 _LOCK = ".lock"
 
 
 @contextmanager
-def claimed(folder: Path, identity: dict[str, Any]) -> Iterator[None]:
+def claimed(folder: Path, identity: dict[str, Any], mend: str) -> Iterator[None]:
     """Hold the folder's lock, after making sure that it is empty or was begun with the same settings.
 
-    Bad input that is met before the first shard leaves no trace. Raises UserError.
+    Bad input that is met before the first shard leaves no trace; `mend` says what to do where the folder is not to be
+    had. Raises UserError.
     """
+    identity = json.loads(json.dumps(identity))
     missing = [path for path in (folder, *folder.parents) if not os.path.lexists(path)]
     try:
-        _refuse_others(folder, identity)
+        _refuse_others(folder, identity, mend)
         folder.mkdir(parents=True, exist_ok=True)
         lock = FileLock(folder / _LOCK)
         lock.acquire(timeout=0)
     except Timeout:
-        raise UserError(
-            f"Another process prepares {printable(folder)}; wait for it, or choose another --output_dir."
-        ) from None
+        raise UserError(f"Another process prepares {printable(folder)}; wait for it, or {mend}.") from None
     except OSError as error:
         _remove_empty(missing)
-        raise UserError(
-            f"{printable(folder)} cannot be written ({error.strerror}); choose another --output_dir."
-        ) from error
+        raise UserError(f"{printable(folder)} cannot be written ({error.strerror}); {mend}.") from error
     try:
-        _refuse_others(folder, identity)  # now that nobody else can change it
+        _refuse_others(folder, identity, mend)  # now that nobody else can change it
         if not shard_folders(folder):
             _clear(folder, but=(TOKENIZER,) if _begun(folder) == identity else ())
             write_json(folder / BEGUN, identity, inside=folder)
@@ -64,24 +63,37 @@ def claimed(folder: Path, identity: dict[str, Any]) -> Iterator[None]:
 
 
 @contextmanager
-def stopped(folder: Path) -> Iterator[None]:
-    """Turn what ends a preparation from outside, a full disk or Ctrl-C, into RunFailed: the same command goes on."""
-    go_on = "then give the same command again: it goes on behind the last finished shard"
+def stopped(folder: Path, mend: str) -> Iterator[None]:
+    """Turn a full or failing disk into RunFailed, one sentence that ends with `mend`."""
     try:
         yield
     except OSError as error:
         where = f" ({printable(str(error.filename))})" if error.filename else ""
         raise RunFailed(
-            f"Preparing {printable(folder)} stopped: {error.strerror or first_line(error)}{where}; mend that, such "
-            f"as by making room on the disk, {go_on}."
+            f"Preparing {printable(folder)} stopped: {error.strerror or first_line(error)}{where}; {mend}."
         ) from error
-    except KeyboardInterrupt:
-        raise RunFailed(
-            f"Preparing {printable(folder)} was stopped by Ctrl-C; give the same command to go on."
-        ) from None
 
 
-def _refuse_others(folder: Path, identity: dict[str, Any]) -> None:
+def locked(root: Path, key: str, log: Callable[[str], None]) -> AbstractContextManager:
+    """Acquire the lock of one entry of the cache, however long that takes; the end of the `with` releases it."""
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        refuse_links(root, (f"{key}.lock", key, f".{key}"))
+        # all ranks together ask the storage 50 times a second, or each every 10 s
+        lock = FileLock(root / f"{key}.lock", poll_interval=min(10.0, max(0.05, world_size() / 50)))
+        try:
+            return lock.acquire(timeout=1)
+        except Timeout:
+            log("Waiting for another process that prepares the same data.")
+            return lock.acquire()
+    except OSError as error:
+        raise UserError(
+            f"The cache folder {root} cannot be written ({error.strerror}); "
+            f"set corpus.cache_dir or $DS_STACKING_CACHE."
+        ) from error
+
+
+def _refuse_others(folder: Path, identity: dict[str, Any], mend: str) -> None:
     """Raise UserError for a folder that holds something else, or shards that were made with other settings."""
     if not folder.is_dir():
         return
@@ -89,19 +101,18 @@ def _refuse_others(folder: Path, identity: dict[str, Any]) -> None:
     ours = {_LOCK, BEGUN}
     if not (folder / BEGUN).is_file():
         if any(path.name not in ours and not is_leftover(path) for path in folder.iterdir()):
-            raise UserError(f"{printable(folder)} holds other files; choose another --output_dir.")
+            raise UserError(f"{printable(folder)} holds other files; {mend}.")
         return
     if (begun := _begun(folder)) is None:
         raise UserError(
-            f"{printable(folder)} holds other files: its {BEGUN} is not one of prepare_data.py; restore it, or choose "
-            f"another --output_dir."
+            f"{printable(folder)} holds other files: its {BEGUN} is not one of prepare_data.py; restore it, or {mend}."
         )
     if not shard_folders(folder):
         return
     if different := [name for name in identity if begun.get(name) != identity[name]]:
         raise UserError(
             f"{printable(folder)} was begun with another {', '.join(different)}; "
-            f"give the same options and unchanged files, or choose another --output_dir."
+            f"give the same options and unchanged files, or {mend}."
         )
 
 

@@ -1,4 +1,7 @@
-"""What a document is judged by: its cleaned text, the digest that finds it again, and whether it is held out."""
+"""One document: its cleaned text, the digest that finds it again, whether it is held out, its sentences.
+
+All of it goes by rules, with no model and no download: the same on every machine.
+"""
 
 from __future__ import annotations
 
@@ -17,6 +20,16 @@ _MOST_MARKS = 30
 """Accents and other marks on one character, as in Unicode's Stream-Safe Text Format: to put thousands into their
 canonical order takes quadratic time."""
 _SIGNS = re.compile(rf"[^\w\s\x00-\x7f]{{{_MOST_MARKS + 1},}}")
+
+_ABBREVIATIONS = (
+    "mr mrs ms dr prof st sr jr messrs mme mlle rev hon gen col capt lt sgt gov sen rep pres "
+    "jan feb mar apr jun jul aug sep sept oct nov dec no nos vol vols p pp fig figs ed eds vs cf ca c etc viz "
+    "e.g i.e u.s u.k a.m p.m b.c a.d inc ltd co corp dept univ est approx"
+)
+_ABBREVIATION = re.compile(rf"(?:^|[\s(\"'“‘])(?:{'|'.join(map(re.escape, _ABBREVIATIONS.split()))}|[A-Z])\.$", re.I)
+_BOUNDARY = re.compile(r"[.!?…。！？][\"'”’»)\]]*(\s+)(?=[\"'“‘«(\[]*[A-Z0-9\u00c0-\uffff])|(\s*\n\s*)|\s\s+")
+"""The last, blanks without a line break, is no boundary; matched at once, they are read once."""
+_LONGEST_ABBREVIATION = 12
 
 
 def clean_text(text: str) -> str:
@@ -51,13 +64,32 @@ def digest(words: Sequence[str]) -> int:
     return int.from_bytes(blake2b(" ".join(words).encode(), digest_size=8, person=b"same").digest(), "big")
 
 
-def cut(text: str) -> Iterator[str]:
-    """Yield a text, one longer than LONGEST_DOCUMENT in pieces that end at a line end or blank where there is one."""
+def cut(text: str, longest: int = LONGEST_DOCUMENT) -> Iterator[str]:
+    """Yield a text, one of more than `longest` characters in pieces that end at a line end or blank where one is."""
     begin = 0
-    while len(text) - begin > LONGEST_DOCUMENT:
-        limit = begin + LONGEST_DOCUMENT
-        half = begin + LONGEST_DOCUMENT // 2
+    while len(text) - begin > longest:
+        limit = begin + longest
+        half = begin + longest // 2
         end = text.rfind("\n", half, limit) + 1 or text.rfind(" ", half, limit) + 1 or limit
         yield text[begin:end]
         begin = end
     yield text[begin:] if begin else text
+
+
+def split_sentences(text: str) -> list[str]:
+    """Cut a text into its sentences; joined they are the text again, blanks standing at a sentence's beginning.
+
+    A sentence ends at a line break, or at . ! ? or … before a capital or digit, but not after an abbreviation.
+    """
+    pieces, begin = [], 0
+    for match in _BOUNDARY.finditer(text):
+        if match.lastindex is None:
+            continue
+        end = match.start(1) if match[1] is not None else match.start(2)
+        before = text[max(begin, end - _LONGEST_ABBREVIATION) : end]
+        if match[1] is not None and before.endswith(".") and _ABBREVIATION.search(before):
+            continue
+        pieces.append(text[begin:end])
+        begin = end
+    pieces.append(text[begin:])
+    return [piece for piece in pieces if piece]

@@ -7,14 +7,56 @@ from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor
+from collections import deque
+from collections.abc import Callable, Generator, Iterable, Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
+from itertools import chain, islice
 from multiprocessing import get_context
+from typing import TypeVar
 
 from ds_stacking.common.errors import RunFailed
 from ds_stacking.data.preparation import worker
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+ALONE = 32
+"""Batches that one process works through in the seconds that the others would take to start and pay off."""
+_MOST = 16
+"""What one process reads keeps no more of them busy."""
+
+
+def each(
+    function: Callable[[Item], Result],
+    items: Iterable[Item],
+    workers: int,
+    setting: worker.WorkerConfig | None = None,
+    *,
+    alone: int = ALONE,
+) -> Generator[tuple[Item, Result]]:
+    """Yield every item with `function(item)`, in order, computed ahead by worker processes; close it to end them.
+
+    With 0 workers this process does the first `alone` items by itself, which is all of a small source; for the others
+    there is one worker per core, but no more than one reader feeds.
+    """
+    items = iter(items)
+    if not workers:
+        if setting is not None:
+            worker.load(setting)
+        yield from ((item, function(item)) for item in islice(items, alone))
+        if (following := next(items, None)) is None:
+            return
+        items, workers = chain((following,), items), min(_MOST, len(os.sched_getaffinity(0)))
+    with worker_pool(workers, setting) as pool:
+        waiting: deque[tuple[Item, Future[Result]]] = deque()
+        for item in items:
+            waiting.append((item, pool.submit(function, item)))
+            if len(waiting) > 2 * workers:
+                first, future = waiting.popleft()
+                yield first, future.result()
+        for item, future in waiting:
+            yield item, future.result()
 
 
 @contextmanager
@@ -23,17 +65,16 @@ def worker_pool(workers: int, setting: worker.WorkerConfig | None) -> Iterator[P
 
     Raises RunFailed where one is lost.
     """
-    count = count_workers(workers)
-    pool = ProcessPoolExecutor(count, mp_context=get_context("spawn"), initializer=worker.start, initargs=(setting,))
+    pool = ProcessPoolExecutor(workers, mp_context=get_context("spawn"), initializer=worker.start, initargs=(setting,))
     try:
         with _without_interrupts():
-            for _ in range(count):
+            for _ in range(workers):
                 pool.submit(worker.clean, [])  # each starts one
         yield pool
     except BrokenProcessPool as error:
         raise RunFailed(
             "A worker was killed, most likely for lack of memory. Finished shards are kept: run the same command "
-            "again, with fewer --workers."
+            "again, with fewer --workers (of a run: --corpus.workers)."
         ) from error
     finally:
         _end(pool)
@@ -46,11 +87,6 @@ def _end(pool: ProcessPoolExecutor) -> None:
     if pool._result_queue is not None:
         pool._result_queue._writer.close()  # type: ignore[attr-defined]  # half a result of a killed worker: its end
     pool.shutdown(cancel_futures=True)
-
-
-def count_workers(workers: int) -> int:
-    """The number asked for, else one per core."""
-    return workers or len(os.sched_getaffinity(0))
 
 
 @contextmanager

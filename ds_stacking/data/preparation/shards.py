@@ -10,18 +10,19 @@ from __future__ import annotations
 
 import os
 import shutil
+from array import array
 from collections import Counter
+from contextlib import suppress
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from ds_stacking.common.files import write_json
-from ds_stacking.data.arrays import Damaged, hash_inside, map_array
-from ds_stacking.data.manifests import MANIFEST, SPLITS, ShardManifest, read_manifest, shard_name
-from ds_stacking.data.preparation.duplicates import PERMUTATIONS
+from ds_stacking.data.manifests import MANIFEST, SPLITS, ShardManifest, shard_name
 from ds_stacking.data.preparation.worker import Tokenised
-from ds_stacking.data.token_file import SplitWriter, TokenFile, hashes, write_array
+from ds_stacking.data.token_file import hash_inside, token_type
 
 _EXAMPLES = 3
 
@@ -29,13 +30,13 @@ _EXAMPLES = 3
 class ShardWriter:
     """Writes one shard into a hidden folder, which `close` renames."""
 
-    def __init__(self, root: Path, number: int, dtype: np.dtype, vocab_size: int, sentences: bool) -> None:
+    def __init__(self, root: Path, number: int, *, vocab_size: int, sentences: bool) -> None:
         self.folder = root / shard_name(number)
         self._unfinished = root / f".{self.folder.name}"
         shutil.rmtree(self._unfinished, ignore_errors=True)  # of a run that was killed
         self._unfinished.mkdir(parents=True)
-        self._dtype, self._vocab_size = dtype, vocab_size
-        self._writers = {split: SplitWriter(self._unfinished, split, dtype, vocab_size, sentences) for split in SPLITS}
+        self._vocab_size = vocab_size
+        self._writers = {split: SplitWriter(self._unfinished, split, vocab_size, sentences) for split in SPLITS}
         self._digests: list[np.ndarray] = []
         self._signatures: list[np.ndarray] = []
         self._examples: list[str] = []
@@ -71,7 +72,7 @@ class ShardWriter:
         if self._signatures:
             arrays["signatures"] = np.concatenate(self._signatures)
         manifest: Any = {
-            "dtype": self._dtype.name,
+            "dtype": token_type(self._vocab_size).name,
             "vocab_size": self._vocab_size,
             **splits,
             "read": read,
@@ -90,45 +91,63 @@ class ShardWriter:
         shutil.rmtree(self._unfinished, ignore_errors=True)
 
 
-def find_fault(folder: Path, number: int, vocab_size: int) -> str | None:
-    """Read a shard of a prepared folder to its end; return what is wrong with it, None where nothing is.
+class SplitWriter:
+    """Appends documents to one split of a folder and counts what it wrote."""
 
-    Every byte is compared with its hash, and what the arrays hold is looked at: hashes tell what was written, not that
-    it was written by this code.
-    """
-    name = shard_name(number)
-    try:
-        manifest = read_manifest(folder / name, ShardManifest, inside=folder)
-        if manifest["vocab_size"] != vocab_size:
-            return f"{name}/{MANIFEST} tells of another vocabulary"
-        expected = {f"{kind}.npy": digest for kind, digest in manifest["sha256"].items()}
-        for split in SPLITS:
-            expected |= hashes(split, manifest)
-        for file, digest in expected.items():
-            if hash_inside(folder, f"{name}/{file}") != digest:
-                return f"{name}/{file} is damaged"
-        for split in SPLITS:
-            TokenFile.open(folder / name, split, manifest, inside=folder, whole=True)
-        open_others(folder, name, manifest)
-    except Damaged as error:
-        return str(error).partition("; ")[0]
-    return None
+    def __init__(self, folder: Path, split: str, vocab_size: int, sentences: bool = False) -> None:
+        self._folder, self._split = folder, split
+        self._file = (folder / f"{split}.bin").open("wb")
+        self._hash = sha256()
+        self._lengths = array("q")
+        self._sentences = array("I") if sentences else None
+        self._dtype = token_type(vocab_size)
+        self.size = 0
+        self.counts = np.zeros(vocab_size, np.int64)
+
+    def add(self, tokens: np.ndarray, lengths: np.ndarray, sentences: np.ndarray | None = None) -> None:
+        """Append documents of `lengths` [D] tokens, [SEP] included, and where in `tokens` [N] sentences begin."""
+        self._lengths.frombytes(lengths.astype(np.int64).tobytes())
+        if self._sentences is not None:
+            assert sentences is not None, "a split with sentences gets them for every document"
+            self._sentences.frombytes((sentences + self.size).astype(np.uint32).tobytes())
+        self.size += len(tokens)
+        self.counts += np.bincount(tokens, minlength=len(self.counts))
+        tokens = np.ascontiguousarray(tokens, self._dtype)
+        self._hash.update(tokens.data)
+        self._file.write(tokens.data)
+
+    def close(self) -> dict[str, Any]:
+        """Write the rest; return the split's part of the manifest."""
+        offsets = np.zeros(len(self._lengths) + 1, np.int64)
+        np.cumsum(np.frombuffer(self._lengths, np.int64), out=offsets[1:])
+        flush(self._file)
+        self._file.close()
+        facts = {
+            "documents": len(self._lengths),
+            "tokens": self.size,
+            "sha256": self._hash.hexdigest(),
+            "offsets_sha256": write_array(self._folder / f"{self._split}_offsets.npy", offsets),
+        }
+        if self._sentences is not None:
+            starts = np.frombuffer(self._sentences, np.uint32)
+            facts["sentences_sha256"] = write_array(self._folder / f"{self._split}_sentences.npy", starts)
+        return facts
+
+    def abandon(self) -> None:
+        """Close the file, whatever is still to be written: the folder is about to be removed."""
+        with suppress(OSError):  # such as of a full disk, once more
+            self._file.close()
 
 
-def open_others(folder: Path, name: str, manifest: ShardManifest) -> dict[str, np.ndarray]:
-    """What a shard holds beside its splits: digests, counts and, where there are any, signatures. Raises Damaged."""
-    documents = sum(manifest[split]["documents"] for split in SPLITS)
-    kinds: dict[str, tuple[Any, int, int]] = {
-        "digests": (np.uint64, 0, documents),
-        "counts": (np.int64, 0, manifest["vocab_size"]),
-    }
-    if "signatures" in manifest["sha256"]:
-        kinds["signatures"] = (np.uint32, PERMUTATIONS, documents)
-    arrays = {}
-    for kind, (dtype, columns, length) in kinds.items():
-        arrays[kind] = map_array(folder, f"{name}/{kind}.npy", dtype, columns)
-        if len(arrays[kind]) != length:
-            raise Damaged(
-                f"{folder / name}/{kind}.npy has {len(arrays[kind]):,} rows instead of {length:,}; make it again."
-            )
-    return arrays
+def flush(file: Any) -> None:
+    """Write a file through to the disk."""
+    file.flush()
+    os.fsync(file.fileno())
+
+
+def write_array(path: Path, values: np.ndarray) -> str:
+    """Write an array as NumPy's .npy through to the disk; return the sha256 of the file."""
+    with path.open("wb") as file:
+        np.save(file, values)
+        flush(file)
+    return hash_inside(path.parent, path.name)

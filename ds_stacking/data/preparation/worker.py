@@ -20,9 +20,8 @@ from tokenizers import Tokenizer
 
 from ds_stacking.common.errors import RunFailed
 from ds_stacking.data.names import first_line
-from ds_stacking.data.preparation.documents import clean_text, digest, is_held_out
+from ds_stacking.data.preparation.documents import clean_text, digest, is_held_out, split_sentences
 from ds_stacking.data.preparation.duplicates import signatures
-from ds_stacking.data.preparation.sentences import split_sentences
 from ds_stacking.data.sources.corpus import RawDocument
 
 _EXAMPLE_CHARACTERS = 300
@@ -70,10 +69,7 @@ class Tokenised:
     """The beginning of the first document."""
 
 
-_worker: WorkerConfig
-_encoder: Tokenizer
-_ascii_encoder: Tokenizer | None
-_lowercase: bool
+_tokenizer: DocumentTokenizer
 
 
 def start(config: WorkerConfig | None) -> None:
@@ -85,23 +81,6 @@ def start(config: WorkerConfig | None) -> None:
         load(config)
 
 
-def load(config: WorkerConfig) -> None:
-    """Make the tokenizer: of a worker, or of a process that prepares a small corpus by itself."""
-    global _worker, _encoder, _ascii_encoder, _lowercase
-    _worker, _encoder = config, _load(config.tokenizer)
-    state = json.loads(config.tokenizer)
-    normalizer = state["normalizer"] or {}
-    is_bert = normalizer.get("type") == "BertNormalizer"
-    _ascii_encoder = _load(json.dumps(state | {"normalizer": None})) if is_bert else None
-    _lowercase = bool(normalizer.get("lowercase"))
-
-
-def _load(tokenizer: str) -> Tokenizer:
-    encoder = Tokenizer.from_str(tokenizer)
-    encoder.encode_special_tokens = True  # part of no tokenizer.json
-    return encoder
-
-
 def _follow_parent() -> None:
     """Have the kernel kill this process when its parent ends; a thread would wait for a long call of an expression."""
     ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
@@ -110,16 +89,22 @@ def _follow_parent() -> None:
         os._exit(1)
 
 
+def load(config: WorkerConfig) -> None:
+    """Make the tokenizer: of a worker, or of a process that prepares a small corpus by itself."""
+    global _tokenizer
+    _tokenizer = DocumentTokenizer(config)
+
+
 def clean(documents: Sequence[RawDocument]) -> list[str]:
-    """Return the cleaned texts of documents, empty ones left out. Raises RunFailed, whatever went wrong."""
+    """Return the cleaned text of each document. Raises RunFailed, whatever went wrong."""
     with _said_in_words(documents):
-        return [text for document in documents if (text := clean_text(document.plain()))]
+        return [clean_text(document.plain()) for document in documents]
 
 
 def tokenise(documents: Sequence[RawDocument]) -> Tokenised:
     """Clean and tokenise documents; the same answer in any worker. Raises RunFailed, whatever went wrong."""
     with _said_in_words(documents):
-        return _tokenise(clean(documents))
+        return _tokenizer.tokenise(list(filter(None, clean(documents))))
 
 
 @contextmanager
@@ -137,51 +122,71 @@ def _said_in_words(documents: Sequence[RawDocument]) -> Iterator[None]:
         ) from None
 
 
-def _tokenise(texts: list[str]) -> Tokenised:
-    pieces = [split_sentences(text) for text in texts] if _worker.sentences else [[text] for text in texts]
-    ids = _encode(list(chain.from_iterable(pieces)))
-    sizes = np.fromiter(map(len, ids), np.int64, len(ids))  # of pieces
-    owners = np.repeat(np.arange(len(texts)), [len(group) for group in pieces])  # the text of each piece
-    counts = np.bincount(owners, sizes, minlength=len(texts)).astype(np.int64)  # of texts
-    kept = np.flatnonzero(counts)
-    texts = [texts[i] for i in kept]
-    words_of = [text.casefold().split() for text in texts]
-    lengths = counts[kept] + 1
-    return Tokenised(
-        tokens=_join(ids, lengths),
-        lengths=lengths,
-        held_out=np.array([is_held_out(text, _worker.eval_percent) for text in texts], bool),
-        digests=np.array([digest(words) for words in words_of], np.uint64),
-        words=np.array(list(map(len, words_of)), np.int64),
-        sentences=_sentence_starts(sizes, owners) if _worker.sentences else None,
-        signatures=signatures(texts) if _worker.near_duplicates else None,
-        example=texts[0][:_EXAMPLE_CHARACTERS] if texts else "",
-    )
+class DocumentTokenizer:
+    """Makes token ids of cleaned texts, and judges each."""
 
+    def __init__(self, config: WorkerConfig) -> None:
+        """All that BERT's normalizer does to clean ASCII is to lower its case. Without it `tokenizers` is half as fast
+        again, so such texts have an encoder of their own."""
+        self._config, self._encoder = config, _load(config.tokenizer)
+        state = json.loads(config.tokenizer)
+        normalizer = state["normalizer"] or {}
+        self.has_ascii_encoder = normalizer.get("type") == "BertNormalizer"
+        if self.has_ascii_encoder:
+            self._ascii_encoder = _load(json.dumps(state | {"normalizer": None}))
+        self._lowercase = bool(normalizer.get("lowercase"))
 
-def _encode(texts: list[str]) -> list[list[int]]:
-    """Token ids of clean texts.
+    def tokenise(self, texts: list[str]) -> Tokenised:
+        """Tokenise and judge texts."""
+        config = self._config
+        pieces = [split_sentences(text) for text in texts] if config.sentences else [[text] for text in texts]
+        ids = self.encode(list(chain.from_iterable(pieces)))
+        sizes = np.fromiter(map(len, ids), np.int64, len(ids))  # of pieces
+        owners = np.repeat(np.arange(len(texts)), [len(group) for group in pieces])  # the text of each piece
+        counts = np.bincount(owners, sizes, minlength=len(texts)).astype(np.int64)  # of texts
+        kept = np.flatnonzero(counts)
+        texts = [texts[i] for i in kept]
+        words_of = [text.casefold().split() for text in texts]
+        lengths = counts[kept] + 1
+        return Tokenised(
+            tokens=_join(ids, lengths, config),
+            lengths=lengths,
+            held_out=np.array([is_held_out(text, config.eval_percent) for text in texts], bool),
+            digests=np.array([digest(words) for words in words_of], np.uint64),
+            words=np.array(list(map(len, words_of)), np.int64),
+            sentences=_sentence_starts(sizes, owners) if config.sentences else None,
+            signatures=signatures(texts) if config.near_duplicates else None,
+            example=texts[0][:_EXAMPLE_CHARACTERS] if texts else "",
+        )
 
-    All that BERT's normalizer does to clean ASCII is to lower its case. Without it `tokenizers` is half as fast again.
-    """
-    ids: list[list[int]] = [[]] * len(texts)
-    is_plain = [_ascii_encoder is not None and text.isascii() for text in texts]
-    for encoder, wanted in ((_ascii_encoder, True), (_encoder, False)):
-        places = [place for place, plain in enumerate(is_plain) if plain == wanted]
-        if encoder is not None and places:
-            chosen = [texts[place].lower() if wanted and _lowercase else texts[place] for place in places]
+    def encode(self, texts: list[str]) -> list[list[int]]:
+        """Token ids of cleaned texts."""
+        ids: list[list[int]] = [[]] * len(texts)
+        is_plain = [self.has_ascii_encoder and text.isascii() for text in texts]
+        for wanted in (True, False):
+            places = [place for place, plain in enumerate(is_plain) if plain == wanted]
+            if not places:
+                continue
+            chosen = [texts[place].lower() if wanted and self._lowercase else texts[place] for place in places]
+            encoder = self._ascii_encoder if wanted else self._encoder
             encodings = encoder.encode_batch_fast(chosen, add_special_tokens=False)
             for place, encoding in zip(places, encodings, strict=True):
                 ids[place] = encoding.ids
-    return ids
+        return ids
 
 
-def _join(ids: Iterable[list[int]], lengths: np.ndarray) -> np.ndarray:
+def _load(tokenizer: str) -> Tokenizer:
+    encoder = Tokenizer.from_str(tokenizer)
+    encoder.encode_special_tokens = True  # part of no tokenizer.json
+    return encoder
+
+
+def _join(ids: Iterable[list[int]], lengths: np.ndarray, config: WorkerConfig) -> np.ndarray:
     """Put the pieces one behind another, a [SEP] at the end of each document."""
-    tokens = np.full(lengths.sum(), _worker.sep, _worker.dtype)
+    tokens = np.full(lengths.sum(), config.sep, config.dtype)
     is_token = np.ones(len(tokens), bool)
     is_token[np.cumsum(lengths) - 1] = False
-    tokens[is_token] = np.fromiter(chain.from_iterable(ids), _worker.dtype)
+    tokens[is_token] = np.fromiter(chain.from_iterable(ids), config.dtype)
     return tokens
 
 

@@ -13,7 +13,7 @@ import platform
 import re
 import sysconfig
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from ds_stacking.data.preparation.documents import clean_text
@@ -33,23 +33,22 @@ _LEFT_OUT_FOLDERS = {"test", "tests", "site-packages", "dist-packages", "lib2to3
 _DEFINITIONS = (ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
 
 
-def documentation() -> Iterator[str]:
+def documentation(modules: Iterable[Path] | None = None, characters: int = CORPUS_CHARACTERS) -> Iterator[str]:
     """Yield one document per module: its docstrings in the order of the source, a blank line between two.
 
-    The standard library comes first, then the distributions by name. Short docstrings are dropped, and paragraphs that
-    repeat a passage of an earlier one: packages describe the same parameters again and again, in one module after
-    another, and what is held out would stand in the training split.
+    Of the standard library, then the distributions by name, else of `modules`, until there are so many `characters`.
+    Short docstrings are dropped, and paragraphs that repeat a passage of an earlier one: packages describe the same
+    parameters again and again, in one module after another, and what is held out would stand in the training split.
     """
     passages = Passages()
-    characters = 0
-    for path in _modules():
-        cleaned = clean_text("\n\n".join(_RULER.sub("", text) for text in _docstrings(path)))
+    for path in installed_modules() if modules is None else modules:
+        cleaned = clean_text("\n\n".join(_RULER.sub("", text) for text in docstrings(path)))
         document = "\n\n".join(paragraph for paragraph in cleaned.split("\n\n") if passages.add(paragraph))
         if len(document) < _SHORTEST_DOCUMENT:
             continue
         yield document
-        characters += len(document)
-        if characters >= CORPUS_CHARACTERS:
+        characters -= len(document)
+        if characters <= 0:
             return
 
 
@@ -66,7 +65,8 @@ def _distributions() -> list[importlib.metadata.Distribution]:
     )
 
 
-def _modules() -> Iterator[Path]:
+def installed_modules() -> Iterator[Path]:
+    """Yield the files of the standard library, then those of the distributions by name."""
     for folder, subfolders, names in os.walk(sysconfig.get_paths()["stdlib"]):
         subfolders[:] = sorted(set(subfolders) - _LEFT_OUT_FOLDERS)
         yield from (Path(folder, name) for name in sorted(names) if name.endswith(".py"))
@@ -75,7 +75,7 @@ def _modules() -> Iterator[Path]:
         yield from (Path(str(file.locate())) for file in sorted(files) if _LEFT_OUT_FOLDERS.isdisjoint(file.parts))
 
 
-def _docstrings(path: Path) -> list[str]:
+def docstrings(path: Path) -> list[str]:
     """Return the cleaned docstrings of a module, its classes and functions; none if it does not parse."""
     try:
         with warnings.catch_warnings():

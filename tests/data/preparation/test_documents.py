@@ -10,12 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer
 
-from ds_stacking.data.preparation import documents as module
-from ds_stacking.data.preparation import worker
-from ds_stacking.data.preparation.documents import clean_text, cut
+from ds_stacking.data.preparation.documents import clean_text, cut, split_sentences
 from ds_stacking.data.preparation.duplicates import DigestSet, NearDuplicates, signatures
 from ds_stacking.data.preparation.leaks import LENGTH, find_leak
-from ds_stacking.data.preparation.sentences import split_sentences
+from ds_stacking.data.preparation.worker import DocumentTokenizer, WorkerConfig
 from ds_stacking.data.token_file import Split, TokenFile
 from ds_stacking.data.tokenizer import text_encoder, train_tokenizer
 
@@ -48,18 +46,17 @@ def test_cleaning_twice_is_cleaning_once(text: str):
 @given(text=st.text(st.characters(max_codepoint=127), max_size=80), lowercase=st.booleans())
 def test_plain_text_is_tokenised_as_by_the_whole_tokenizer(documents: list[str], text: str, lowercase: bool):
     encoder = known_tokenizer(tuple(documents), lowercase)
-    worker.load(worker.WorkerConfig(**{**SETTING, "tokenizer": encoder.to_str()}))
-    assert worker._ascii_encoder is not None
+    tokenizer = DocumentTokenizer(WorkerConfig(**{**SETTING, "tokenizer": encoder.to_str()}))
+    assert tokenizer.has_ascii_encoder
     text = clean_text(text)
-    assert worker._encode([text, "caf\u00e9", text]) == [
+    assert tokenizer.encode([text, "caf\u00e9", text]) == [
         encoder.encode(piece, add_special_tokens=False).ids for piece in (text, "caf\u00e9", text)
     ]
 
 
-def test_long_documents_are_cut(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(module, "LONGEST_DOCUMENT", 50)
+def test_long_documents_are_cut():
     text = "one two three\n" * 9 + "x" * 120 + " end"
-    pieces = list(cut(text))
+    pieces = list(cut(text, 50))
     assert "".join(pieces) == text and max(map(len, pieces)) <= 50
     assert pieces[0].endswith("\n") and list(cut("short")) == ["short"]
 

@@ -16,16 +16,14 @@ import pytest
 
 from ds_stacking.common.errors import RunFailed, UserError
 from ds_stacking.config import CorpusConfig, SourceConfig
-from ds_stacking.data import token_file
-from ds_stacking.data.arrays import Damaged, map_array
 from ds_stacking.data.batches import MaskedBatches
-from ds_stacking.data.manifests import SPLITS, sum_up
+from ds_stacking.data.manifests import SPLITS, Damaged, sum_up
 from ds_stacking.data.masking import Masker
 from ds_stacking.data.preparation.configuration import PreparationConfig
 from ds_stacking.data.preparation.folder import prepare_folder
 from ds_stacking.data.preparation.prepare import prepare
-from ds_stacking.data.sequences import BlockReader
-from ds_stacking.data.token_file import Split, TokenFile
+from ds_stacking.data.sequences import SequenceReader
+from ds_stacking.data.token_file import Split, TokenFile, looked_at, map_array
 from ds_stacking.data.tokenizer import SpecialIds, load_tokenizer, train_tokenizer
 
 SHARD = Path("shard-00000")
@@ -244,7 +242,12 @@ def test_a_whole_folder_is_verified_without_its_source(finished: Path):
 
 
 @pytest.mark.parametrize(
-    "name", ["manifest.json", "train.bin", "train_offsets.npy", "counts.npy", "tokenizer/tokenizer.json"]
+    "name",
+    [
+        "manifest.json",
+        *(str(SHARD / n) for n in ("train.bin", "train_offsets.npy", "counts.npy")),
+        "tokenizer/tokenizer.json",
+    ],
 )
 @pytest.mark.parametrize(
     "damage", [Path.unlink, lambda path: os.truncate(path, 9), lambda path: path.write_text("{}")]
@@ -266,20 +269,20 @@ def test_counts_of_other_tokens_are_damage(source: Path, tokenizer: Path, tmp_pa
     """The unigram line rests on them."""
     config = CorpusConfig(cache_dir=str(tmp_path), sequence_length=32, eval_percent=30, max_leak=100)
     first = prepare(str(source), str(tokenizer), config, log=print)
-    counts = np.load(first.folder / "counts.npy")
+    counts = np.load(first.folder / SHARD / "counts.npy")
     lines: list[str] = []
     for change in ((9, -1), (9, counts[9] + 1)):
         np.put(wrong := counts.copy(), *change)
-        np.save(first.folder / "counts.npy", wrong)
+        np.save(first.folder / SHARD / "counts.npy", wrong)
         again = prepare(str(source), str(tokenizer), config, log=lines.append)
-        assert (np.load(again.folder / "counts.npy") == counts).all()
+        assert (np.load(again.folder / SHARD / "counts.npy") == counts).all()
     assert sum("holds the counts of other tokens" in line for line in lines) == 2
 
 
 def test_hashes_of_a_cache_entry_are_compared_on_request(source: Path, tokenizer: Path, tmp_path: Path):
     config = CorpusConfig(cache_dir=str(tmp_path), sequence_length=32, eval_percent=30, max_leak=100, verify=True)
     first = prepare(str(source), str(tokenizer), config, log=print)
-    path = first.folder / "train.bin"
+    path = first.folder / SHARD / "train.bin"
     written = path.read_bytes()
     path.write_bytes(written[:100] + written[98:100] + written[102:])
     prepare(str(source), str(tokenizer), config, log=print)
@@ -289,12 +292,12 @@ def test_hashes_of_a_cache_entry_are_compared_on_request(source: Path, tokenizer
 def test_a_large_array_is_looked_at_in_places_and_never_read_outside(
     special: SpecialIds, monkeypatch: pytest.MonkeyPatch
 ):
-    """What opening did not see ends in a sentence too, or in blocks that are no worse than cut elsewhere."""
+    """What opening did not see ends in a sentence too, or in sequences that are no worse than cut elsewhere."""
     tokens = np.full(10_000, 50, np.uint16)
     offsets = np.arange(0, 10_001, 10)
     offsets[400:420] = np.array([2**62, -(2**62)] * 10)
     split = Split(files=[TokenFile(tokens=tokens, offsets=offsets)])
-    reader = BlockReader(split, sequence_length=32, special=special, separate_documents=True)
+    reader = SequenceReader(split, sequence_length=32, special=special, separate_documents=True)
     bounds = reader.read(np.arange(len(reader)), np.zeros(len(reader), np.uint64)).cu_seqlens
     assert bounds is not None and bounds[0] == 0 and bounds[-1] == 32 * len(reader) and (np.diff(bounds) > 0).all()
     tokens[9000:] = 60_000
@@ -324,11 +327,10 @@ def test_an_array_that_ends_before_its_header_does_is_damaged(tmp_path: Path):
         map_array(tmp_path / "b", "../a.npy", np.int64)
 
 
-def test_looked_at_places_are_spread(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(token_file, "_LOOKED_AT", 2**15)
-    parts = list(token_file._parts(np.arange(2**20), whole=False))
+def test_looked_at_places_are_spread():
+    parts = list(looked_at(np.arange(2**20), whole=False, most=2**15))
     assert len(parts) == 2 and parts[0][0] == 0 and parts[-1][-1] == 2**20 - 1
-    assert sum(map(len, token_file._parts(np.arange(2**20), whole=True))) >= 2**20
+    assert sum(map(len, looked_at(np.arange(2**20), whole=True))) >= 2**20
 
 
 BAD_TOKENIZERS: dict[str, tuple[Callable[[Path], object], str]] = {

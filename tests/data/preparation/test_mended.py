@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import psutil
@@ -19,13 +20,14 @@ import pytest
 from ds_stacking.common.errors import RunFailed, UserError
 from ds_stacking.config import CorpusConfig, RunConfig, SourceConfig
 from ds_stacking.data.preparation import build, worker
+from ds_stacking.data.preparation import folder as module
 from ds_stacking.data.preparation.configuration import PreparationConfig
-from ds_stacking.data.preparation.folder import prepare_folder
 from ds_stacking.data.preparation.prepare import prepare
 from ds_stacking.data.sources.corpus import RawDocument
 from ds_stacking.data.tokenizer import train_tokenizer
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
+prepare_folder = partial(module.prepare_folder, batch_characters=5000)
 
 
 @pytest.fixture(scope="module")
@@ -56,11 +58,6 @@ def options(source: Path | str, folder: Path, tokenizer: Path | str, **fields: o
 
 def shards(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.glob("shard-*/*"))}
-
-
-@pytest.fixture(autouse=True)
-def small_batches(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(build, "_BATCH_CHARACTERS", 5000)
 
 
 REFUSED: dict[str, tuple[Callable[[Path], object], dict, str]] = {
@@ -259,29 +256,27 @@ class PanicException(BaseException):
 
 @pytest.mark.parametrize("error", [MemoryError(), PanicException("index out of bounds"), ValueError("two\nlines")])
 @pytest.mark.parametrize("function", [worker.clean, worker.tokenise])
-def test_a_worker_that_fails_says_so_in_a_sentence(
-    monkeypatch: pytest.MonkeyPatch, error: BaseException, function: Callable
-):
-    def fail(_: object) -> str:
-        raise error
+def test_a_worker_that_fails_says_so_in_a_sentence(error: BaseException, function: Callable):
+    class Failing(RawDocument):
+        def plain(self) -> str:
+            raise error
 
-    monkeypatch.setattr(worker, "clean_text", fail)
     with pytest.raises(
         RunFailed, match=f"A worker failed with {type(error).__name__} .* begins 'some text'"
     ) as caught:
-        function([RawDocument("some text")])
+        function([Failing("some text")])
     assert "\n" not in str(caught.value)
 
 
-def test_ctrl_c_while_a_small_corpus_is_prepared_is_no_fault_of_a_document(monkeypatch: pytest.MonkeyPatch):
+def test_ctrl_c_while_a_small_corpus_is_prepared_is_no_fault_of_a_document():
     """Without workers, which ignore it, the signal arrives in the midst of it."""
 
-    def interrupted(_: object) -> str:
-        raise KeyboardInterrupt
+    class Interrupted(RawDocument):
+        def plain(self) -> str:
+            raise KeyboardInterrupt
 
-    monkeypatch.setattr(worker, "clean_text", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        worker.tokenise([RawDocument("some text")])
+        worker.tokenise([Interrupted("some text")])
 
 
 @pytest.mark.parametrize("name", ["data", "tokenizer"])

@@ -6,10 +6,13 @@ import os
 import signal
 import subprocess
 import sys
+from contextlib import closing
 from pathlib import Path
 
 import psutil
 import pytest
+
+from ds_stacking.data.preparation.pool import each
 
 STUCK = """
 import re, signal, sys
@@ -41,7 +44,7 @@ def test_workers_in_a_long_call_end_with_their_parent(tmp_path: Path, signal_num
         cwd=tmp_path,
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,
-        env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])},
+        env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[3])},
     )
     children: list[psutil.Process] = []
     try:
@@ -65,5 +68,19 @@ def test_results_on_their_way_are_not_waited_for(tmp_path: Path):
     script = STUCK.replace("def stuck(_):", "def large(_):\n    return bytes(10**8)\n\ndef stuck(_):")
     (tmp_path / "large.py").write_text(script.replace("{}", "[pool.submit(large, None) for _ in range(4)]"))
     command = [sys.executable, "large.py"]
-    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[3])}
     subprocess.run(command, cwd=tmp_path, env=environment, check=True, timeout=60)
+
+
+def who(item: int) -> tuple[int, int]:
+    return item, os.getpid()
+
+
+def test_a_small_source_needs_no_worker_and_a_larger_one_gets_them():
+    with closing(each(who, range(4), 0, alone=4)) as results:
+        assert [result for _, result in results] == [(item, os.getpid()) for item in range(4)]
+    with closing(each(who, range(9), 0, alone=2)) as results:
+        found = list(results)
+    assert [item for item, _ in found] == [result[0] for _, result in found] == list(range(9))
+    assert [result[1] == os.getpid() for _, result in found] == [True] * 2 + [False] * 7
+    assert not [child for child in psutil.Process().children() if "spawn_main" in " ".join(child.cmdline())]

@@ -5,7 +5,7 @@ import json
 import os
 import subprocess
 import sys
-from hashlib import sha256
+from hashlib import blake2b, sha256
 from pathlib import Path
 
 import numpy as np
@@ -14,16 +14,17 @@ from transformers import AutoTokenizer
 
 from ds_stacking.common.errors import UserError
 from ds_stacking.config import CorpusConfig, SourceConfig
+from ds_stacking.data.manifests import SPLITS
 from ds_stacking.data.preparation.configuration import PreparationConfig
+from ds_stacking.data.preparation.documents import clean_text
 from ds_stacking.data.preparation.folder import prepare_folder
 from ds_stacking.data.preparation.prepare import prepare
 from ds_stacking.data.prepared_data import PreparedData
-from ds_stacking.data.token_file import SPLITS
 
 FORK = """
 import os, signal, sys
 from ds_stacking.config import CorpusConfig
-from ds_stacking.data import token_file
+from ds_stacking.data.preparation import shards
 from ds_stacking.data.preparation.prepare import prepare
 
 source, cache = sys.argv[1:3]
@@ -51,11 +52,15 @@ def killed(log=lambda message: None):
     assert os.WTERMSIG(os.waitpid(child(log), 0)[1]) == signal.SIGKILL
     assert not [name for name in os.listdir(cache) if not name.startswith(".") and not name.endswith(".lock")]
 
-for begin in ("Reading", "Tokenising", "Prepared"):
-    killed(lambda message: message.startswith(begin) and die())
-add, token_file.SplitWriter.add = token_file.SplitWriter.add, die
+def kill_at(word):
+    killed(lambda message: message.startswith(word) and die())
+
+kill_at("Training")
+kill_at("Tokenising")
+add, shards.SplitWriter.add = shards.SplitWriter.add, die
 killed()
-token_file.SplitWriter.add = add
+shards.SplitWriter.add = add
+kill_at("Prepared")
 assert [name for name in os.listdir(cache) if name.startswith(".")]
 assert os.waitpid(child(), 0)[1] == 0
 """
@@ -98,7 +103,13 @@ def prepared(folder: Path, cache: Path, messages: list[str]) -> PreparedData:
 
 def test_what_is_prepared(prepared: PreparedData, folder: Path, documents: list[str], messages: list[str]):
     assert prepared.vocab_size == 300
-    assert dataclasses.asdict(prepared.special) == {"pad": 0, "cls": 2, "sep": 3, "mask": 4, "every": (0, 1, 2, 3, 4)}
+    assert dataclasses.asdict(prepared.special) == {
+        "pad": 0,
+        "cls": 2,
+        "sep": 3,
+        "mask": 4,
+        "all_ids": (0, 1, 2, 3, 4),
+    }
     assert AutoTokenizer.from_pretrained(prepared.tokenizer_dir).mask_token_id == 4
     manifest = prepared.manifest
     assert manifest["train"]["documents"] + manifest["eval"]["documents"] == len(documents)
@@ -179,27 +190,35 @@ def test_a_killed_preparation_is_never_taken_for_finished(prepared: PreparedData
     (finished,) = [path for path in tmp_path.iterdir() if path.is_dir()]  # and the killed ones' remains are gone
     assert finished.name == prepared.folder.name
     for split in SPLITS:
-        digest = sha256((finished / f"{split}.bin").read_bytes()).hexdigest()
-        assert digest == prepared.manifest[split]["sha256"]
+        digest = sha256((finished / "shard-00000" / f"{split}.bin").read_bytes()).hexdigest()
+        assert digest == json.loads((prepared.folder / "shard-00000" / "manifest.json").read_text())[split]["sha256"]
 
 
-def test_the_cache_holds_what_a_prepared_folder_does(prepared: PreparedData, folder: Path, tmp_path: Path):
-    """The same documents in the same splits, cleaned and without duplicates: one pipeline, two ways to call it."""
-    options = PreparationConfig(
-        data=str(folder),
-        output_dir=str(tmp_path / "out"),
-        tokenizer=str(prepared.tokenizer_dir),
-        max_leak=100,
-        workers=1,
-        corpus=SourceConfig(eval_percent=30.0),
-    )
-    manifest = prepare_folder(options, print)
-    for split in SPLITS:
-        shard = tmp_path / "out" / "shard-00000"
-        for name in (f"{split}.bin", f"{split}_offsets.npy", "counts.npy"):
-            assert (prepared.folder / name).read_bytes() == (shard / name).read_bytes()
-    assert manifest["leak"] == prepared.manifest["leak"]
-    assert manifest["unigram_entropy"] == prepared.unigram_entropy
+@pytest.mark.parametrize("options", [{}, {"sentences": True, "near_duplicates": 0.8}], ids=str)
+def test_an_entry_of_the_cache_is_a_prepared_folder(documents: list[str], tmp_path: Path, options: dict):
+    """Of one source each file of both is the same, byte for byte; and its tokens are those of the documents."""
+    source = tmp_path / "docs.jsonl"
+    texts = [*documents, documents[3].upper(), documents[5].replace(" the ", " this ", 1), " "]
+    source.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    entry = prepare(str(source), "train", config(tmp_path / "cache", **options), log=print)
+    reading = SourceConfig(eval_percent=30.0, vocab_size=300)
+    fields = {"data": str(source), "output_dir": str(tmp_path / "out"), "max_leak": 100.0, "corpus": reading}
+    prepare_folder(PreparationConfig(**fields, **options, workers=1), print)  # type: ignore[arg-type]
+    files = [
+        {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+        for folder in (entry.folder, tmp_path / "out")
+    ]
+    assert files[0] == files[1] and {"card.md", "manifest.json", "shard-00000/train.bin"} < set(files[0])
+    assert prepare(str(tmp_path / "out"), "train", config(tmp_path), log=print).fingerprint == entry.fingerprint
+
+    near = [documents[5].replace(" the ", " this ", 1)] if not options else []
+    known = AutoTokenizer.from_pretrained(entry.tokenizer_dir)
+    expected: dict[bool, list[int]] = {True: [], False: []}
+    for text in map(clean_text, [*documents, *near]):
+        number = int.from_bytes(blake2b(text.encode(), digest_size=8).digest(), "big")
+        expected[number < 0.3 * 2**64] += [*known(text, add_special_tokens=False).input_ids, known.sep_token_id]
+    for split, held_out in zip(SPLITS, (False, True), strict=True):
+        assert np.frombuffer(files[0][f"shard-00000/{split}.bin"], np.uint16).tolist() == expected[held_out]
 
 
 def test_what_was_there_before_is_left_out_and_sides_are_taken_by_the_cleaned_text(
@@ -222,7 +241,7 @@ def test_a_leak_is_refused_by_its_sentence(documents: list[str], tmp_path: Path)
             UserError, match=r"^[0-9.]+ % of the held-out 13-grams stand in .* corpus.max_leak \(1 %\)"
         ):
             prepare(str(tmp_path / "docs.jsonl"), "train", config(tmp_path, max_leak=1.0), log=lines.append)
-    assert len([line for line in lines if line.startswith("Reading")]) == 1
+    assert len([line for line in lines if line.startswith("Training")]) == 1
     assert prepare(str(tmp_path / "docs.jsonl"), "train", config(tmp_path), log=print).manifest["leak"]["found"] > 0
 
 
@@ -250,7 +269,7 @@ def test_data_are_pinned_by_their_fingerprint(folder: Path, cache: Path, prepare
 def test_a_pinned_entry_that_is_damaged_is_made_again(prepared: PreparedData, folder: Path, tmp_path: Path):
     pinned = config(tmp_path, fingerprint=prepared.fingerprint)
     first = prepare(str(folder), "train", pinned, log=print)
-    os.truncate(first.folder / "train.bin", 9)
+    os.truncate(first.folder / "shard-00000" / "train.bin", 9)
     (tmp_path / ("0" * 24)).mkdir()  # of nobody
     assert prepare(str(folder), "train", pinned, log=print).fingerprint == prepared.fingerprint
     assert len(prepare(str(folder), "train", pinned, log=print).train) == prepared.manifest["train"]["tokens"]

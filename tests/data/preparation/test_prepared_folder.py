@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from xml.sax.saxutils import escape
 
@@ -22,16 +23,16 @@ from transformers import AutoTokenizer
 from ds_stacking.common.errors import UserError
 from ds_stacking.config import CorpusConfig, SourceConfig
 from ds_stacking.data.preparation import build
+from ds_stacking.data.preparation import folder as module
 from ds_stacking.data.preparation.configuration import PreparationConfig
-from ds_stacking.data.preparation.documents import clean_text, is_held_out
-from ds_stacking.data.preparation.folder import open_folder, prepare_folder
+from ds_stacking.data.preparation.documents import clean_text, is_held_out, split_sentences
 from ds_stacking.data.preparation.prepare import prepare
-from ds_stacking.data.preparation.sentences import split_sentences
-from ds_stacking.data.preparation.shards import find_fault
+from ds_stacking.data.prepared_folder import find_fault, open_folder
 from ds_stacking.data.sources.mediawiki import clean_wikitext
 from ds_stacking.data.tokenizer import train_tokenizer
 
 EVAL_PERCENT = 30.0
+prepare_folder = partial(module.prepare_folder, batch_characters=5000)
 KILLED = """
 import os, signal, sys
 from ds_stacking.config import SourceConfig
@@ -41,7 +42,6 @@ from ds_stacking.data.preparation.folder import prepare_folder
 
 if __name__ == "__main__":
     data, output_dir, tokenizer = sys.argv[1:4]
-    build._BATCH_CHARACTERS = 5000
     add, calls = build.ShardWriter.add, []
 
     def die(self, *arguments):
@@ -56,7 +56,7 @@ if __name__ == "__main__":
     source = SourceConfig(eval_percent=30.0)
     fields = {"sentences": True, "near_duplicates": 0.8, "max_leak": 100, "shard_tokens": 8000, "workers": 1}
     fields |= {"data": data, "output_dir": output_dir, "tokenizer": tokenizer, "corpus": source}
-    prepare_folder(PreparationConfig(**fields), print)
+    prepare_folder(PreparationConfig(**fields), print, batch_characters=5000)
 """
 KILLED_AT_A_RENAME = KILLED.replace(
     """    build.ShardWriter.add = die
@@ -90,11 +90,10 @@ def prepare(last):
         fsync(handle)
 
     os.fsync = counted
-    prepare_folder(PreparationConfig(**fields), print)
+    prepare_folder(PreparationConfig(**fields), print, batch_characters=5000)
     os._exit(0)
 
 if __name__ == "__main__":
-    build._BATCH_CHARACTERS = 5000
     fields = {"sentences": True, "near_duplicates": 0.8, "max_leak": 100, "shard_tokens": 8000, "workers": 1}
     fields |= {"corpus": SourceConfig(eval_percent=30.0)}
     fields |= dict(zip(("data", "output_dir", "tokenizer"), sys.argv[1:]))
@@ -126,11 +125,6 @@ def source(texts: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-@pytest.fixture(autouse=True)
-def small_batches(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(build, "_BATCH_CHARACTERS", 5000)
-
-
 def options(data: Path, output_dir: Path, tokenizer: str, **fields: object) -> PreparationConfig:
     base = {"sentences": True, "near_duplicates": 0.8, "max_leak": 100.0, "shard_tokens": 8000, "workers": 1}
     corpus = SourceConfig(eval_percent=EVAL_PERCENT, column=str(fields.pop("column", "text")))
@@ -142,9 +136,7 @@ def options(data: Path, output_dir: Path, tokenizer: str, **fields: object) -> P
 @pytest.fixture(scope="module")
 def folder(source: Path, tokenizer: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("prepared") / "docs"
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(build, "_BATCH_CHARACTERS", 5000)
-        prepare_folder(options(source, folder, tokenizer), print)
+    prepare_folder(options(source, folder, tokenizer), print)
     return folder
 
 
@@ -284,7 +276,11 @@ def test_what_pretraining_opens(folder: Path, tokenizer: str, tmp_path: Path):
     config = CorpusConfig(cache_dir=str(tmp_path / "never made"), sequence_length=32, eval_percent=5)
     data = prepare(str(folder), "train", config, log=lines.append)
     assert data.vocab_size == 600 and len(data.train) == open_folder(folder)[0]["train"]["tokens"]
-    assert lines == [f"corpus.eval_percent is 30.0 in {folder}; the configuration's 5 has no effect."]
+    decided = {"eval_percent": (30.0, 5), "sentences": (True, False), "near_duplicates": (0.8, 0.0)}
+    assert lines == [
+        f"corpus.{name} is {there} in {folder}; the configuration's {here} has no effect."
+        for name, (there, here) in decided.items()
+    ]
     assert prepare(str(folder), tokenizer, config, log=print).fingerprint == data.fingerprint
     assert not (tmp_path / "never made").exists()
     other = train_tokenizer(["another vocabulary altogether"] * 9, 100, True)

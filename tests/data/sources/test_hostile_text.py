@@ -7,8 +7,7 @@ import sys
 
 import pytest
 
-from ds_stacking.data.preparation.documents import clean_text
-from ds_stacking.data.preparation.sentences import split_sentences
+from ds_stacking.data.preparation.documents import clean_text, split_sentences
 from ds_stacking.data.sources.mediawiki import clean_wikitext
 
 SLOW_TEXTS = {
@@ -34,7 +33,7 @@ CALLS = {
     },
     "marks": f"{PREPARATION}.documents import clean_text as f; f('a' + '\\u0301' * 10**6 + '\\u0323' * 10**6)",
     "marks without a class": f"{PREPARATION}.documents import clean_text as f; f('\\u0f73' * 10**6)",
-    "sentences": f"{PREPARATION}.sentences import split_sentences as f; f('a.' + ' ' * 2_000_000 + 'b')",
+    "sentences": f"{PREPARATION}.documents import split_sentences as f; f('a.' + ' ' * 2_000_000 + 'b')",
 }
 
 
