@@ -39,6 +39,7 @@ from ds_stacking.checkpoint.store import CheckpointReader
 from ds_stacking.common.generators import capture_generators
 from ds_stacking.config import ModelConfig
 from ds_stacking.growth.blocks import find_block_names
+from ds_stacking.growth.exchange import Exchange
 from ds_stacking.growth.operators import layer_map
 from ds_stacking.growth.plan import GrowthPlan, ParameterInfo, copy_plan, make_plan, parameter_groups
 from ds_stacking.growth.schedule import Move, round_limit, rounds, schedule
@@ -57,8 +58,8 @@ ELEMENT = 4 * len(KINDS)
 """Bytes of an element's state."""
 
 
-class SimulatedRank:
-    """One rank's end of the exchange (Exchange), where what the other ranks say is known beforehand."""
+class SimulatedRank(Exchange):
+    """One rank's end of the exchange, where what the other ranks say is known beforehand."""
 
     def __init__(self, rank: int, world_size: int, tables: Sequence[Tensor]) -> None:
         self.rank, self.world_size = rank, world_size
@@ -72,12 +73,6 @@ class SimulatedRank:
     def all_reduce_tensor(self, values: Tensor) -> Tensor:
         """The only sum that planning asks for: what every rank sends and receives."""
         return self.load
-
-    def all_reduce_sum(self, value: int) -> int:
-        """Not asked for."""
-        raise NotImplementedError
-
-    all_to_all = all_reduce_sum
 
 
 def zero_table(parameters: Mapping[str, ParameterInfo], zero_stage: int, world_size: int) -> Tensor:

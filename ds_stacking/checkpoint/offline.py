@@ -20,11 +20,11 @@ from ds_stacking.checkpoint.format import INDEX, STATE, TEMPORARY, PieceFile, ra
 from ds_stacking.checkpoint.index import index_bytes, index_rows
 from ds_stacking.checkpoint.job import publish
 from ds_stacking.growth.plan import ParameterInfo
-from ds_stacking.growth.state import Kind, TensorSlice
+from ds_stacking.growth.state import Kind, StateWriter, TensorSlice
 
 
-class CheckpointState:
-    """A checkpoint in the making (StateWriter), for growth without engines in one process.
+class CheckpointState(StateWriter):
+    """A checkpoint in the making, for growth without engines in one process.
 
     The file is mapped into memory, so that what was written may leave it again. What is not written is zero.
 
@@ -76,10 +76,6 @@ class CheckpointState:
         """A view into the file."""
         start = self._layout.position(self._wholes[piece.name], kind) + piece.start
         return self._elements[start : start + piece.numel]
-
-    def write(self, piece: TensorSlice, kind: Kind, values: Tensor) -> None:
-        """Put the elements into the file."""
-        self.read(piece, kind).copy_(values)
 
     def commit(self, steps: Mapping[str, int]) -> None:
         """Keep the step counts."""

@@ -42,7 +42,7 @@ class Snapshot:
 
         It stays as it is until the next call.
         """
-        buffer = self._reserve(state, file)
+        buffer = self.reserve(state, file)
         on_device = False
         for kind in KINDS:
             for piece in file.pieces:
@@ -54,7 +54,8 @@ class Snapshot:
             torch.cuda.current_stream().synchronize()
         return buffer
 
-    def _reserve(self, state: StateReader, file: PieceFile) -> Tensor:
+    def reserve(self, state: StateReader, file: PieceFile) -> Tensor:
+        """The buffer for such a copy, uninitialised."""
         size = len(KINDS) * file.numel
         if self._buffer is None or self._buffer.numel() != size:
             self._buffer = None  # the old one is freed before the new one is made

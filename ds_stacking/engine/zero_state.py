@@ -22,7 +22,7 @@ from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 from torch import Tensor, nn
 
 from ds_stacking.engine.epsilon import set_count
-from ds_stacking.growth.state import Kind, TensorSlice
+from ds_stacking.growth.state import Kind, StateWriter, TensorSlice
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,8 +43,8 @@ class Fragment:
     """Index of the parameter group."""
 
 
-class LiveState:
-    """Reads and writes a live engine's state (StateReader and StateWriter of ds_stacking.growth.state).
+class LiveState(StateWriter):
+    """Reads and writes a live engine's state.
 
     Building it materialises the optimizer's state where no step was taken yet: moments 0, step 0.
     """
@@ -54,7 +54,7 @@ class LiveState:
         self.fragments = {fragment.name: fragment for fragment in _fragments(engine)}
         self.base = base_optimizer(engine)
         for fragment in self.fragments.values():
-            _materialise(self.base, fragment.master)
+            materialise(self.base, fragment.master)
 
     def slices(self) -> list[TensorSlice]:
         """What this rank's optimizer updates; under ZeRO 0, everything on every rank."""
@@ -67,10 +67,6 @@ class LiveState:
         tensor = fragment.master if kind == "master" else self.base.state[fragment.master][kind]
         start = fragment.offset + piece.start - fragment.start
         return tensor.detach().view(-1)[start : start + piece.numel]
-
-    def write(self, piece: TensorSlice, kind: Kind, values: Tensor) -> None:
-        """Copy into the engine."""
-        self.read(piece, kind).copy_(values)
 
     def steps(self) -> dict[str, int]:
         """Adam's step count of every parameter; every rank knows them all."""
@@ -106,7 +102,7 @@ def base_optimizer(engine: DeepSpeedEngine) -> torch.optim.Optimizer:
     return getattr(optimizer, "optimizer", optimizer)
 
 
-def _materialise(optimizer: torch.optim.Optimizer, master: Tensor) -> None:
+def materialise(optimizer: torch.optim.Optimizer, master: Tensor) -> None:
     """Give `master` the state that the optimizer would make at its first step."""
     state = optimizer.state[master]
     if state:

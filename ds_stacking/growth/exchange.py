@@ -29,16 +29,16 @@ class Exchange(Protocol):
         """
         ...
 
-    def all_reduce_sum(self, value: int) -> int:
-        """The sum of `value` over ranks."""
-        ...
-
     def all_reduce_tensor(self, values: Tensor) -> Tensor:
         """The sum of `values` over ranks, element by element, on the CPU."""
         ...
 
+    def all_reduce_sum(self, value: int) -> int:
+        """The sum of `value` over ranks."""
+        return int(self.all_reduce_tensor(torch.tensor(value)))
 
-class OneRank:
+
+class OneRank(Exchange):
     """A process on its own."""
 
     rank = 0
@@ -54,16 +54,12 @@ class OneRank:
         """What it sent to itself."""
         return [_joined(send[0], dtype, None)]
 
-    def all_reduce_sum(self, value: int) -> int:
-        """The value."""
-        return value
-
     def all_reduce_tensor(self, values: Tensor) -> Tensor:
         """The values."""
         return values
 
 
-class Ranks:
+class Ranks(Exchange):
     """The ranks of the default process group, whose backend must be able to carry tensors on `device`."""
 
     def __init__(self, device: torch.device) -> None:
@@ -87,12 +83,6 @@ class Ranks:
         sizes = [sum(part.numel() for part in parts) for parts in send]
         dist.all_to_all_single(incoming, outgoing, list(receive_sizes), sizes)
         return list(incoming.split(list(receive_sizes)))
-
-    def all_reduce_sum(self, value: int) -> int:
-        """One all-reduce."""
-        tensor = torch.tensor(value, dtype=torch.int64, device=self.device)
-        dist.all_reduce(tensor)
-        return int(tensor)
 
     def all_reduce_tensor(self, values: Tensor) -> Tensor:
         """One all-reduce."""

@@ -44,15 +44,15 @@ class StateWriter(StateReader, Protocol):
     """A store to write to; it can be read back."""
 
     def write(self, piece: TensorSlice, kind: Kind, values: Tensor) -> None:
-        """Set the elements of `piece` ([N] float32 on any device)."""
-        ...
+        """Set the elements of `piece` ([N] float32 on any device), by default in the view that `read` gives."""
+        self.read(piece, kind).copy_(values)
 
     def commit(self, steps: Mapping[str, int]) -> None:
         """Called once after the last write, by all ranks, with the step count of every tensor."""
         ...
 
 
-class FullState:
+class FullState(StateWriter):
     """A store of full tensors in host memory; with `holder=False` this rank holds nothing.
 
     It consolidates a sharded model on one rank, and it is the simplest store to test against.
@@ -70,10 +70,6 @@ class FullState:
     def read(self, piece: TensorSlice, kind: Kind) -> Tensor:
         """A view of the stored tensor."""
         return self.tensors[kind][piece.name][piece.start : piece.stop]
-
-    def write(self, piece: TensorSlice, kind: Kind, values: Tensor) -> None:
-        """Copy into the stored tensor."""
-        self.read(piece, kind).copy_(values)
 
     def commit(self, steps: Mapping[str, int]) -> None:
         """Keep the step counts."""

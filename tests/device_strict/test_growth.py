@@ -123,7 +123,9 @@ def test_a_life_on_a_gpu(world_size: int, cases: list[tuple[str, str]], tmp_path
                 assert found == expected, (layout, memory)
 
 
-def swap_with_host_tensors(self: Ranks, send: Any, receive_sizes: Any, *, dtype: torch.dtype = torch.float32) -> list:
+def all_to_all_of_host_tensors(
+    self: Ranks, send: Any, receive_sizes: Any, *, dtype: torch.dtype = torch.float32
+) -> list:
     """As it was: slots for ranks that get nothing filled with host tensors, then joined with parts on the device."""
     filled = [torch.cat(list(parts)) if parts else torch.empty(0, dtype=dtype) for parts in send]
     full = [part for part in filled if part.numel()]
@@ -154,18 +156,23 @@ def snapshot_pinned_like_the_state(self: Snapshot, state: StateReader, file: Pie
 
 
 def look_with_host_tensors(*args: Any) -> Any:
-    with replaced(Ranks, "all_to_all", swap_with_host_tensors):
+    with replaced(Ranks, "all_to_all", all_to_all_of_host_tensors):
         return cosines(*args)
 
 
 cosines = similarity.cosines
 FAULTS: dict[str, tuple[Any, str, Callable, str]] = {
-    "host tensors in a growth's rounds": (Ranks, "all_to_all", swap_with_host_tensors, r"cat: expected .* cpu\[0\]"),
+    "host tensors in a growth's rounds": (
+        Ranks,
+        "all_to_all",
+        all_to_all_of_host_tensors,
+        r"cat: expected .* cpu\[0\]",
+    ),
     "host tensors in the look's rounds": (similarity, "cosines", look_with_host_tensors, r"cat: expected .* cpu\[0\]"),
     "host tensor in a reduction": (Ranks, "all_reduce_sum", total_on_the_host, "allreduce_: no backend type"),
-    "optimizer state on the host": (zero_state, "_materialise", state_on_the_host, "_fused_adamw_: expected all"),
+    "optimizer state on the host": (zero_state, "materialise", state_on_the_host, "_fused_adamw_: expected all"),
     "device tensor written to a file": (Snapshot, "take", snapshot_as_it_lies, "convert cuda device type tensor"),
-    "pinned memory on the device": (Snapshot, "_reserve", snapshot_pinned_like_the_state, "cannot pin memory"),
+    "pinned memory on the device": (Snapshot, "reserve", snapshot_pinned_like_the_state, "cannot pin memory"),
 }
 
 

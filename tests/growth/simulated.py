@@ -10,11 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ds_stacking.growth.exchange import with_ranks
-from ds_stacking.growth.state import KINDS, Kind, TensorSlice
+from ds_stacking.growth.exchange import Exchange, with_ranks
+from ds_stacking.growth.state import KINDS, Kind, StateWriter, TensorSlice
 
 
-class ThreadRank:
+class ThreadRank(Exchange):
     """One rank's end of the exchange; a blackboard carries what ranks tell each other."""
 
     def __init__(self, rank: int, world_size: int, barrier: threading.Barrier, board: dict[int, Any]) -> None:
@@ -39,9 +39,6 @@ class ThreadRank:
         incoming = [parts[self.rank].clone() for parts in self._share(joined)]
         assert [part.numel() for part in incoming] == list(receive_sizes)
         return incoming
-
-    def all_reduce_sum(self, value: int) -> int:
-        return sum(self._share(value))
 
     def all_reduce_tensor(self, values: Tensor) -> Tensor:
         return sum(self._share(values))
@@ -69,7 +66,7 @@ def run_threads(world_size: int, case: Callable[[ThreadRank], Any]) -> list[Any]
     return [future.result() for future in futures]
 
 
-class ShardState:
+class ShardState(StateWriter):
     """What one rank holds: given pieces of full tensors, or uninitialised ones (masters) and zeros (moments)."""
 
     def __init__(self, pieces: Sequence[TensorSlice], full: Mapping[str, Mapping[str, Tensor]] | None = None) -> None:
@@ -91,9 +88,6 @@ class ShardState:
             if held.start <= piece.start and piece.stop <= held.stop:
                 return values[piece.start - held.start : piece.stop - held.start]
         raise AssertionError(f"{piece} is not on this rank")
-
-    def write(self, piece: TensorSlice, kind: Kind, values: Tensor) -> None:
-        self.read(piece, kind).copy_(values)
 
     def commit(self, steps: Mapping[str, int]) -> None:
         self.steps = dict(steps)
