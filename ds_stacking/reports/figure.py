@@ -84,13 +84,13 @@ def draw_png(path: Path, rows: Sequence[Sequence[Draw]], *, label: str = "", tit
 
 def svg(title: str, draw: Draw) -> str:
     """One panel as an SVG element of a page; screen readers say its `title`."""
-    content = io.StringIO()
+    file = io.StringIO()
     with styled():
         figure = Figure(figsize=(WIDTH / 72, HEIGHT / 72))
         figure.subplots_adjust(left=54 / WIDTH, right=1 - 12 / WIDTH, bottom=42 / HEIGHT, top=1 - 14 / HEIGHT)
         _draw(figure.subplots(), draw)
-        figure.savefig(content, format="svg", transparent=True)
-    return _inline(content.getvalue(), title)
+        figure.savefig(file, format="svg", transparent=True)
+    return _inline(file.getvalue(), title)
 
 
 def _draw(axes: Axes, draw: Draw) -> None:

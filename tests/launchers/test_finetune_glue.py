@@ -44,7 +44,7 @@ def one_rank(config: GlueConfig) -> None:
     """All jobs on this rank."""
     run = GlueRun(config)
     run.make_folder()
-    run.work()
+    run.run()
 
 
 def scores(folder: Path) -> dict[str, dict]:
