@@ -84,6 +84,11 @@ def stage_table(stages: Iterable[Mapping[str, Any]], style: box.Box = box.SIMPLE
 
 def stage_markdown(stages: Iterable[Mapping[str, Any]]) -> str:
     """The table of stages as Markdown."""
+    return markdown(stage_table(stages, box.MARKDOWN))
+
+
+def markdown(table: Table) -> str:
+    """A table with the lines of `box.MARKDOWN` as text."""
     text = io.StringIO()
-    Console(file=text, width=200, color_system=None).print(stage_table(stages, box.MARKDOWN))
+    Console(file=text, width=300, color_system=None).print(table)
     return "\n".join(line.strip() for line in text.getvalue().strip().splitlines())

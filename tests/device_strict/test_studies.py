@@ -39,5 +39,5 @@ def test_fine_tuning(tmp_path: Path) -> None:
 def test_attention(tmp_path: Path) -> None:
     write_run(tmp_path)
     with strict_device(0):
-        folder = analyse(AttentionConfig(model=str(tmp_path / "run"), blocks=6))
+        folder = analyse(AttentionConfig(model=str(tmp_path / "run"), sequences=6))
     assert len(json.loads((folder / "attention.json").read_text())["stages"]) == 2

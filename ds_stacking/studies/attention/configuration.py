@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from ds_stacking.common.errors import UserError
 
 MOST = 1_000_000
-"""Blocks, tokens of a block and distances beyond all use."""
+"""Sequences, tokens of a sequence and distances beyond all use."""
 
 
 @dataclass(kw_only=True)
@@ -23,9 +23,9 @@ class AttentionConfig:
     output_dir: str | None = None
     """Numbers and figures; default: report/attention in the run directory, for a model runs/attention."""
     sequence_length: int = 0
-    """Tokens of a block, [CLS] and [SEP] included; 0: that of the run, for a model 128."""
-    blocks: int = 64
-    """Blocks of text that everything is averaged over."""
+    """Tokens of a sequence, [CLS] and [SEP] included; 0: that of the run, for a model 128."""
+    sequences: int = 64
+    """Sequences of text that everything is averaged over."""
     neighbours: int = 2
     """Largest distance at which a token counts as a neighbour."""
 
@@ -34,7 +34,7 @@ class AttentionConfig:
             text = getattr(self, name)
             if text is not None and (not text.strip() or "\0" in text):
                 raise UserError(f"{name} is {text!r}; it must name something, or be left out.")
-        least = {"sequence_length": 8, "blocks": 1, "neighbours": 1}
+        least = {"sequence_length": 8, "sequences": 1, "neighbours": 1}
         for name, smallest in least.items():
             value = getattr(self, name)
             if not smallest <= value <= MOST and not (name == "sequence_length" and value == 0):

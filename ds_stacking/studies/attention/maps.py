@@ -1,8 +1,8 @@
 """Attention maps of an encoder: where its heads look, and how alike its layers are.
 
 Gong et al. 2019 (section 3) started from such maps: the distributions of neighbouring layers resemble each other, and
-heads attend to near tokens or to [CLS]. Shapes: L layers, H heads, B blocks, T tokens of a block, Q = T - 2 of them
-ordinary, D = 2R + 1 distances. A block is [CLS], Q ordinary tokens, [SEP]; only ordinary tokens are looked *from*.
+heads attend to near tokens or to [CLS]. Shapes: L layers, H heads, B sequences of T tokens, Q = T - 2 of them
+ordinary, D = 2R + 1 distances. A sequence is [CLS], Q ordinary tokens, [SEP]; only ordinary tokens are looked *from*.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from ds_stacking.growth.blocks import find_blocks
 FARTHEST = 32
 """Largest distance R in the profile."""
 BATCH = 4
-"""Blocks of one forward pass: the maps of all layers are held at once."""
+"""Sequences of one forward pass: the maps of all layers are held at once."""
 TARGETS = ("cls", "sep", "self", "neighbours", "others")
 """Where attention goes; every token is one of these, so the masses sum to 1."""
 THRESHOLD = 0.5
@@ -29,7 +29,7 @@ THRESHOLD = 0.5
 
 @dataclass(frozen=True, kw_only=True)
 class AttentionMaps:
-    """What was measured of one model, averaged over blocks and ordinary tokens; fp64 on the CPU."""
+    """What was measured of one model, averaged over sequences and ordinary tokens; fp64 on the CPU."""
 
     mass: Tensor
     """Share of a head's attention on each of TARGETS [5, L, H]."""
@@ -59,18 +59,18 @@ class AttentionMaps:
 
 
 @torch.no_grad()
-def measure(model: nn.Module, blocks: Tensor, *, neighbours: int) -> AttentionMaps:
-    """Measure `model`, which gives its attentions when asked, on `blocks` [B, T] of token ids.
+def measure(model: nn.Module, sequences: Tensor, *, neighbours: int) -> AttentionMaps:
+    """Measure `model`, which gives its attentions when asked, on `sequences` [B, T] of token ids.
 
     Raises UserError where its attentions are not [B, H, T, T] for every layer.
     """
     model.eval()
     sums: tuple[Tensor, ...] = ()
-    for batch in blocks.split(BATCH):
+    for batch in sequences.split(BATCH):
         maps = _maps(model, batch)  # [L, B, H, T, T]
         measured = (_mass(maps, neighbours), _profile(maps), _divergence(maps))
         sums = tuple(a + b for a, b in zip(sums, measured, strict=True)) if sums else measured
-    mass, profile, divergence = (total / len(blocks) for total in sums)
+    mass, profile, divergence = (total / len(sequences) for total in sums)
     return AttentionMaps(
         mass=mass,
         profile=profile,

@@ -32,7 +32,7 @@ def analyse(config: AttentionConfig) -> Path:
     """Write attention.json into the output folder and return that folder. Raises UserError for bad input."""
     quiet()
     subject = resolve(config)
-    blocks = read_blocks(subject, config.blocks)
+    sequences = read_sequences(subject, config.sequences)
     stages: dict[str, AttentionMaps] = {}
     as_grown: dict[str, AttentionMaps] = {}
     names = list(subject.models)
@@ -41,20 +41,20 @@ def analyse(config: AttentionConfig) -> Path:
         count = find_blocks(model).count
         if len(names) > 1 and layers_of(name) not in (None, count):
             raise UserError(f"{subject.models[name]} has {count} layers; restore the export of that stage.")
-        if int(blocks.max()) >= model.config.vocab_size:
+        if int(sequences.max()) >= model.config.vocab_size:
             raise UserError(
                 f"The tokenizer of {subject.tokenizer} is not that of {name}; give its own with --tokenizer."
             )
-        stages[name] = measure(model, blocks, neighbours=config.neighbours)
+        stages[name] = measure(model, sequences, neighbours=config.neighbours)
         print(f"{name}: {describe(stages[name])}", flush=True)
         layers = subject.growths[index]["layer_map"] if index < len(subject.growths) else [None]
         if copied := [layer for layer in layers if layer is not None] if None not in layers else []:
             grown = copy_blocks(model, copied)
-            as_grown[names[index + 1]] = measure(grown, blocks, neighbours=config.neighbours)
+            as_grown[names[index + 1]] = measure(grown, sequences, neighbours=config.neighbours)
     record = {
         "model": config.model,
         "data": subject.data,
-        "blocks": len(blocks),
+        "sequences": len(sequences),
         "sequence_length": subject.length,
         "neighbours": config.neighbours,
         "stages": [stage_record(name, maps) for name, maps in stages.items()],
@@ -77,8 +77,8 @@ def _write(folder: Path, record: Record, root: Path) -> None:
     write_json(folder / "attention.json", record, inside=inside)
 
 
-def read_blocks(subject: Subject, number: int) -> Tensor:
-    """Blocks [B, T] of token ids from the beginning of the text, [CLS] first and [SEP] last."""
+def read_sequences(subject: Subject, number: int) -> Tensor:
+    """Sequences [B, T] of token ids from the beginning of the text, [CLS] first and [SEP] last."""
     if Path(subject.tokenizer).is_dir():
         check_links(Path(subject.tokenizer))
     with one_sentence(f"The tokenizer {subject.tokenizer} cannot be loaded"):

@@ -20,7 +20,7 @@ from ds_stacking.config import CorpusConfig
 from ds_stacking.studies.attention.configuration import AttentionConfig
 
 LENGTH = 128
-"""Tokens of a block where no run says how many."""
+"""Tokens of a sequence where no run says how many."""
 STAGE = re.compile(r"stage-([0-9]{1,4})-([0-9]{1,4})L")
 """An exported stage: its number and its layers."""
 MEND = "restore it, or give one of the run's exported stages"
@@ -61,7 +61,7 @@ class Subject:
     corpus: CorpusConfig
     """How the text is read."""
     length: int
-    """Tokens of a block."""
+    """Tokens of a sequence."""
     output_dir: Path
     """Numbers and figures."""
 

@@ -43,11 +43,11 @@ class End:
     loss: float
     """Held-out loss on [MASK] positions, in nats."""
     shuffled: float | None = None
-    """The same on shuffled blocks."""
+    """The same on shuffled sequences."""
     unigram: float | None = None
     """Loss at the same positions of a model that knows word frequencies only."""
     cache: float | None = None
-    """The same of one that also knows which words stand in the block."""
+    """The same of one that also knows which words stand in the sequence."""
     steps: int
     """Optimizer steps."""
     tokens: float

@@ -5,7 +5,6 @@ Ours are measured once, on sets that no setting was chosen on; the notes say wha
 
 from __future__ import annotations
 
-import io
 import math
 import statistics
 import zipfile
@@ -15,13 +14,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from rich import box
-from rich.console import Console
 from rich.table import Table
 
 from ds_stacking.common.files import whole_file, write_json, write_text
 from ds_stacking.common.outputs import writing
 from ds_stacking.common.own_files import make_inside, read_inside
 from ds_stacking.common.words import plain
+from ds_stacking.reports.table import markdown
 from ds_stacking.studies.glue.choice import Choice
 from ds_stacking.studies.glue.results import read_choices
 from ds_stacking.studies.glue.rows import ARMS, Row, other_finals, read_scored, summarise
@@ -132,9 +131,7 @@ def _table(rows: Sequence[Row]) -> str:
         averages.append(f"{statistics.fmean(scores):.1f}" if len(scores) == len(tasks) else "-")
     published_averages = [f"{average(published, tasks):.1f}" for published in PUBLISHED.values()]
     table.add_row("average", f"{len(tasks)} of {len(METRICS)} tasks", *averages, *published_averages)
-    text = io.StringIO()
-    Console(file=text, width=300, color_system=None).print(table)
-    return "\n".join(line.strip() for line in text.getvalue().strip().splitlines())
+    return markdown(table)
 
 
 def _measured(row: Row | None) -> str:

@@ -146,14 +146,14 @@ def write_run(folder: Path) -> None:
 
 def test_a_run_is_analysed_stage_by_stage(tmp_path: Path) -> None:
     write_run(tmp_path)
-    folder = analyse(AttentionConfig(model=str(tmp_path / "run"), blocks=6))
+    folder = analyse(AttentionConfig(model=str(tmp_path / "run"), sequences=6))
     assert folder == tmp_path / "run" / "report" / "attention"
     record = json.loads((folder / "attention.json").read_text())
     assert [(s["name"], s["layers"], s["heads"]) for s in record["stages"]] == [
         ("stage-1-1L", 1, 2),
         ("stage-2-2L", 2, 2),
     ]
-    assert record["sequence_length"] == 16 and record["blocks"] == 6
+    assert record["sequence_length"] == 16 and record["sequences"] == 6
     (growth,) = record["growths"]
     assert [point["name"] for point in growth["points"]] == ["as grown", "end of stage-2-2L"]
     assert growth["points"][0]["weight_cosine"] == [1.0] and growth["points"][1]["weight_cosine"][0] < 0.5
@@ -169,7 +169,7 @@ def test_any_encoder_is_analysed_and_bad_input_is_one_sentence(tmp_path: Path) -
     )  # fmt: skip
     RobertaModel(config).save_pretrained(tmp_path / "roberta")
     options = {"tokenizer": str(tiny), "data": str(tmp_path / "text.txt"), "output_dir": str(tmp_path / "out")}
-    analyse(AttentionConfig(model=str(tmp_path / "roberta"), sequence_length=24, blocks=2, **options))
+    analyse(AttentionConfig(model=str(tmp_path / "roberta"), sequence_length=24, sequences=2, **options))
     (stage,) = json.loads((tmp_path / "out" / "attention.json").read_text())["stages"]
     total = sum(np.array(stage["mass"][target]) for target in TARGETS)
     assert total == pytest.approx(np.ones((2, 4)), abs=1e-3) and stage["heads"] == 4

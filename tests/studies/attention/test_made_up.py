@@ -115,7 +115,7 @@ def test_what_is_wrong_is_named_and_nothing_is_written(run: Path, fault: str) ->
     mutate(run)
     before = sorted(run.parent.rglob("*"))
     with pytest.raises(UserError) as error:
-        analyse(AttentionConfig(model=str(run), blocks=2))
+        analyse(AttentionConfig(model=str(run), sequences=2))
     said = str(error.value)
     assert re.search(words, said) and "\n" not in said and len(said) < 700, said
     assert sorted(run.parent.rglob("*")) == before
@@ -133,7 +133,7 @@ def test_foreign_entries_and_half_a_line_are_passed_over(run: Path) -> None:
 def test_a_growth_that_is_not_known_is_left_out(run: Path) -> None:
     """It was made on the disk."""
     (run / "metrics.jsonl").write_text('{"kind": "train"}\n')
-    folder = analyse(AttentionConfig(model=str(run), blocks=2))
+    folder = analyse(AttentionConfig(model=str(run), sequences=2))
     assert json.loads((folder / "attention.json").read_text())["growths"] == []
 
 
@@ -146,10 +146,10 @@ def test_a_growth_that_is_not_known_is_left_out(run: Path) -> None:
         (["--model=m", "--tokenizer="], "tokenizer is ''"),
         (["--model=m", "--data="], "data is ''"),
         (["--model=m", "--output_dir="], "output_dir is ''"),
-        (["--model=m", "--blocks=nan"], "blocks is nan; it must be a whole number"),
-        (["--model=m", "--blocks=1e999"], "blocks is inf; it must be a whole number"),
-        (["--model=m", "--blocks=-1"], "blocks is -1; it must be 1 to"),
-        (["--model=m", f"--blocks={10**30}"], "blocks is 1e[+]30; it must be 1 to"),
+        (["--model=m", "--sequences=nan"], "sequences is nan; it must be a whole number"),
+        (["--model=m", "--sequences=1e999"], "sequences is inf; it must be a whole number"),
+        (["--model=m", "--sequences=-1"], "sequences is -1; it must be 1 to"),
+        (["--model=m", f"--sequences={10**30}"], "sequences is 1e[+]30; it must be 1 to"),
         (["--model=m", f"--neighbours={10**30}"], "neighbours is 1e[+]30; it must be 1 to"),
         (["--model=m", "--sequence_length=7"], "sequence_length is 7; it must be 8 to"),
         (["--model=m", f"--sequence_length={10**12}"], "sequence_length is 1e[+]12; it must be 8 to"),

@@ -23,7 +23,7 @@ SCRIPT = "<script>alert(1)</script>"
     [
         ({"version": ...}, "is of version 1, and this program reads version 2; use the program that made it"),
         ({"version": 3}, "is of version 3"),
-        ({"version": "2"}, "is of version 'x', and this program reads"),
+        ({"version": "2"}, "is of version '2', and this program reads"),
         ({"recipe": {}}, "recipe.stages: field required"),
         ({"clock": "sun"}, "clock: input should be 'wall' or 'cpu'"),
         ({"arms": {SCRIPT: ARMS["stack"]}}, "should match pattern"),
