@@ -288,7 +288,7 @@ class StageConfig:
     warmup_steps: int = 0
     """Linear warm-up at the start of this stage; needs lr."""
     sequence_length: int | None = None
-    """Tokens per block in this stage, such as 512 after 128; evaluation keeps corpus.sequence_length."""
+    """Tokens of a sequence in this stage, such as 512 after 128; evaluation keeps corpus.sequence_length."""
     tokens_per_step: int | None = None
     """Tokens of one optimizer step over all ranks."""
     micro_batch_size: int | Literal["auto"] | None = None
@@ -414,7 +414,7 @@ class RunConfig:
     eval_after_growth: int = 100
     """Optimizer steps after a growth at which its held-out loss is evaluated once more, for its record. 0: never."""
     eval_sequences: int = 256
-    """Held-out blocks of one evaluation, the same ones each time."""
+    """Held-out sequences of one evaluation, the same ones each time."""
     log_every: int = 10
     """Optimizer steps between lines in metrics.jsonl."""
     checkpoint_every: int = 500
@@ -494,7 +494,7 @@ class RunConfig:
             )
 
     def length_of(self, stage: StageConfig) -> int:
-        """Tokens per training block of a stage."""
+        """Tokens of a training sequence of a stage."""
         return stage.sequence_length or self.corpus.sequence_length
 
     @property

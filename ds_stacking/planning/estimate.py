@@ -97,7 +97,6 @@ class StagePlan:
 
 def check_sizes(config: RunConfig) -> None:
     """Raise UserError for a run so large that planning it would not end."""
-    assert isinstance(config.stages, list)
     for stage in config.stages:
         sequences = (stage.tokens_per_step or config.tokens_per_step) // config.length_of(stage)
         if sequences > MOST_SEQUENCES:
@@ -160,7 +159,6 @@ def plan_stage(config: RunConfig, stage: StageConfig, cluster: Cluster, *, zero_
 
 def plan_run(config: RunConfig, cluster: Cluster, *, zero_stage: int) -> list[StagePlan]:
     """Plan every stage of a run; raises UserError as `plan_stage` does."""
-    assert isinstance(config.stages, list)
     return [
         plan_stage(config, stage, cluster, zero_stage=zero_stage, first=index == 0)
         for index, stage in enumerate(config.stages)

@@ -48,7 +48,6 @@ def make_cluster(gpu: GpuSpec, *, nodes: int, gpus_per_node: int, mfu: float) ->
 
 def plan_table(config: RunConfig, plans: list[StagePlan], cluster: Cluster) -> str:
     """Per stage a block of lines, then the totals."""
-    assert isinstance(config.stages, list)
     lengths = [config.length_of(stage) for stage in config.stages]
     sequences = " then ".join(str(length) for length in dict.fromkeys(lengths))
     lines = [f"{config.name} on {cluster.nodes} x {cluster.gpus_per_node} GPUs, bf16, sequences of {sequences} tokens"]

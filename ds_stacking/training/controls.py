@@ -5,7 +5,7 @@ visible, in the same sequence (Kuhn and De Mori 1990, "A cache-based natural lan
 their one weight is fitted on training text. A model above the first knows less than frequencies; one above the second
 may do no more with its context than repeat what stands there.
 
-Shapes: P positions, N tokens of some blocks, V entries of the vocabulary.
+Shapes: P positions, N tokens of some sequences, V entries of the vocabulary.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import numpy as np
 
 from ds_stacking.data.batches import Batch, EvalBatches
 
-_BLOCKS_AT_ONCE = 256
+_SEQUENCES_AT_ONCE = 256
 _HALVINGS = 60
 
 
@@ -34,7 +34,7 @@ class Controls:
 
 
 def measure_controls(held_out: EvalBatches, train: EvalBatches, unigram: np.ndarray) -> Controls:
-    """Fit the weight on blocks of the training split, masked like the held-out ones, and measure on the latter.
+    """Fit the weight on sequences of the training split, masked like the held-out ones, and measure on the latter.
 
     `unigram` [V] are the probabilities of all tokens, above 0 for ordinary ones and 0 for special ones. No rank needs
     another for it, and every one gets the same.
@@ -70,8 +70,8 @@ def _probabilities(batches: EvalBatches, unigram: np.ndarray) -> tuple[np.ndarra
 
 
 def _in_parts(batches: EvalBatches) -> Iterator[Batch]:
-    for begin in range(0, len(batches), _BLOCKS_AT_ONCE):
-        yield batches.batch(np.arange(begin, min(begin + _BLOCKS_AT_ONCE, len(batches))))
+    for begin in range(0, len(batches), _SEQUENCES_AT_ONCE):
+        yield batches.batch(np.arange(begin, min(begin + _SEQUENCES_AT_ONCE, len(batches))))
 
 
 def _of_batch(batch: Batch, unigram: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -95,7 +95,7 @@ def _of_batch(batch: Batch, unigram: np.ndarray) -> tuple[np.ndarray, np.ndarray
 
 
 def _sequences(batch: Batch) -> np.ndarray:
-    """The number of the sequence that each token can see, [N]: its block, or with documents apart its document."""
+    """The number of the sequence that each token can see, [N]: its row, or with documents apart its document."""
     count = batch.input_ids.numel()
     if batch.cu_seqlens is None:
         return np.arange(count) // batch.input_ids.shape[1]

@@ -64,7 +64,7 @@ def held_out_loss(
     `poll` is called before every micro-batch, equally often on every rank; what it raises ends the evaluation.
 
     Each rank runs the same number of forward passes, as ZeRO-3, which gathers weights in them, demands; a rank that
-    has no block left repeats one with weight 0. Dropout is off, so no generator moves.
+    has no sequence left repeats one with weight 0. Dropout is off, so no generator moves.
     """
     training = model.training
     read = batches.shuffled if shuffled else batches.batch
@@ -83,12 +83,12 @@ def held_out_loss(
     return HeldOutLoss(all_positions=loss / tokens, masked=masked_loss / max(1.0, masked_tokens))
 
 
-def _rounds(blocks: int, micro_batch_size: int) -> list[tuple[np.ndarray, int]]:
+def _rounds(sequences: int, micro_batch_size: int) -> list[tuple[np.ndarray, int]]:
     """This rank's micro-batches with their weights, as many on every rank."""
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     rounds = []
-    for start in range(0, blocks, micro_batch_size * world):
-        chunk = np.arange(start, min(start + micro_batch_size * world, blocks))
+    for start in range(0, sequences, micro_batch_size * world):
+        chunk = np.arange(start, min(start + micro_batch_size * world, sequences))
         mine = np.array_split(chunk, world)[rank]
         rounds.append((mine, 1) if len(mine) else (chunk[:1], 0))
     return rounds

@@ -83,21 +83,13 @@ class Metrics:
         state.steps_in_loss = 0
         norm = self.manager.engine.get_global_grad_norm()
         record = self.make_record("train")
-        rates = ledger.rates()
-        record |= {"loss": loss, "lr": rate, "grad_norm": None if norm is None else float(norm), **rates}
-        record["skipped_steps"] = state.skipped
-        record["seconds_by_phase"] = dict(ledger.phases)
+        record |= {"loss": loss, "lr": rate, "grad_norm": None if norm is None else float(norm), **ledger.rates()}
+        record |= {"skipped_steps": state.skipped, "seconds_by_phase": dict(ledger.phases)}
         if self.config.compile:
             record |= {f"compiled_{name}": count for name, count in asdict(compilations()).items()}
         ledger.stage.train_loss_end = loss
         self.tracker.log(record)
-        self.console.update(
-            state.position.stage_step,
-            loss=loss,
-            lr=rate,
-            tokens_per_second=rates["tokens_per_second"],
-            mfu=rates.get("mfu"),
-        )
+        self.console.update(state.position.stage_step, record)
 
     def log_evaluation(self, loss: HeldOutLoss) -> None:
         """Log a held-out loss of the current engine."""

@@ -1,7 +1,7 @@
 """`micro_batch_size` "auto": of the sizes that fit, the fastest for each stage, measured once before the first stage.
 
 Shallow stages keep less for the backward pass and take larger micro-batches; the global batch stays what the recipe
-says. Measured are forward and backward passes on real blocks; that the engine's states fit beside them is computed.
+says. Measured are forward and backward passes on real sequences; that the engine's states fit beside them is computed.
 What was chosen stands in the run's config.json, from which a resumed run takes it.
 """
 

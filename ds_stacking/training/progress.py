@@ -33,8 +33,8 @@ class Console:
     def start_stage(self, *, stage: int, stages: int, layers: int, steps: int, done: int = 0) -> None:
         """Begin a stage (0-based) of `steps` optimizer steps, `done` of which an earlier process made."""
 
-    def update(self, done: int, *, loss: float, lr: float, tokens_per_second: float, mfu: float | None = None) -> None:
-        """Report that `done` steps of the stage are made."""
+    def update(self, done: int, record: Mapping[str, Any]) -> None:
+        """Show figures of a training record, now that `done` steps of the stage are made."""
 
     def closing(self, summary: Mapping[str, Any]) -> None:
         """Show the table of stages and the closing figures."""
@@ -105,10 +105,11 @@ class RichConsole(Console):
             self._task: TaskID = self._bar.add_task(self._name, total=steps, completed=done, figures="")
             self._bar.start()
 
-    def update(self, done: int, *, loss: float, lr: float, tokens_per_second: float, mfu: float | None = None) -> None:
+    def update(self, done: int, record: Mapping[str, Any]) -> None:
         left = duration((self.now() - self._start) / max(done - self._first, 1) * (self._steps - done))
-        share = "" if mfu is None else f"  MFU {mfu:.0%}"
-        figures = f"loss {loss:.3f}  lr {lr:.2e}  {count(tokens_per_second)} tokens/s{share}  {left} left"
+        share = f"  MFU {record['mfu']:.0%}" if "mfu" in record else ""
+        figures = f"loss {record['loss']:.3f}  lr {record['lr']:.2e}  {count(record['tokens_per_second'])} tokens/s"
+        figures += f"{share}  {left} left"
         if self._bar is not None:
             self._bar.update(self._task, completed=done, figures=figures)
         elif self.now() >= self._next_line or done == self._steps:

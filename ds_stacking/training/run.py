@@ -200,7 +200,7 @@ def _resolved(run: Pretraining, why: str) -> dict[str, object]:
         f"vocabulary {model.vocab_size:,}",
         "data": f"{config.data}: {len(data.train):,} tokens for training, {len(data.eval):,} held out, "
         f"unigram entropy {data.unigram_entropy:.2f} nat",
-        "evaluation": f"{len(run.held_out):,} held-out blocks, fingerprint {run.held_out.fingerprint()}",
+        "evaluation": f"{len(run.held_out):,} held-out sequences, fingerprint {run.held_out.fingerprint()}",
         "batch": " then ".join(dict.fromkeys(plan.describe() for plan in run.plans)),
         "stages": ", ".join(_stage_text(config, stage, i) for i, stage in enumerate(config.stages)),
         "schedule": f"{config.schedule}, peak {config.lr:g}"

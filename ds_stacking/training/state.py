@@ -18,7 +18,7 @@ from ds_stacking.engine.record import GrowthRecord
 
 @dataclass(frozen=True, kw_only=True)
 class HeldOutLoss:
-    """Mean cross entropy in nats per predicted token of the held-out blocks."""
+    """Mean cross entropy in nats per predicted token of the held-out sequences."""
 
     all_positions: float
     """Over all predicted positions: 80 % [MASK], 10 % random tokens, 10 % left as they were."""

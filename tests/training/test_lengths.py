@@ -42,6 +42,7 @@ def run(folder: str, name: str, *options: str) -> list[tuple[int, list[int]]]:
         f"--stages={STAGES}",
         "--checkpoint_every=1",
         "--checkpoint_keep=9",
+        "--checkpoint_async=false",  # else a slow disk makes it leave some out
         "--eval_every=0",
         "--micro_batch_size=64",
     ]

@@ -44,7 +44,7 @@ def train(console: Console, clock: list[float], steps: int, done: int = 0) -> No
     console.start_stage(stage=0, stages=2, layers=2, steps=steps, done=done)
     for step in range(done + 1, steps + 1):
         clock[0] += 1.0
-        console.update(step, loss=5.0, lr=1e-3, tokens_per_second=12_345)
+        console.update(step, {"loss": 5.0, "lr": 1e-3, "tokens_per_second": 12_345})
 
 
 def test_a_log_gets_a_line_now_and_then_with_the_time_left():
@@ -107,7 +107,7 @@ def test_other_ranks_are_silent(capsys):
     assert isinstance(console, Console)
     console.resolved({"ranks": 4})
     console.start_stage(stage=0, stages=1, layers=2, steps=3)
-    console.update(1, loss=1.0, lr=1.0, tokens_per_second=1.0)
+    console.update(1, {"loss": 1.0, "lr": 1.0, "tokens_per_second": 1.0})
     console.log("text")
     console.closing(SUMMARY)
     console.close()

@@ -72,7 +72,6 @@ class Arm:
 
 def recipe_stages(config: RunConfig) -> list[StageConfig]:
     """The recipe's stages."""
-    assert isinstance(config.stages, list)
     return config.stages
 
 
