@@ -42,12 +42,13 @@ def train(folder: str, output: str, options: tuple[str, ...] = (), point: str = 
 def strike(run: Any, point: str, fault: str) -> None:
     """Let a fault strike once, at `point` and not before step 4; a file beside the run directory then exists."""
     from ds_stacking.checkpoint.job import SaveJob
+    from ds_stacking.engine.factory import EngineFactory
 
     when, what = point.split()
     place = {
         ("in", "step"): (run, "loss"),
         ("in", "evaluation"): (run.evaluation, "poll"),
-        ("in", "growth"): (run.manager.factory, "build"),
+        ("in", "growth"): (EngineFactory, "build"),
         ("in", "save"): (SaveJob, "write_share"),
     }.get((when, what))
     whole = {
