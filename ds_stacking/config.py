@@ -125,7 +125,7 @@ def require_text(name: str, value: str) -> None:
     _check_text(name, value)
 
 
-@dataclass(kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class SourceConfig:
     """How text is read and tokenised. The source itself is `--data`."""
 
@@ -181,7 +181,7 @@ MOST_WORKERS = 1024
 """Processes that prepare data; each has a copy of the tokenizer and of some documents."""
 
 
-@dataclass(kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class PreparationOptions:
     """What is done to the documents of a source, whether a run prepares them (`corpus.`) or prepare_data.py."""
 
@@ -205,7 +205,7 @@ def _check_preparation(options: PreparationOptions, where: str = "") -> None:
         require(0 <= value <= most, f"{where}{name} is {value}; it must lie between 0 and {most}.")
 
 
-@dataclass(kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class CorpusConfig(PreparationOptions, SourceConfig):
     """Where text comes from and how it becomes sequences of tokens. The source itself is `--data`."""
 

@@ -10,7 +10,7 @@ from ds_stacking.config import PreparationOptions, SourceConfig, require_text
 SHARD_TOKENS = 2**27
 
 
-@dataclass(kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class PreparationConfig(PreparationOptions):
     """One corpus prepared for any number of runs."""
 

@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 from contextlib import suppress
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from xml.sax.saxutils import escape
@@ -308,7 +309,7 @@ def test_what_leaks_is_refused_and_the_shards_are_kept(documents: list[str], tok
     with pytest.raises(UserError, match=r"of the held-out 13-grams stand in the training split too"):
         prepare_folder(config, print)
     before = arrays(tmp_path / "out")
-    config.max_leak = 100.0
+    config = replace(config, max_leak=100.0)
     manifest = prepare_folder(config, print)
     assert arrays(tmp_path / "out") == before
     assert manifest["leak"]["leaked_documents"] >= 0.5 * manifest["leak"]["documents"]
