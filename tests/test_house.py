@@ -8,7 +8,8 @@ import shutil
 import subprocess
 import sys
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
 from importlib.metadata import packages_distributions
 from pathlib import Path
 
@@ -285,6 +286,37 @@ def test_launchers_are_thin_and_show_their_command(path: Path) -> None:
     text = path.read_text()
     assert len(text.splitlines()) < 100
     assert f"launchers/{path.name}" in (ast.get_docstring(ast.parse(text)) or "")
+
+
+def code_lines(source: str) -> list[str]:
+    """The lines of a source that do something: no imports, signatures, docstrings, comments, brackets alone."""
+    lines, tree = source.splitlines(), ast.parse(source)
+    left_out: set[int] = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.FunctionDef):
+            left_out |= set(range(node.lineno, node.body[0].lineno))
+        text = isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
+        if isinstance(node, ast.Import | ast.ImportFrom) or text:
+            left_out |= set(range(node.lineno, node.end_lineno + 1))
+    found = (line.strip() for number, line in enumerate(lines, 1) if number not in left_out)
+    return [line for line in found if re.search(r"\w", line) and not line.startswith("#")]
+
+
+def twice(sources: Iterable[list[str]], length: int = 6) -> list[tuple[str, ...]]:
+    """Stretches of so many lines that stand in more than one place."""
+    stretches = Counter(tuple(lines[at : at + length]) for lines in sources for at in range(len(lines) - length + 1))
+    return [stretch for stretch, count in stretches.items() if count > 1]
+
+
+def test_no_six_lines_stand_twice() -> None:
+    """Triton's kernels apart, whose openings are alike: each is compiled by itself."""
+    assert twice(code_lines(path.read_text()) for path in LIBRARY if room(path) != "kernels") == []
+
+
+def test_lines_that_stand_twice_are_found() -> None:
+    first = code_lines('def f(a):\n    """Say."""\n    a = 1  # one\n    # more\n    b = 2\n    c = 3\n')
+    second = code_lines("import os\nx = 0\na = 1  # one\nb = 2\nc = 3\n")
+    assert twice([first, second], 3) == [("a = 1  # one", "b = 2", "c = 3")] and twice([first, second], 4) == []
 
 
 def test_the_page_shows_every_file() -> None:

@@ -89,7 +89,7 @@ class Manifest:
         """JSON with a checksum of its own."""
         content = {"format": FORMAT, "version": VERSION, **asdict(self)}
         content["files"] = {name: record._asdict() for name, record in sorted(self.files.items())}
-        return json.dumps(content | {"sha256": _checksum(content)}, indent=1).encode()
+        return json.dumps(content | {"sha256": checksum(content)}, indent=1).encode()
 
 
 def read_manifest(path: Path) -> Manifest:
@@ -103,7 +103,7 @@ def read_manifest(path: Path) -> Manifest:
         raise Unusable(
             f"it has format version {shown(content.get('version'))}, and this program reads versions {versions}"
         )
-    if content.pop("sha256", None) != _checksum(content):
+    if content.pop("sha256", None) != checksum(content):
         raise Unusable(f"its {MANIFEST} was changed after it was written")
     fields = _parse(text, _Fields)
     manifest = Manifest(
@@ -151,5 +151,5 @@ def _read(path: Path) -> bytes:
         raise Unusable(f"its {MANIFEST} cannot be read ({error.strerror})") from None
 
 
-def _checksum(content: Mapping[str, Any]) -> str:
+def checksum(content: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True, separators=(",", ":")).encode()).hexdigest()

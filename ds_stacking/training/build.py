@@ -240,6 +240,6 @@ def _look_at_what_stays(config: RunConfig, found: Found | None) -> str | None:
 
 
 def _peak() -> float | None:
-    """Dense bf16 peak of all GPUs of the run, if the part is known."""
-    part = gpu_spec_of(torch.cuda.get_device_name()) if device().type == "cuda" else None
-    return part.bf16 * world_size() if part else None
+    """Dense bf16 peak of all GPUs of the run, if their kind is known."""
+    gpu = gpu_spec_of(torch.cuda.get_device_name()) if device().type == "cuda" else None
+    return gpu.bf16 * world_size() if gpu else None

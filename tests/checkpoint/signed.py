@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file, save
 
 from ds_stacking.checkpoint.format import INDEX, MANIFEST, STATE
-from ds_stacking.checkpoint.manifest import _checksum
+from ds_stacking.checkpoint.manifest import checksum
 
 TENSORS, GENERATORS = "rank-00000.safetensors", "rank-00000.json"
 
@@ -29,7 +29,7 @@ def sign(path: Path, **fields: Any) -> None:
 def sign_manifest(path: Path, content: dict[str, Any]) -> None:
     """Write a manifest with a right checksum of its own."""
     content.pop("sha256", None)
-    (path / MANIFEST).write_text(json.dumps(content | {"sha256": _checksum(content)}))
+    (path / MANIFEST).write_text(json.dumps(content | {"sha256": checksum(content)}))
 
 
 def record(file: Path) -> dict[str, Any]:

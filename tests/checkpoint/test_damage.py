@@ -43,13 +43,13 @@ def flip(file: Path, at: int) -> None:
 
 def edit_manifest(path: Path, resign: bool = True, **changes) -> None:
     """Change the manifest; with `resign` its own checksum is made right again."""
-    from ds_stacking.checkpoint.manifest import _checksum
+    from ds_stacking.checkpoint.manifest import checksum
 
     content = json.loads((path / "manifest.json").read_text())
     content |= changes
     if resign:
         content.pop("sha256")
-        content["sha256"] = _checksum(content)
+        content["sha256"] = checksum(content)
     (path / "manifest.json").write_text(json.dumps(content))
 
 
