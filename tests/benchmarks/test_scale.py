@@ -61,7 +61,7 @@ def test_the_moves_of_all_ranks_fit_together(scale: Any, name: str, zero_stage: 
             if move.src_rank == rank:
                 leaving[move] += 1
     assert arriving == leaving and set(arriving.values()) == {1}
-    found = Counter((m.wanter, m.entry.target, e) for m in arriving for e in range(m.start, m.stop))
+    found = Counter((m.dst_rank, m.entry.target, e) for m in arriving for e in range(m.start, m.stop))
     assert found == wanted(case)
     if zero_stage == 3 or name == "restore":
         assert not any(move.crosses for move in arriving), "what a rank holds itself does not cross"
@@ -72,8 +72,12 @@ def test_rounds_are_agreed_on_and_bounded(scale: Any, limit: int) -> None:
     case = scale.make_case("growth", "tiny", 5, 1)
     planned = [case.moves(rank) for rank in range(5)]
     crossing = [[move for move in moves if move.crosses] for moves, _ in planned]
-    load = torch.tensor([[sum(m.numel for m in moves if m.owner == r), sum(m.numel for m in moves if m.wanter == r)]
-                         for r, moves in enumerate(crossing)])  # fmt: skip
+    load = torch.tensor(
+        [
+            [sum(m.numel for m in moves if m.src_rank == r), sum(m.numel for m in moves if m.dst_rank == r)]
+            for r, moves in enumerate(crossing)
+        ]
+    )
     made = []
     for moves, (_, exchange) in zip(crossing, planned, strict=True):
         exchange.load = load
@@ -87,9 +91,12 @@ def test_rounds_are_agreed_on_and_bounded(scale: Any, limit: int) -> None:
                 assert got == [move for move in sent if move.dst_rank == other], "in the same order at both ends"
             assert sum(move.numel for move in sent) <= limit + len({move.dst_rank for move in sent})
     for rank, moves in enumerate(crossing):
-        elements = Counter((m.entry.target, m.owner, m.wanter, e) for m in moves for e in range(m.start, m.stop))
+        elements = Counter((m.entry.target, m.src_rank, m.dst_rank, e) for m in moves for e in range(m.start, m.stop))
         assert elements == Counter(
-            (m.entry.target, m.owner, m.wanter, e) for part in made[rank] for m in part for e in range(m.start, m.stop)
+            (m.entry.target, m.src_rank, m.dst_rank, e)
+            for part in made[rank]
+            for m in part
+            for e in range(m.start, m.stop)
         )
 
 
