@@ -16,7 +16,7 @@ import sys
 import time
 import traceback
 from argparse import SUPPRESS
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import MISSING, Field, fields, is_dataclass
 from functools import partial
 from pathlib import Path
@@ -66,14 +66,21 @@ def parse_run(arguments: Sequence[str], launcher: Iterable[str] = ()) -> RunConf
     return config
 
 
-def parse_options(config: type[Config], arguments: Sequence[str], description: str) -> Config:
-    """An instance of a configuration class, whose fields are the options. Raises UserError."""
-    return build(config, make_parser(config, description).parse_args(arguments).given)
+def parse_options(
+    config: type[Config], arguments: Sequence[str], description: str, renamed: Mapping[str, str] | None = None
+) -> Config:
+    """An instance of a configuration class, whose fields are the options. Raises UserError.
+
+    `renamed` has the present names of options by those that they had once.
+    """
+    return build(config, make_parser(config, description, renamed=renamed).parse_args(arguments).given)
 
 
-def make_parser(config: type, description: str, launcher: Iterable[str] = ()) -> Options:
+def make_parser(
+    config: type, description: str, launcher: Iterable[str] = (), renamed: Mapping[str, str] | None = RENAMED
+) -> Options:
     """A parser that gathers the fields of a configuration class in `given`: names and values, in order."""
-    parser = Options(description, usage="%(prog)s [--OPTION VALUE ...]", renamed=RENAMED, others=launcher)
+    parser = Options(description, usage="%(prog)s [--OPTION VALUE ...]", renamed=renamed, others=launcher)
     parser.add_argument("--local_rank", "--local-rank", help=SUPPRESS)  # the deepspeed launcher puts it first
     parser.set_defaults(given=[])
     _add_fields(parser, config)
@@ -126,9 +133,10 @@ def _named(name: str, hint: Any, text: str) -> tuple[str, Any]:
         value = json.loads(text.lower() if hint is bool else text)
         if str not in kinds or type(value) in kinds - {str}:
             return name, value
-    with contextlib.suppress(ValueError):
-        if float in kinds and math.isfinite(float(text)):
-            return name, float(text)  # such as .5, which is no JSON
+    for kind in (int, float):  # such as 007 and .5, which are no JSON
+        with contextlib.suppress(ValueError):
+            if kind in kinds and math.isfinite(kind(text)):
+                return name, kind(text)
     return name, text
 
 
@@ -203,9 +211,12 @@ def _checked(name: str, hint: Any, value: Any, make: Callable, notation: str | N
         assert isinstance(hint, type)
         return build(hint, value.items(), f"{name}.", make=make)
     if not is_dataclass(hint):
+        adapter = TypeAdapter(hint, config=ConfigDict(strict=True, allow_inf_nan=False))
         with contextlib.suppress(ValidationError):
-            adapter = TypeAdapter(hint, config=ConfigDict(strict=True, allow_inf_nan=False))
             return adapter.validate_python(tuple(value) if isinstance(value, list) else value)
+        with contextlib.suppress(ValidationError, ValueError):
+            adapter.validate_python(json.loads(value) if isinstance(value, str) else None)
+            value = json.dumps(value)  # the quotation marks are the fault
     shown = str(value) if isinstance(value, str | float) else json.dumps(value)
     shown = shown if shown and shown.isprintable() else ascii(shown)
     text = f" or text such as {notation}" if notation else ""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+import sys
 from argparse import ArgumentError, ArgumentParser, ArgumentTypeError
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NoReturn
@@ -32,6 +33,10 @@ class Options(ArgumentParser):
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
         """Parse the command line; also what of it belongs to no option. Raises UserError."""
+        for option in sys.argv[1:] if args is None else args:
+            name = option.partition("=")[0].removeprefix("--")
+            if option.startswith("--") and name in self._renamed:
+                raise UserError(f"{name} is now called {self._renamed[name]}.")
         try:
             return super().parse_known_args(args, namespace)
         except ArgumentError as error:
@@ -45,8 +50,6 @@ class Options(ArgumentParser):
         name = option.removeprefix("--")
         if not option.startswith("-"):
             return f"Argument {shown(option)} belongs to no option; options begin with --, and --help lists them."
-        if name in self._renamed:
-            return f"{name} is now called {self._renamed[name]}."
         known = [string.removeprefix("--") for string in self._option_string_actions if string.startswith("--")]
         near = nearest(name, [*known, *self._others, "traceback"], otherwise="--help lists all.")
         return f"Unknown option {shown(option)}; {near}"

@@ -14,7 +14,8 @@ from ds_stacking.studies.attention.configuration import AttentionConfig
 
 def main() -> None:
     """Parse, measure, draw."""
-    config = parse_options(AttentionConfig, sys.argv[1:], "Attention maps of a run or of a Hugging Face encoder.")
+    description = "Attention maps of a run or of a Hugging Face encoder."
+    config = parse_options(AttentionConfig, sys.argv[1:], description, renamed={"blocks": "sequences"})
 
     from ds_stacking.studies.attention.report import draw_attention
     from ds_stacking.studies.attention.run import analyse

@@ -39,6 +39,9 @@ class Sums(TypedDict):
     documents: Count
     tokens: Count
     sha256: Digest
+    """Of the digests of its shards."""
+    tokens_sha256: NotRequired[Digest]
+    """Of its token ids, however they are spread over shards; older folders lack it."""
 
 
 class Arrays(TypedDict):

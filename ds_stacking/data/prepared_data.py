@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Collection
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from hashlib import sha256
 from pathlib import Path
@@ -17,7 +17,7 @@ from ds_stacking.common.errors import UserError
 from ds_stacking.common.files import write_json
 from ds_stacking.common.json_files import KEEP_OTHERS, Finite, read_json
 from ds_stacking.config import CorpusConfig
-from ds_stacking.data.manifests import SPLITS, TOKENIZER, Damaged, FolderManifest, Identity, ShardManifest, read_shards
+from ds_stacking.data.manifests import SPLITS, TOKENIZER, Damaged, FolderManifest, Identity, read_shards
 from ds_stacking.data.mixture import Mixture, read_mixture
 from ds_stacking.data.preparation.claim import locked
 from ds_stacking.data.preparation.leaks import find_leak
@@ -57,16 +57,15 @@ class PreparedData:
     """What manifest.json holds: counts, digests, the source and the files that were left out."""
 
 
-def fingerprint(manifest: FolderManifest, shards: Collection[ShardManifest]) -> str:
-    """16 hexadecimal digits of the tokenizer and of the token ids of both splits, as their shards hold them.
+def fingerprint(manifest: FolderManifest) -> str:
+    """16 hexadecimal digits of the tokenizer and of the token ids of both splits, however these are sharded.
 
-    Equal on two machines exactly if they hold the same data. Documents need no digest of their own, for each ends with
-    [SEP], nor do sentences, which a rule finds in the text, but for whether they are known. The source, its place and
-    the reader's settings do not count.
+    Equal on two machines exactly if they hold the same data; in a folder that an older version made, of the digests of
+    its shards. Documents need no digest of their own, for each ends with [SEP], nor do sentences, which a rule finds
+    in the text, but for whether they are known. The source, its place and the reader's settings do not count.
     """
-    # of a single shard its own digests, as they were the fingerprint's before entries of the cache had shards
-    parts = shards if len(shards) == 1 else [manifest]
-    digests = [manifest["tokenizer_sha256"], *(part[split]["sha256"] for part in parts for split in SPLITS)]
+    splits = [manifest[split] for split in SPLITS]
+    digests = [manifest["tokenizer_sha256"], *(split.get("tokens_sha256", split["sha256"]) for split in splits)]
     return sha256("".join([*digests, *["sentences"] * manifest["identity"]["sentences"]]).encode()).hexdigest()[:16]
 
 
@@ -115,7 +114,7 @@ def open_prepared(folder: Path, tokenizer: str, config: CorpusConfig, log: Calla
         eval=splits["eval"],
         unigram_entropy=manifest["unigram_entropy"],
         unigram=smoothed(counts, special),
-        fingerprint=fingerprint(manifest, shards.values()),
+        fingerprint=fingerprint(manifest),
         manifest=dict(manifest),
     )
 

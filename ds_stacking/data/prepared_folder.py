@@ -57,13 +57,16 @@ def open_folder(folder: Path) -> tuple[FolderManifest, dict[str, Split]]:
 
 def verify_folder(folder: Path, log: Callable[[str], None]) -> FolderManifest:
     """Compare every byte of a finished folder with its hash; return its manifest. Raises UserError."""
-    manifest, _ = open_folder(folder)
+    manifest, splits = open_folder(folder)
     for number in range(len(manifest["shards"])):
         if fault := find_fault(folder, number, manifest["vocab_size"]):
             raise Damaged(
                 f"{folder}: {fault}; copy the folder again, or run the prepare_data.py command that made it, "
                 f"which makes damaged shards again."
             )
+    for name in SPLITS:
+        if manifest[name].get("tokens_sha256") not in (None, splits[name].digest()):
+            raise Damaged(f"{folder / MANIFEST} is of other data than its shards hold; copy the folder again.")
     tokenizer = own_tokenizer(folder, manifest["vocab_size"])
     if tokenizer_hash(tokenizer) != manifest["tokenizer_sha256"]:
         raise Damaged(

@@ -98,6 +98,13 @@ class Split:
     def __len__(self) -> int:
         return sum(map(len, self.files))
 
+    def digest(self) -> str:
+        """sha256 of the token ids, however they are spread over shards."""
+        hashed = sha256()
+        for file in self.files:
+            hashed.update(np.ascontiguousarray(file.tokens).data)  # no copy: they lie in one piece
+        return hashed.hexdigest()
+
 
 def token_type(vocab_size: int) -> np.dtype:
     """The smallest type that holds every id of a vocabulary."""

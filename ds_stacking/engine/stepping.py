@@ -88,6 +88,8 @@ def _summed_in_fp32(engine: DeepSpeedEngine) -> Iterator[None]:
 def step_if_finite(engine: DeepSpeedEngine) -> bool:
     """Call `engine.step()`; False where an update was due and no rank made it, since gradients were not finite."""
     before = engine.skipped_steps
+    if isinstance(engine.optimizer, SkippingAdamW) and engine.is_gradient_accumulation_boundary():
+        engine.optimizer.look()  # before DeepSpeed clips: of a norm beyond fp32 that would make zeros
     engine.step()
     return engine.skipped_steps == before
 
@@ -101,8 +103,11 @@ class SkippingAdamW(torch.optim.AdamW):
 
     overflow = False
 
-    def step(self, closure: Any = None) -> Any:
-        """The step, or nothing."""
+    def look(self) -> None:
+        """See whether the gradients are finite, and so are their norms."""
         gradients = [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]
         self.overflow = not torch.isfinite(torch.stack(torch._foreach_norm(gradients))).all()
+
+    def step(self, closure: Any = None) -> Any:
+        """The step, or nothing where the last look found that."""
         return None if self.overflow else super().step(closure)

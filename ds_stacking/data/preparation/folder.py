@@ -128,7 +128,7 @@ def _finish(build: Build, identity: dict[str, Any], check: Callable[[Leak], None
         "dtype": build.shards[0]["dtype"],
         "vocab_size": count_vocabulary(tokenizer),
         "tokenizer_sha256": tokenizer_hash(tokenizer),
-        **{split: sum_up(split, build.shards) for split in SPLITS},
+        **{split: sum_up(split, build.shards) | {"tokens_sha256": splits[split].digest()} for split in SPLITS},
         "unigram_entropy": unigram_entropy(token_counts(folder, shards), special.all_ids),
         "read": build.shards[-1]["read"],
         "totals": dict(totals),

@@ -17,7 +17,7 @@ from pathlib import Path
 from ds_stacking.common.environment import cache_folder
 from ds_stacking.common.errors import UserError
 from ds_stacking.config import CorpusConfig
-from ds_stacking.data.manifests import Damaged, FolderManifest, read_manifest, read_shards, shard_folders
+from ds_stacking.data.manifests import Damaged, FolderManifest, read_manifest, shard_folders
 from ds_stacking.data.mixture import is_mixture
 from ds_stacking.data.names import named_path, printable
 from ds_stacking.data.preparation.build import Corpus, remove
@@ -67,8 +67,7 @@ def _pinned(config: CorpusConfig, log: Callable[[str], None]) -> PreparedData | 
     for folder in sorted(root.glob("[0-9a-f]" * _KEY)) if config.fingerprint else ():
         with suppress(Damaged):
             manifest = read_manifest(folder, FolderManifest, inside=root)
-            shards = read_shards(folder, manifest)
-            if fingerprint(manifest, shards.values()) == config.fingerprint and (data := _entry(folder, config, log)):
+            if fingerprint(manifest) == config.fingerprint and (data := _entry(folder, config, log)):
                 return data
     return None
 
@@ -114,9 +113,10 @@ def _make(folder: Path, corpus: Corpus, log: Callable[[str], None]) -> None:
     unfinished = folder.with_name(f".{folder.name}")
     try:
         make_folder(unfinished, corpus, log, mend=_MEND)
-        remove(folder)  # a damaged one; who has mapped its files keeps them
-        os.rename(unfinished, folder)
     except BaseException as error:
-        if isinstance(error, UserError) or not shard_folders(unfinished):
+        # a UserError may say that the folder is another's, and who made it has cleaned it else
+        if not isinstance(error, UserError) and not shard_folders(unfinished):
             remove(unfinished)
         raise
+    remove(folder)  # a damaged one; who has mapped its files keeps them
+    os.rename(unfinished, folder)
