@@ -214,9 +214,9 @@ def _checked(name: str, hint: Any, value: Any, make: Callable, notation: str | N
         adapter = TypeAdapter(hint, config=ConfigDict(strict=True, allow_inf_nan=False))
         with contextlib.suppress(ValidationError):
             return adapter.validate_python(tuple(value) if isinstance(value, list) else value)
-        with contextlib.suppress(ValidationError, ValueError):
-            adapter.validate_python(json.loads(value) if isinstance(value, str) else None)
-            value = json.dumps(value)  # the quotation marks are the fault
+        with contextlib.suppress(ValueError, TypeError, RecursionError):
+            adapter.validate_python(json.loads(value))
+            value = json.dumps(value)  # text: the quotation marks are the fault
     shown = str(value) if isinstance(value, str | float) else json.dumps(value)
     shown = shown if shown and shown.isprintable() else ascii(shown)
     text = f" or text such as {notation}" if notation else ""

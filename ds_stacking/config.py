@@ -487,10 +487,11 @@ class RunConfig:
                 f"Stage {stage.layers}:{stage.steps} has sequences of {length}, longer than model.max_positions "
                 f"{positions}; shorten the one or raise the other.",
             )
+            least = tokens // length * length
+            near = " and ".join(str(size) for size in (least, least + length) if size)
             require(
                 tokens % length == 0,
-                f"tokens_per_step {tokens} is not a multiple of corpus.sequence_length {length}; "
-                f"{max(1, tokens // length) * length} is.",
+                f"tokens_per_step {tokens} is no multiple of the sequence length {length}; the nearest are {near}.",
             )
 
     def length_of(self, stage: StageConfig) -> int:

@@ -50,8 +50,9 @@ class Options(ArgumentParser):
         name = option.removeprefix("--")
         if not option.startswith("-"):
             return f"Argument {shown(option)} belongs to no option; options begin with --, and --help lists them."
-        known = [string.removeprefix("--") for string in self._option_string_actions if string.startswith("--")]
-        near = nearest(name, [*known, *self._others, "traceback"], otherwise="--help lists all.")
+        known = [string for string in self._option_string_actions if string.startswith("--")]
+        known += [f"--{other}" for other in (*self._others, "traceback")]
+        near = nearest(f"--{name}", known, otherwise="--help lists all.")
         return f"Unknown option {shown(option)}; {near}"
 
 

@@ -3,6 +3,8 @@
 deepspeed --num_gpus 2 examples/grow_your_own_loop.py
 python examples/grow_your_own_loop.py
 
+On a CPU DeepSpeed compiles an extension at the first start, which takes a minute or two.
+
 Put your model, data and loop in the place of these; `build_engine` and `grow_engine` are all that a growth needs.
 """
 

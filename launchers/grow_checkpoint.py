@@ -23,11 +23,11 @@ def main() -> None:
     )
     parser.add_argument("source", metavar="IN", help="Hugging Face folder, run directory or checkpoint")
     parser.add_argument("target", metavar="OUT", help="folder to be made")
-    parser.add_argument("--operator", default="stack", help="stack, interleave, middle, last or a list: 0,1,2,2,1,0")
+    parser.add_argument("--operator", default="stack", help="stack (default), interleave, ... or a list: 0,1,2,2,1,0")
     parser.add_argument(
         "--to_layers", type=whole_number(1, MOST_BLOCKS), required=True, help="blocks of the grown model"
     )
-    parser.add_argument("--optimizer_state", default="stack", help="stack, new_reset, reset, second_only or scale:C")
+    parser.add_argument("--optimizer_state", default="stack", help="stack (default), reset, ..., or scale:C")
     options = parser.parse_args()
     require(options.source, "IN is empty; give a Hugging Face folder, a run directory or a checkpoint.")
     require(options.target, "OUT is empty; give the folder to be made.")

@@ -22,7 +22,7 @@ def main() -> None:
     parser = Options("Every option of pretrain.py is one here too, and what it refuses is refused here.")
     parser.add_argument("--nodes", type=whole_number(1, 100_000), default=1, help="nodes")
     parser.add_argument("--gpus_per_node", type=whole_number(1, 1024), default=8, help="GPUs of each node")
-    parser.add_argument("--gpu", default="", help="h100, h200, b200, a100, mi300x, l40s, l4, a10, 4090, ...")
+    parser.add_argument("--gpu", required=True, help="h100, h200, b200, a100, mi300x, l40s, l4, a10, 4090, ...")
     parser.add_argument("--zero_stage", type=whole_number(0, 3), default=2, help="where a stage names none")
     parser.add_argument("--mfu", type=share, default=0.35, help="share of the bf16 peak assumed for the arithmetic")
     parser.add_argument("--run", help="a finished run: how well its stages predict one another")

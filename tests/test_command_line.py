@@ -171,7 +171,7 @@ def test_help_explains_every_option(capsys: pytest.CaptureFixture[str]) -> None:
     ],
 )
 def test_unknown_options_name_the_nearest(option: str, near: str) -> None:
-    assert refusal(option, "3") == refusal(f"{option}=3") == f"Unknown option {option!r}; did you mean {near}?"
+    assert refusal(option, "3") == refusal(f"{option}=3") == f"Unknown option {option!r}; did you mean --{near}?"
 
 
 def test_nothing_near_is_not_guessed() -> None:
@@ -204,7 +204,7 @@ def test_an_old_name_is_refused_with_the_new_one(tmp_path: Path) -> None:
             {"stages": [{"layers": 2, "steps": 1, "rewarm_steps": None}]},
             "stages[0].rewarm_steps is null; it must be a whole number.",
         ),
-        ({"stages": [{"layers": 2, "steps": "2"}]}, "stages[0].steps is 2; it must be a whole number."),
+        ({"stages": [{"layers": 2, "steps": "2"}]}, 'stages[0].steps is "2"; it must be a whole number.'),
         ({"stages": [7]}, "stages[0] is 7; it must be an object with layers and steps."),
         (
             {"stages": 5},

@@ -27,8 +27,8 @@ def test_good_options_are_read() -> None:
     ("arguments", "message"),
     [
         ([], "The following arguments are required: folder; see --help."),
-        (["a", "--sedes", "2"], "Unknown option '--sedes'; did you mean seeds?"),
-        (["a", "--seed=2"], "Unknown option '--seed'; did you mean seeds?"),
+        (["a", "--sedes", "2"], "Unknown option '--sedes'; did you mean --seeds?"),
+        (["a", "--seed=2"], "Unknown option '--seed'; did you mean --seeds?"),
         (["a", "--zzz"], "Unknown option '--zzz'; --help lists all."),
         (["a", "--see-ds=2"], "see-ds is now called seeds."),
         (["a", "b"], "Argument 'b' belongs to no option"),

@@ -28,7 +28,7 @@ from ds_stacking.growth.blocks import BlockNames, find_block_names
 from ds_stacking.growth.checks import check_finite
 from ds_stacking.growth.exchange import OneRank
 from ds_stacking.growth.executor import MoveReport, execute
-from ds_stacking.growth.operators import layer_map, parse_operator
+from ds_stacking.growth.operators import OPERATORS, layer_map, parse_operator
 from ds_stacking.growth.plan import GrowthPlan, ParameterInfo, plan_growth
 
 LONGEST_OPERATOR = 10_000
@@ -76,7 +76,7 @@ def _check_options(operator: str, layers: int) -> None:
         1 <= layers <= MOST_BLOCKS,
         f"The number of layers is {layers if abs(layers) < 10**20 else 'huge'}; it must be 1 to {MOST_BLOCKS}.",
     )
-    require(operator.strip(), "The operator is empty; give stack, interleave, middle, last or a list: 0,1,2,2,1,0.")
+    require(operator.strip(), f"The operator is empty; give {', '.join(OPERATORS)} or a list: 0,1,2,2,1,0.")
     if len(operator) > LONGEST_OPERATOR or re.search(r"[0-9]{10}", operator):
         raise UserError(f"The operator is {shown(operator)}; it must name blocks of the model.")
 

@@ -26,7 +26,7 @@ TOKENIZER_FILES = (
     *("vocab.json", "merges.txt", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model"),
     *("chat_template.jinja", "chat_template.json"),
 )
-TEXTS = ("generation_config.json", "README.md", "LICENSE", "LICENSE.txt", "LICENSE.md", "NOTICE", "NOTICE.txt")
+TEXTS = ("generation_config.json", "LICENSE", "LICENSE.txt", "LICENSE.md", "NOTICE", "NOTICE.txt")
 PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json", "model.pt", "model.pth", "model.ckpt")
 MOST_BLOCKS = 1000
 """More blocks than any model has; a number in a file must not decide about memory."""
@@ -60,6 +60,11 @@ class ModelConfigFile(TypedDict):
 class _Index(TypedDict):
     __pydantic_config__ = KEEP_OTHERS  # type: ignore[misc]
     weight_map: dict[str, str]
+
+
+def means_a_folder(name: str) -> bool:
+    """Whether a name that is no folder was meant as one: a hub name has one slash, and no folder of ours before it."""
+    return name.startswith((".", "/", "~")) or name.count("/") > 1 or ("/" in name and Path(name).parent.is_dir())
 
 
 def model_file(folder: Path, name: str) -> Path:

@@ -19,7 +19,7 @@ from typing_extensions import TypedDict
 
 from ds_stacking.common.errors import UserError
 from ds_stacking.common.json_files import KEEP_OTHERS, parse_json
-from ds_stacking.common.model_folder import check_links, model_file
+from ds_stacking.common.model_folder import check_links, means_a_folder, model_file
 from ds_stacking.common.own_files import read_named
 from ds_stacking.config import LARGEST_VOCABULARY, SourceConfig
 from ds_stacking.data.names import first_line, named_path, printable
@@ -107,7 +107,7 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
     """
     path, shown = named_path(name), printable(name)
     is_folder = os.path.isdir(path)
-    if not is_folder and (path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1):
+    if not is_folder and means_a_folder(name):
         raise UserError(f"The tokenizer folder {shown!r} does not exist; give a folder, a hub name or `train`.")
     if is_folder:
         _check_folder(path)

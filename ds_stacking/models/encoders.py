@@ -10,7 +10,7 @@ import transformers
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
 from ds_stacking.common.errors import UserError
-from ds_stacking.common.model_folder import check_folder, check_numbers, one_sentence
+from ds_stacking.common.model_folder import check_folder, check_numbers, means_a_folder, one_sentence
 from ds_stacking.models.convert import check_weights
 
 
@@ -25,7 +25,7 @@ def load_config(source: str | Path, **options: Any) -> PreTrainedConfig:
     text = str(source)
     if not text.strip():
         raise UserError("--model is empty; give a folder or a hub name.")
-    if not Path(text).is_dir() and (text.startswith((".", "/", "~")) or text.count("/") > 1 or Path(text).exists()):
+    if not Path(text).is_dir() and (means_a_folder(text) or Path(text).exists()):
         raise UserError(f"The folder {text} does not exist; give --model a folder or a hub name.")
     if Path(text).is_dir():
         check_folder(Path(text))

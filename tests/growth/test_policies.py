@@ -102,8 +102,7 @@ def test_unknown_policies_are_refused() -> None:
 
 def grown_hidden(operator: str, norm: str) -> tuple[torch.Tensor, torch.Tensor]:
     """What a random model computes before and after a growth from 2 layers to 4."""
-    config = ModelConfig(hidden_size=30, num_heads=2, vocab_size=50, max_positions=12, dropout=0.0, norm=norm)
-    config.attention_dropout = 0.0
+    config = ModelConfig(hidden_size=30, num_heads=2, vocab_size=50, max_positions=12, norm=norm)
     torch.manual_seed(0)
     old, new = Bert(config, 2), Bert(config, 4)
     infos = {name: ParameterInfo(numel=p.numel(), decay=True) for name, p in old.named_parameters()}

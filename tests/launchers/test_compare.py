@@ -16,8 +16,8 @@ LAUNCHER = Path(__file__).parents[2] / "launchers" / "compare.py"
     ("option", "message"),
     [
         ("--arm=stack", "arm 'stack' is no NAME=LAYERS:STEPS"),
-        ("--armss=stack", "did you mean arms?"),
-        ("--lrr=1", "did you mean lr?"),
+        ("--armss=stack", "did you mean --arms?"),
+        ("--lrr=1", "did you mean --lr?"),
         ("--arms=scratch,pile", "pile"),
         ("--seeds=many", "--seeds"),
         ("--seeds=0", "--seeds is '0'; it must be a whole number from 1 to 1,000"),

@@ -27,7 +27,7 @@ PROJECT = ("--project", "p")
         ((*PROJECT, "--out", "."), "is a folder"),
         ((*PROJECT, "--out", "x" * 10_000), "File name too long"),
         (("run", "--out", "w.json"), "give its --project too"),
-        ((*PROJECT, "--projekt", "q"), "Unknown option '--projekt'; did you mean project?"),
+        ((*PROJECT, "--projekt", "q"), "Unknown option '--projekt'; did you mean --project?"),
         (("--out",), "--out expected one argument"),
         (("-x",), "Unknown option '-x'"),
     ],

@@ -79,7 +79,7 @@ def test_bad_input_ends_with_one_sentence(tmp_path: Path) -> None:
     for options, message in (
         (["--model=m", "--tasks=SST3"], "did you mean SST-2?"),
         (["--tasks=RTE"], "--model is missing"),
-        (["--model=m", "--seed=2"], "did you mean seeds?"),
+        (["--model=m", "--seed=2"], "did you mean --seeds?"),
         (["--model=m", "--dropout=1.5"], "dropout is 1.5; it must lie in [0, 1)"),
     ):
         process = start(*options)

@@ -91,7 +91,7 @@ def make(name: str, kind: str) -> None:
         ("out", "4", ["--operator=0,1,0," + "9" * 5000], "", "operator is '0,1,0,999.*[.]{3}; it must name"),
         ("out", "4", ["--operator=fresh"], "", "only a model can initialise"),
         ("out", "4", ["--to-layers=4"], "", "^to-layers is now called to_layers[.]$"),
-        ("out", "4", ["--operators=stack"], "", "Unknown option .--operators.; did you mean operator"),
+        ("out", "4", ["--operators=stack"], "", "Unknown option .--operators.; did you mean --operator"),
     ],
 )
 def test_bad_input_is_one_sentence_and_leaves_nothing(

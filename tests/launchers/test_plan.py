@@ -29,7 +29,7 @@ def test_a_recipe_on_1024_gpus(monkeypatch: pytest.MonkeyPatch, capsys: pytest.C
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ((), "GPU '' is unknown; choose from b200, h200"),
+        ((), "required: --gpu"),
         (("--gpu", "h1000"), "did you mean h100"),
         (("--gpu", "h100", "--nodes", "many"), "--nodes"),
         (("--gpu", "h100", "--nodes", "-1"), "--nodes is '-1'; it must be a whole number from 1"),

@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import json
 import os
+import time
 from collections.abc import Callable
 from contextlib import suppress
 from hashlib import sha256
 from pathlib import Path
 
-from ds_stacking.common.environment import cache_folder
+from ds_stacking.common.environment import cache_folder, rank
 from ds_stacking.common.errors import UserError
 from ds_stacking.config import CorpusConfig
 from ds_stacking.data.manifests import Damaged, FolderManifest, read_manifest, shard_folders
@@ -81,6 +82,8 @@ def _cached(source: str, tokenizer: str, config: CorpusConfig, log: Callable[[st
     folder = root / sha256(name.encode()).hexdigest()[:_KEY]
     if (data := _entry(folder, config, lambda _: None)) is not None:
         return data
+    if rank():
+        time.sleep(1.0)  # so that it is rank 0, whose lines are seen, that makes the entry
     with locked(root, folder.name, log):
         if (data := _entry(folder, config, log)) is None:
             with stopped(root, f"make room, or {_MEND}, and start again"):

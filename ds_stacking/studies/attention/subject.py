@@ -12,8 +12,9 @@ from typing import Literal
 
 from typing_extensions import TypedDict
 
-from ds_stacking.common.errors import UserError
+from ds_stacking.common.errors import UserError, require
 from ds_stacking.common.json_files import KEEP_OTHERS, Count, check_value, read_json, read_json_lines
+from ds_stacking.common.model_folder import means_a_folder
 from ds_stacking.common.outputs import check_output_folder
 from ds_stacking.common.own_files import open_folder, refuse_links
 from ds_stacking.config import CorpusConfig
@@ -89,6 +90,10 @@ def resolve(config: AttentionConfig) -> Subject:
 
 
 def _of_a_model(config: AttentionConfig) -> Subject:
+    require(
+        Path(config.model).is_dir() or not means_a_folder(config.model),
+        f"The folder {config.model} does not exist; give --model a folder or a hub name.",
+    )
     return Subject(
         models={Path(config.model).name or config.model: config.model},
         growths=[],
