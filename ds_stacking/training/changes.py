@@ -10,6 +10,7 @@ import re
 from collections.abc import Iterator, Mapping
 from dataclasses import MISSING, fields
 from hashlib import sha256
+from os.path import commonprefix
 from pathlib import Path
 from typing import Any, NotRequired
 
@@ -28,21 +29,25 @@ Settings = dict[str, Any]
 PLACES = (
     *("name", "description", "deepspeed_config", "output_dir", "overwrite", "shared", "resume"),
     *("branch_from", "data"),
-    "corpus.cache_dir",
+    *("corpus.cache_dir", "corpus.sentences", "corpus.near_duplicates"),
 )
 """Where a run lies and comes from; that its data are the same is told by their fingerprint."""
-FREE = (
-    *("precision", "micro_batch_size", "kernels", "compile", "growth_memory", "hang_timeout", "tracking"),
-    *("log_every", "eval_every", "eval_after_growth", "checkpoint_every", "checkpoint_keep", "checkpoint_async"),
-    *("lr", "schedule", "warmup_steps", "decay_percent"),
-    *("optimizer.clip", "skip_above_sigma", "max_skipped_steps"),
+WITHOUT_EFFECT = (
+    *("hang_timeout", "tracking", "log_every", "checkpoint_every", "checkpoint_keep", "checkpoint_async"),
     *("corpus.verify", "corpus.max_document", "corpus.max_expansion", "corpus.zstd_window"),
     *("corpus.follow_links", "corpus.max_leak", "corpus.fingerprint", "corpus.workers"),
 )
+"""What decides neither what a run learns nor what that costs: how it is watched and saved, and its data are read."""
+CHANGEABLE = (
+    *WITHOUT_EFFECT,
+    *("precision", "micro_batch_size", "kernels", "compile", "growth_memory", "eval_every", "eval_after_growth"),
+    *("lr", "schedule", "warmup_steps", "decay_percent"),
+    *("optimizer.clip", "skip_above_sigma", "max_skipped_steps"),
+)
 """What may change at any resumption."""
-FREE_IN_STAGES = ("micro_batch_size", "zero_stage")
+CHANGEABLE_IN_STAGES = ("micro_batch_size", "zero_stage")
 """What may change in every stage; for one that is over it means nothing."""
-FREE_IF_NOT_OVER = ("steps", "lr", "lr_end", "lr_steps", "warmup_steps", "rewarm_steps")
+CHANGEABLE_IF_NOT_OVER = ("steps", "lr", "lr_end", "lr_steps", "warmup_steps", "rewarm_steps")
 """What may change in the current stage and in those to come."""
 OTHER_RUN = "--branch_from begins a new run with this one's state, in another --output_dir"
 
@@ -68,9 +73,12 @@ class SavedConfig(TypedDict):
 
 def settings(config: RunConfig) -> Settings:
     """All settings of a run but the model's, which stand beside them."""
-    values = config.to_dict()
-    values.pop("model")
-    return {name: value for name, value in _flat(values) if name not in PLACES}
+    return {name: value for name, value in by_name(config.to_dict()).items() if not name.startswith("model.")}
+
+
+def by_name(saved: Mapping[str, Any]) -> Settings:
+    """The settings in a configuration of any version, the model's too, by the names that they have today."""
+    return {name: value for name, value in _flat(_renamed(saved)) if name not in PLACES}
 
 
 def find_changes(then: Settings, now: Settings) -> Settings:
@@ -98,14 +106,10 @@ def refuse_another_finished_run(config: RunConfig) -> None:
     content = read_config(Path(config.run_dir))
     if content is None or not config.to_dict().keys() <= content.keys() | set(PLACES):
         return  # of an older version
-    model = content["model"]
-    saved = {name: value for name, value in content.items() if name in config.to_dict() and name != "model"}
-    then = {name: value for name, value in _flat(saved) if name not in PLACES}
-    changes = {name: pair for name, pair in find_changes(then, settings(config)).items() if name not in FREE}
-    for name, value in config.to_dict()["model"].items():
-        if model.get(name) != value and not (name == "vocab_size" and value == 0):
-            changes[f"model.{name}"] = (model.get(name), value)
-    resolved = (*FREE_IN_STAGES, *(() if config.trigger == "steps" else ("steps",)))
+    resolved = (*CHANGEABLE_IN_STAGES, *(() if config.trigger == "steps" else ("steps",)))
+    resolved += () if config.model.vocab_size else ("model.vocab_size",)
+    changes = find_changes(by_name(content), by_name(config.to_dict()))
+    changes = {name: pair for name, pair in changes.items() if name not in CHANGEABLE}
     other = {name: pair for name, pair in changes.items() if name.split("].")[-1] not in resolved}
     if other:
         raise UserError(
@@ -115,11 +119,14 @@ def refuse_another_finished_run(config: RunConfig) -> None:
 
 
 def describe(changes: Settings) -> str:
-    """The changes in one line."""
-    return ", ".join(
-        f"{name} {plain(json.dumps(a), LONGEST)} -> {plain(json.dumps(b), LONGEST)}"
-        for name, (a, b) in changes.items()
-    )
+    """The changes in one line; of long values what follows a common beginning."""
+    return ", ".join(f"{name} {' -> '.join(_shown(json.dumps(a), json.dumps(b)))}" for name, (a, b) in changes.items())
+
+
+def _shown(*texts: str) -> list[str]:
+    """Texts cut short where they do not differ."""
+    start = max(0, len(commonprefix(texts)) - LONGEST // 2) if max(map(len, texts)) > LONGEST else 0
+    return [f"{'...' * bool(start)}{plain(text[start:], LONGEST)}" for text in texts]
 
 
 def saved_settings(identity: Mapping[str, Any], run_dir: Path, config: RunConfig) -> Settings | None:
@@ -142,7 +149,7 @@ def saved_settings(identity: Mapping[str, Any], run_dir: Path, config: RunConfig
     if not found or _old_digest(found) != identity.get("recipe"):
         return None
     del found["model"]
-    return {name: value for name, value in _flat(found) if name not in PLACES}
+    return by_name(found)
 
 
 def read_config(run_dir: Path) -> dict[str, Any] | None:
@@ -169,19 +176,20 @@ def _old_digest(config: dict[str, Any]) -> str:
     then = {today: name for name, today in RENAMED.items()}
     decisive = {then.get(name, name): value for name, value in config.items() if name not in free}
     decisive["corpus"] = {
-        name: value for name, value in decisive["corpus"].items() if f"corpus.{name}" not in {*PLACES, *FREE}
+        name: value for name, value in decisive["corpus"].items() if f"corpus.{name}" not in {*PLACES, *CHANGEABLE}
     }
     decisive["stages"] = [
-        {name: value for name, value in stage.items() if name not in FREE_IN_STAGES} for stage in decisive["stages"]
+        {name: value for name, value in stage.items() if name not in CHANGEABLE_IN_STAGES}
+        for stage in decisive["stages"]
     ]
     return sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()
 
 
 def _may_change(name: str, stage: int) -> bool:
     if not name.startswith("stages["):
-        return name in FREE
+        return name in CHANGEABLE
     number, field = name.removeprefix("stages[").split("].")
-    return field in FREE_IN_STAGES or (field in FREE_IF_NOT_OVER and int(number) >= stage)
+    return field in CHANGEABLE_IN_STAGES or (field in CHANGEABLE_IF_NOT_OVER and int(number) >= stage)
 
 
 def _flat(values: Any, name: str = "") -> Iterator[tuple[str, Any]]:

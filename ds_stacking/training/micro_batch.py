@@ -27,7 +27,7 @@ from ds_stacking.models.bert import Bert
 from ds_stacking.planning.memory import state_bytes, sum_bytes
 from ds_stacking.training.changes import read_config
 
-FREE = 0.1
+HEADROOM = 0.1
 """Share of the device's memory that stays free."""
 REPEATS = 5
 """Passes per size, the first two of which warm up."""
@@ -133,7 +133,7 @@ def _rate(
     seconds, fits = float("inf"), True
     try:
         seconds = measure(model, read(np.arange(size)).to(device), device)
-        fits = _peak(device) + states <= (1 - FREE) * _capacity(device)
+        fits = _peak(device) + states <= (1 - HEADROOM) * _capacity(device)
     except (torch.OutOfMemoryError, RuntimeError) as error:
         if not isinstance(error, torch.OutOfMemoryError) and "alloc" not in str(error).lower():
             raise

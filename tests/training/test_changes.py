@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
-from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,8 @@ from ds_stacking.command_line import parse_run
 from ds_stacking.common.errors import UserError
 from ds_stacking.config import RENAMED, RunConfig, StageConfig
 from ds_stacking.training.changes import (
-    FREE,
+    CHANGEABLE,
+    PLACES,
     describe,
     find_changes,
     read_config,
@@ -41,7 +41,7 @@ def stage(number: int, **fields: Any) -> dict[str, Any]:
 
 
 def test_every_setting_is_known_by_name() -> None:
-    assert set(FREE) <= set(settings(BASE))
+    assert set(CHANGEABLE) <= set(settings(BASE))
     assert {"seed", "corpus.sequence_length", "optimizer.betas", "stages[2].layers"} <= set(settings(BASE))
     assert not any(name.startswith("model.") or name in ("output_dir", "resume") for name in settings(BASE))
 
@@ -95,60 +95,44 @@ def test_a_setting_that_the_checkpoint_does_not_know_was_the_default() -> None:
     assert list(find_changes(then, settings(other))) == ["corpus.masking"]
 
 
-def test_a_setting_has_its_name_of_today(tmp_path: Path) -> None:
-    """Checkpoints and config.json of earlier versions hold eval_blocks."""
-    ((old, new),), now = RENAMED.items(), replace(BASE, eval_sequences=512)
-    saved = {old if name == new else name: value for name, value in settings(now).items()}
-    assert saved[old] == 512
-    found = saved_settings({"settings": saved}, tmp_path, now)
-    assert found is not None and find_changes(found, settings(now)) == {}
-    with pytest.raises(UserError, match="eval_sequences is 512 there and 256 here"):
-        refuse_another_run(Path("step-12"), find_changes(found, settings(BASE)))
-    content = {old if name == new else name: value for name, value in now.to_dict().items()}
-    (tmp_path / "config.json").write_text(json.dumps(content))
-    refuse_another_finished_run(replace(now, output_dir=str(tmp_path)))
-    with pytest.raises(UserError, match="eval_sequences 512 -> 256"):
-        refuse_another_finished_run(replace(BASE, output_dir=str(tmp_path)))
+EARLIER = json.loads(Path(__file__).with_name("earlier_run.json").read_text())
+"""What version 009532d saved of a shipped recipe: its config.json, a checkpoint's settings, and the digest that was
+saved before there were settings."""
 
 
-def test_a_checkpoint_of_an_older_version_is_read_by_its_configuration(tmp_path: Path) -> None:
-    """It holds a digest of what decides, and config.json has what the digest was made of."""
-    config = BASE.to_dict()
-    left_out = {"name", "description", "deepspeed_config", "output_dir", "overwrite", "resume", "branch_from", "data"}
-    left_out |= {
-        "shared",
-        "precision",
-        "micro_batch_size",
-        "tracking",
-        "log_every",
-        "checkpoint_every",
-        "checkpoint_keep",
-    }
-    left_out |= {"checkpoint_async", "kernels", "compile", "growth_memory", "max_skipped_steps", "hang_timeout"}
-    decisive = json.loads(json.dumps({name: value for name, value in config.items() if name not in left_out}))
-    decisive["eval_blocks"] = decisive.pop("eval_sequences")
-    for name in (
-        "cache_dir",
-        "verify",
-        "max_document",
-        "max_expansion",
-        "zstd_window",
-        "follow_links",
-        "max_leak",
-        "workers",
-        "fingerprint",
-    ):
-        del decisive["corpus"][name]
-    for entry in decisive["stages"]:
-        del entry["micro_batch_size"], entry["zero_stage"]
-    recipe = sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()
-    old = {"recipe": recipe, "model": config["model"], "data": "0"}
-    assert saved_settings(old, tmp_path, OTHER) is None
-    (tmp_path / "config.json").write_text(json.dumps(config | {"data_fingerprint": "0", "versions": {}}))
-    assert saved_settings(old, tmp_path, OTHER) == settings(BASE)
-    (tmp_path / "config.json").write_text(json.dumps(config | {"seed": 2}))
-    assert saved_settings(old, tmp_path, OTHER) is None, "another one's"
-    assert saved_settings(old, tmp_path, BASE) == settings(BASE), "the present one made it"
+@pytest.mark.parametrize("identity", [{"settings": EARLIER["settings"]}, {"recipe": EARLIER["recipe"]}])
+def test_a_shipped_recipe_goes_on_with_its_checkpoints_of_an_earlier_version(
+    tmp_path: Path, identity: dict[str, Any]
+) -> None:
+    """They hold eval_blocks, and nothing of corpus.sentences, corpus.near_duplicates and corpus.workers."""
+    now = parse_run(["--recipe=bert_base_gong2019", f"--output_dir={tmp_path}"])
+    assert now.corpus.near_duplicates and now.corpus.sentences
+    (tmp_path / "config.json").write_text(json.dumps(EARLIER["config"]))
+    for config in (now, replace(now, eval_sequences=512, lr=1.0)):
+        found = saved_settings(identity, tmp_path, config)
+        assert found is not None and not (found.keys() & {*RENAMED, *PLACES})
+        assert describe(find_changes(found, settings(now))) == ""
+    with pytest.raises(UserError, match="is of another run: eval_sequences is 4096 there and 512 here; "):
+        refuse_another_run(Path("step-12"), find_changes(found, settings(config)))
+    assert saved_settings({"recipe": "0" * 64}, tmp_path, now) is None, "another one's"
+    refuse_another_finished_run(now)
+    with pytest.raises(UserError, match=r"\(eval_sequences 4096 -> 512\); choose"):
+        refuse_another_finished_run(config)
+    with pytest.raises(UserError, match=r"\(model.norm \"pre\" -> \"post\"\); choose"):
+        refuse_another_finished_run(replace(now, model=replace(now.model, norm="post")))
+    with pytest.raises(UserError, match=r"\(stages\[2\].lr 0.0003 -> 0.1\); choose"):
+        refuse_another_finished_run(replace(now, stages=[*now.stages[:2], replace(now.stages[2], lr=0.1)]))
+
+
+def test_the_digest_of_the_defaults_is_what_it_was(tmp_path: Path) -> None:
+    digest = "b89c7289c5f20b5106bcc05f02711c92a7144be3ec18415b32de9a783c774b87"
+    assert saved_settings({"recipe": digest}, tmp_path, RunConfig()) == settings(RunConfig())
+    assert saved_settings({"recipe": digest}, tmp_path, BASE) is None
+
+
+def test_long_values_are_told_apart() -> None:
+    told = describe({"tokenizer": ("/data/" * 20 + "a", "/data/" * 20 + "b")})
+    assert '/a" -> ...' in told and told.endswith('/b"') and len(told) < 100
 
 
 @pytest.mark.parametrize(

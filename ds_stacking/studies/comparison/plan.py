@@ -17,10 +17,11 @@ from pathlib import Path
 from typing import Any
 
 from ds_stacking.common.errors import UserError
-from ds_stacking.common.words import plain, shown
+from ds_stacking.common.words import plain
 from ds_stacking.config import RunConfig, StageConfig
 from ds_stacking.studies.comparison.arms import Arm, budget_label, recipe_stages, stage_of
 from ds_stacking.studies.comparison.shapes import ArmPlan, Plan
+from ds_stacking.training.changes import WITHOUT_EFFECT, Settings, by_name, describe, find_changes
 
 SAME_PLAN = 0.02
 """Where equal time means so nearly the steps of equal FLOPs, relatively, one run serves for both."""
@@ -72,17 +73,19 @@ class ArmRun:
         return sum(share * self.steps * costs[layers].seconds for layers, share in self.arm.shares(self.seed))
 
 
-def check_same_recipe(folder: Path, plan: Plan, wanted: Mapping[str, Any]) -> None:
-    """Raise UserError where what was planned is another comparison; `wanted` are the recipe, the clock and so on."""
-    known = {**plan["recipe"], "clock": plan["clock"]}
-    for name, value in known.items():
-        if name not in wanted or value != wanted[name]:
-            raise UserError(
-                f"{folder} holds a comparison of another recipe ({plain(name, 60)} {shown(value)}, not "
-                f"{shown(wanted.get(name))}); choose another --output_dir."
-            )
-    if wanted.keys() - known.keys():
-        raise UserError(f"{folder} holds a comparison of another version; choose another --output_dir.")
+def check_same_recipe(folder: Path, plan: Plan, recipe: Mapping[str, Any], clock: str) -> None:
+    """Raise UserError where what was planned is another comparison than one of this recipe by this clock."""
+    found = find_changes(_settings(plan["recipe"], plan["clock"]), _settings(recipe, clock))
+    if other := {name: pair for name, pair in found.items() if name not in WITHOUT_EFFECT}:
+        raise UserError(
+            f"{folder} holds a comparison of another recipe ({describe(other)}); choose another --output_dir."
+        )
+
+
+def _settings(recipe: Mapping[str, Any], clock: str) -> Settings:
+    """What makes a comparison; its runs take the data of the plan's fingerprint without a look at `data`."""
+    also = {name: recipe.get(name) for name in ("data", "deepspeed_config", "branch_from")}
+    return {**by_name(recipe), **also, "clock": clock}
 
 
 def plan_runs(

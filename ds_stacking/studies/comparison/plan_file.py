@@ -169,7 +169,7 @@ class PlanFile:
 
     def _extended(self, plan: Plan) -> Plan:
         """A plan that stands, with what is asked for beside it. Raises UserError where it is another comparison's."""
-        check_same_recipe(self.folder, plan, {**self._recipe(), "clock": self.clock})
+        check_same_recipe(self.folder, plan, self._recipe(), self.clock)
         if self.minutes is not None and self.minutes != plan["minutes"]:
             raise UserError(
                 f"{self.folder} was planned for {plan['minutes'] or 'the recipe as it is, not for'} minutes; leave "

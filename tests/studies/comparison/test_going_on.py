@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -47,6 +48,37 @@ def test_a_task_is_one_arm_and_seed_and_more_can_be_added(tmp_path: Path) -> Non
     assert saved["added_arms"] == ["late"] and saved["added_budgets"] == [0.25, 2.0]
     with pytest.raises(UserError, match="comparison of another recipe"):
         comparison(tmp_path, "--lr=1e-4").plan()
+
+
+def test_a_comparison_of_an_earlier_version_goes_on(tmp_path: Path) -> None:
+    """Version 009532d planned it: its recipe has eval_blocks and lacks three fields of corpus."""
+    (tmp_path / "compare").mkdir()
+    shutil.copy(Path(__file__).with_name("earlier_comparison.json"), tmp_path / "compare/comparison.json")
+    before = plan(tmp_path)
+    without_effect = ["--corpus.workers=3", "--corpus.near_duplicates=0.8", "--log_every=1", "--hang_timeout=9"]
+    for options in ([], without_effect):
+        comparison(tmp_path, *options, seeds=1).plan()
+        kept = ("recipe", "arms", "runs", "costs", "data_fingerprint", "seeds", "budgets")
+        assert {name: plan(tmp_path)[name] for name in kept} == {name: before[name] for name in kept}
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        (["--lr=1e-4", "--eval_sequences=8"], "eval_sequences 256 -> 8, lr 0.002 -> 0.0001"),
+        (["--corpus.masking_rate=0.3"], "corpus.masking_rate 0.15 -> 0.3"),
+        (["--model.norm=post"], 'model.norm "pre" -> "post"'),
+        (["--data=elsewhere"], 'data "docs" -> "elsewhere"'),
+        (["--stages=1:20,2:31,4:50"], "stages[1].steps 30 -> 31"),
+    ],
+)
+def test_all_that_makes_another_comparison_is_named(tmp_path: Path, options: list[str], told: str) -> None:
+    (tmp_path / "compare").mkdir()
+    shutil.copy(Path(__file__).with_name("earlier_comparison.json"), tmp_path / "compare/comparison.json")
+    with pytest.raises(
+        UserError, match=rf"compare holds a comparison of another recipe \({re.escape(told)}\); choose"
+    ):
+        comparison(tmp_path, *options, seeds=1).plan()
 
 
 def test_seeds_may_be_fixed_anew_before_the_first_result(tmp_path: Path) -> None:
@@ -113,7 +145,7 @@ def test_scratch_may_come_later_than_its_arms(tmp_path: Path) -> None:
         ({"costs": {"1": {"flops": 0, "seconds": 1}}}, "costs.1.flops"),
         ({"recipe": "x"}, "recipe: input should be an object"),
         ({"recipe": {"a\n": 1}}, "recipe.stages: field required"),
-        ({"clock": "cpu"}, "of another recipe .clock 'cpu', not 'wall'"),
+        ({"clock": "cpu"}, 'of another recipe .clock "cpu" -> "wall"'),
         ({"runs": {"a": "x"}}, "runs.a"),
         ({"runs": {"a/flops/seed-1": []}}, "runs names 'a/flops/seed-1', which is none of compare.py's"),
         ({"version": 1}, "is of version 1, and this program reads version 2"),

@@ -62,7 +62,7 @@ def test_a_refused_recipe_is_not_remembered(tmp_path: Path, monkeypatch: pytest.
     assert len(comparison(tmp_path, "--lr=1e-3", seeds=1).plan()["runs"]) == 8, (
         "the mended command works in the same folder"
     )
-    with pytest.raises(UserError, match=r"of another recipe \(lr 0.001, not 9.0\)"):
+    with pytest.raises(UserError, match=r"of another recipe \(lr 0.001 -> 9.0\)"):
         comparison(tmp_path, "--lr=9").plan()
 
 
