@@ -200,7 +200,7 @@ class PreparationOptions:
 
 
 def _check_preparation(options: PreparationOptions, where: str = "") -> None:
-    for name, most in (("near_duplicates", 1), ("max_leak", 100), ("workers", MOST_WORKERS)):
+    for name, most in (("near_duplicates", 0.95), ("max_leak", 100), ("workers", MOST_WORKERS)):
         value = getattr(options, name)
         require(0 <= value <= most, f"{where}{name} is {value}; it must lie between 0 and {most}.")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import replace
@@ -182,3 +183,16 @@ def test_gradients_of_many_micro_batches_are_summed_in_fp32() -> None:
     for stage in range(4):
         assert found[stage, None] == found[stage, "fp32"] < 0.003, stage
         assert found[stage, "bf16"] > 1.5 * found[stage, None], stage
+
+
+@pytest.mark.parametrize("fault", [math.nan, math.inf, 1e30])
+def test_a_plain_optimizer_skips_what_is_not_finite_or_has_no_norm(fault: float) -> None:
+    """1e30 is finite, but no square of it: clipped by its norm it would be a step with gradients of zero."""
+    weight = torch.nn.Parameter(torch.ones(4))
+    optimizer = stepping.SkippingAdamW([weight], lr=0.1)
+    for value, skipped in ((1.0, False), (fault, True), (1.0, False)):
+        weight.grad, before = torch.full((4,), value), weight.detach().clone()
+        optimizer.look()
+        optimizer.step()
+        assert optimizer.overflow == skipped == torch.equal(weight, before)
+    assert optimizer.state[weight]["step"] == 2

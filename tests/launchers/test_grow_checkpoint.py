@@ -50,9 +50,11 @@ def launch(*arguments: object) -> subprocess.CompletedProcess:
 def test_a_hugging_face_folder_in_shards_is_grown(tmp_path) -> None:
     weights = llama(tmp_path / "small")
     assert len(list((tmp_path / "small").glob("*.safetensors"))) > 1
+    (tmp_path / "small/README.md").write_text("What the small model lost.")
     done = launch(tmp_path / "small", tmp_path / "big", "--operator", "interleave", "--to_layers", 4)
     assert done.returncode == 0, done.stderr
-    assert "0 0' 1 1'" in done.stdout
+    assert "0 0' 1 1'" in done.stdout and "not taken over: 'README.md'" in done.stdout
+    assert not (tmp_path / "big/README.md").exists()
     model, info = AutoModelForCausalLM.from_pretrained(tmp_path / "big", output_loading_info=True)
     assert not info["missing_keys"] and not info["unexpected_keys"]
     assert len(model.model.layers) == 4

@@ -91,17 +91,19 @@ def make(name: str, kind: str) -> None:
         ("out", "4", ["--operator=0,1,0," + "9" * 5000], "", "operator is '0,1,0,999.*[.]{3}; it must name"),
         ("out", "4", ["--operator=fresh"], "", "only a model can initialise"),
         ("out", "4", ["--to-layers=4"], "", "^to-layers is now called to_layers[.]$"),
+        ("out", None, ["--to-layers=4"], "", "^to-layers is now called to_layers[.]$"),
         ("out", "4", ["--operators=stack"], "", "Unknown option .--operators.; did you mean --operator"),
     ],
 )
 def test_bad_input_is_one_sentence_and_leaves_nothing(
-    here: Path, source: str, target: str, layers: str, options: list[str], made: str, words: str
+    here: Path, source: str, target: str, layers: str | None, options: list[str], made: str, words: str
 ) -> None:
     if made:
         make("out", made)
     before = everything(here)
     with pytest.raises(UserError) as error:
-        call(source, target.replace("SOURCE", source), f"--to_layers={layers}", *options)
+        depth = [] if layers is None else [f"--to_layers={layers}"]
+        call(source, target.replace("SOURCE", source), *depth, *options)
     said = str(error.value)
     assert re.search(words, said) and "\n" not in said and len(said) < 700, said
     assert everything(here) == before

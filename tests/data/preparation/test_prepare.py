@@ -7,9 +7,11 @@ import subprocess
 import sys
 from hashlib import blake2b, sha256
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+from filelock import FileLock
 from transformers import AutoTokenizer
 
 from ds_stacking.common.errors import UserError
@@ -273,3 +275,37 @@ def test_a_pinned_entry_that_is_damaged_is_made_again(prepared: PreparedData, fo
     (tmp_path / ("0" * 24)).mkdir()  # of nobody
     assert prepare(str(folder), "train", pinned, log=print).fingerprint == prepared.fingerprint
     assert len(prepare(str(folder), "train", pinned, log=print).train) == prepared.manifest["train"]["tokens"]
+
+
+def test_a_fingerprint_is_of_the_token_ids_however_they_are_sharded(documents: list[str], tmp_path: Path) -> None:
+    """That of an older folder, whose manifest has no digest of all token ids, stays the one of its shards' digests."""
+    (tmp_path / "docs.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in documents))
+    fields: dict[str, Any] = {"data": str(tmp_path / "docs.jsonl"), "max_leak": 100.0, "workers": 1}
+    fields["corpus"] = SourceConfig(eval_percent=30.0, vocab_size=300)
+    for name, shard_tokens in (("one", 2**20), ("many", 5000)):
+        asked = PreparationConfig(output_dir=str(tmp_path / name), shard_tokens=shard_tokens, **fields)
+        prepare_folder(asked, lambda _: None, batch_characters=5000)
+    opened = [prepare(str(tmp_path / name), "train", config(tmp_path), log=print) for name in ("one", "many")]
+    assert len(opened[1].manifest["shards"]) > 1 and opened[0].fingerprint == opened[1].fingerprint
+    manifest = json.loads((tmp_path / "one/manifest.json").read_text())
+    digests = [sha256((tmp_path / f"one/shard-00000/{split}.bin").read_bytes()).hexdigest() for split in SPLITS]
+    known = manifest["tokenizer_sha256"]
+    assert opened[0].fingerprint == sha256((known + "".join(digests)).encode()).hexdigest()[:16]
+    for split in SPLITS:
+        del manifest[split]["tokens_sha256"]
+    (tmp_path / "one/manifest.json").write_text(json.dumps(manifest))
+    old = sha256((known + "".join(sha256(digest.encode()).hexdigest() for digest in digests)).encode())
+    assert prepare(str(tmp_path / "one"), "train", config(tmp_path), log=print).fingerprint == old.hexdigest()[:16]
+
+
+def test_what_another_process_makes_is_left_alone(folder: Path, tmp_path: Path) -> None:
+    """The lock of the entry is free, as after somebody has tidied up, that of the folder in the making is not."""
+    cache = tmp_path / "cache"
+    entry = prepare(str(folder), "train", config(cache), log=print).folder
+    making = entry.rename(entry.with_name(f".{entry.name}"))
+    (making / "manifest.json").unlink()
+    with FileLock(making / ".lock"), pytest.raises(UserError, match="Another process prepares"):
+        prepare(str(folder), "train", config(cache), log=print)
+    assert (making / "shard-00000/manifest.json").is_file()
+    lines: list[str] = []
+    assert prepare(str(folder), "train", config(cache), log=lines.append).folder == entry
