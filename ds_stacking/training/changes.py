@@ -120,7 +120,8 @@ def refuse_another_finished_run(config: RunConfig) -> None:
 
 def describe(changes: Settings) -> str:
     """The changes in one line; of long values what follows a common beginning."""
-    return ", ".join(f"{name} {' -> '.join(_shown(json.dumps(a), json.dumps(b)))}" for name, (a, b) in changes.items())
+    both = {plain(name, LONGEST): _shown(*map(json.dumps, pair)) for name, pair in changes.items()}
+    return ", ".join(f"{name} {' -> '.join(pair)}" for name, pair in both.items())
 
 
 def _shown(*texts: str) -> list[str]:
@@ -170,11 +171,10 @@ def _old_digest(config: dict[str, Any]) -> str:
     """The digest that versions before `settings` saved as "recipe"."""
     if not all(name in config for name in ("corpus", "stages")):
         return ""
-    free = {name.split(".")[0] for name in PLACES if "." not in name} | {"precision", "micro_batch_size", "tracking"}
-    free |= {"log_every", "checkpoint_every", "checkpoint_keep", "checkpoint_async"}
-    free |= {"kernels", "compile", "growth_memory", "max_skipped_steps", "hang_timeout"}
+    left_out = {*PLACES, *WITHOUT_EFFECT, "precision", "micro_batch_size", "kernels", "compile", "growth_memory"}
+    left_out.add("max_skipped_steps")
     then = {today: name for name, today in RENAMED.items()}
-    decisive = {then.get(name, name): value for name, value in config.items() if name not in free}
+    decisive = {then.get(name, name): value for name, value in config.items() if name not in left_out}
     decisive["corpus"] = {
         name: value for name, value in decisive["corpus"].items() if f"corpus.{name}" not in {*PLACES, *CHANGEABLE}
     }

@@ -133,6 +133,7 @@ def test_the_digest_of_the_defaults_is_what_it_was(tmp_path: Path) -> None:
 def test_long_values_are_told_apart() -> None:
     told = describe({"tokenizer": ("/data/" * 20 + "a", "/data/" * 20 + "b")})
     assert '/a" -> ...' in told and told.endswith('/b"') and len(told) < 100
+    assert describe({"stages[0].\n\x1b[31m": (1, "\x1b")}) == 'stages[0].  [31m 1 -> "\\u001b"'
 
 
 @pytest.mark.parametrize(

@@ -61,6 +61,8 @@ class Recipe(TypedDict):
 
     stages: Annotated[list[Depth], Field(max_length=1000)]
     model: Width
+    corpus: NotRequired[dict[str, Any]]
+    optimizer: NotRequired[dict[str, Any]]
     data: Text
     warmup_steps: NotRequired[Whole]
 

@@ -145,6 +145,10 @@ def test_scratch_may_come_later_than_its_arms(tmp_path: Path) -> None:
         ({"costs": {"1": {"flops": 0, "seconds": 1}}}, "costs.1.flops"),
         ({"recipe": "x"}, "recipe: input should be an object"),
         ({"recipe": {"a\n": 1}}, "recipe.stages: field required"),
+        (
+            {"recipe": {"stages": [], "model": {"hidden_size": 1}, "data": "", "corpus": 1}},
+            "recipe.corpus: input should be",
+        ),
         ({"clock": "cpu"}, 'of another recipe .clock "cpu" -> "wall"'),
         ({"runs": {"a": "x"}}, "runs.a"),
         ({"runs": {"a/flops/seed-1": []}}, "runs names 'a/flops/seed-1', which is none of compare.py's"),
