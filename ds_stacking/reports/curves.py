@@ -90,9 +90,9 @@ def draw_losses(axes: Axes, records: Records, quantity: str) -> None:
             axes.plot(*zip(*points, strict=True), label=curve.label, color=COLOURS[curve.colour], **curve.style)
             if curve.label != "training" and len(points) <= MOST_DOTS:
                 draw_dots(axes, points, curve.colour, curve.label)
-    drawn = [(x / scale, y) for points in shown.values() for x, y in points]
-    if drawn:
-        limit_loss(axes, drawn)
+    drawn = {label: [(x / scale, y) for x, y in points] for label, points in shown.items()}
+    if every := [point for points in drawn.values() for point in points]:
+        limit_loss(axes, every, [point for label, points in drawn.items() if label != "training" for point in points])
     mark_growths(axes, records, quantity, scale)
 
 

@@ -131,21 +131,25 @@ def draw_dots(axes: Axes, points: Sequence[Point], number: int, label: str, *, m
 
 
 def mark_places(axes: Axes, places: Iterable[tuple[float, str]]) -> None:
-    """Dotted vertical lines with their names, and every second stretch between them shaded."""
+    """Dotted vertical lines with their names below the curves, and every second stretch between them shaded."""
     marks = sorted(places)
     for place, name in marks:
         axes.axvline(place, color=DIM, lw=1.0, ls=(0, (2, 3)), zorder=1)
-        axes.annotate(name, (place, 1), (3, -2), xycoords=("data", "axes fraction"), textcoords="offset points",
-                      rotation=90, va="top", fontsize=11)  # fmt: skip
+        axes.annotate(name, (place, 0), (3, 4), xycoords=("data", "axes fraction"), textcoords="offset points",
+                      rotation=90, va="bottom", fontsize=11)  # fmt: skip
     edges = [*(place for place, _ in marks), axes.get_xlim()[1]]
     for left, right in list(zip(edges, edges[1:], strict=False))[::2]:
         axes.axvspan(left, right, color=RULE, alpha=0.35, lw=0, zorder=0)
 
 
-def limit_loss(axes: Axes, points: Sequence[Point]) -> None:
-    """Axes from 0 across, and as high as the losses need without their first tenth, which falls steeply."""
+def limit_loss(axes: Axes, points: Sequence[Point], held_out: Sequence[Point] = ()) -> None:
+    """Axes from 0 across, and as high as the losses need without their first tenth, which falls steeply.
+
+    Of those that are `held_out`, which are few, only the first fiftieth may be left out.
+    """
     widest = max(x for x, _ in points)
-    low, high = min(y for _, y in points), max(y for x, y in points if x >= 0.1 * widest)
+    seen = [y for x, y in points if x >= 0.1 * widest] + [y for x, y in held_out if x >= 0.02 * widest]
+    low, high = min(y for _, y in points), max(seen)
     margin = 0.06 * (high - low) or 0.05 * abs(high) or 1.0
     axes.set(xlim=(0, 1.015 * widest or 1.0), ylim=(low - margin, high + margin))
 
