@@ -288,6 +288,31 @@ def test_launchers_are_thin_and_show_their_command(path: Path) -> None:
     assert f"launchers/{path.name}" in (ast.get_docstring(ast.parse(text)) or "")
 
 
+def private_names(source: str) -> list[str]:
+    """Names of the library with an underscore before them that a test imports, or replaces by setattr or patch."""
+    found = [name for name in imports(source) if name.startswith("ds_stacking.") and re.search(r"\._[a-z]", name)]
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Call) and ast.unparse(node.func).split(".")[-1] in ("setattr", "replaced", "patch"):
+            texts = [argument.value for argument in node.args if isinstance(argument, ast.Constant)]
+            found += [text for text in texts if isinstance(text, str) and re.search(r"(^|\.)_[a-z]", text)]
+    return found
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "tests").rglob("*.py")), ids=relative)
+def test_tests_leave_private_names_alone(path: Path) -> None:
+    """The kernels' parts apart, which tests run one by one."""
+    kernels = "ds_stacking.kernels._"
+    found = [name for name in private_names(path.read_text()) if not name.startswith(kernels)]
+    assert found == []
+
+
+def test_private_names_are_found() -> None:
+    source = (
+        "from ds_stacking.growth.plan import _made\nmonkeypatch.setattr(plan, '_made', 3)\nimport ds_stacking.a._b"
+    )
+    assert len(private_names(source)) == 3 and private_names("setattr(plan, 'made', '__x__')") == []
+
+
 def code_lines(source: str) -> list[str]:
     """The lines of a source that do something: no imports, signatures, docstrings, comments, brackets alone."""
     lines, tree = source.splitlines(), ast.parse(source)
