@@ -126,13 +126,14 @@ def test_links_that_leave_the_snapshots_model_are_refused(folder: Path, tmp_path
 
 
 def test_only_known_files_are_taken_over(folder: Path, tmp_path: Path) -> None:
-    (folder / "README.md").write_text("card")
+    (folder / "LICENSE").write_text("terms")
+    (folder / "README.md").write_text("what the shallow model lost")
     (folder / "id_rsa").write_text("secret")
     (folder / "more").mkdir()
     configured(tie_word_embeddings=True)(folder)
     grow_folder(folder, tmp_path / "grown", operator="stack", layers=4)
     names = {path.name for path in (tmp_path / "grown").iterdir()}
-    assert names == {"README.md", "config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"}
+    assert names == {"LICENSE", "config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"}
 
 
 def test_a_name_must_be_one_of_the_folder(folder: Path) -> None:
