@@ -4,7 +4,7 @@ On a GPU the kernels run; on a CPU, and on GPUs older than Ampere, the reference
 `torch.library.triton_op`, differentiable, deterministic, and works under `torch.compile`.
 """
 
-from ds_stacking.kernels._dropout import new_seed
+from ds_stacking.kernels._dropout import new_seed, new_seeds
 from ds_stacking.kernels._launch import runs_kernels
 from ds_stacking.kernels.add_layer_norm import add_layer_norm
 from ds_stacking.kernels.attention import attention, attention_padded
@@ -24,6 +24,7 @@ __all__ = [
     "linear_cross_entropy",
     "linear_gelu",
     "new_seed",
+    "new_seeds",
     "runs_kernels",
     "scatter_rows",
 ]

@@ -24,10 +24,20 @@ class FusedLayerNorm(LayerNorm):
         assert isinstance(y, Tensor)
         return y
 
-    def add_norm(self, x: Tensor, residual: Tensor, bias: Tensor, p: float) -> tuple[Tensor, Tensor]:
+    def add_norm(
+        self, x: Tensor, residual: Tensor, bias: Tensor, p: float, seed: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
         """Return LayerNorm(z) and z = residual + dropout(x + bias), all [..., D]."""
         both = kernels.add_layer_norm(
-            x, self.weight, self.bias, residual=residual, bias=bias, dropout=p, eps=self.eps, return_sum=True
+            x,
+            self.weight,
+            self.bias,
+            residual=residual,
+            bias=bias,
+            dropout=p,
+            seed=seed,
+            eps=self.eps,
+            return_sum=True,
         )
         assert isinstance(both, tuple)
         return both
@@ -38,7 +48,9 @@ class FusedEmbeddings(Embeddings):
 
     norm_class = FusedLayerNorm
 
-    def forward(self, input_ids: Tensor, positions: Tensor, token_type_ids: Tensor | None) -> Tensor:
+    def forward(
+        self, input_ids: Tensor, positions: Tensor, token_type_ids: Tensor | None, seed: Tensor | None = None
+    ) -> Tensor:
         if self.norm is None:
             return super().forward(input_ids, positions, token_type_ids)
         x = kernels.embedding_norm(
@@ -51,6 +63,7 @@ class FusedEmbeddings(Embeddings):
             weight=self.norm.weight,
             shift=self.norm.bias,
             dropout=self.dropout.probability if self.training else 0.0,
+            seed=seed,
             eps=self.norm.eps,
         )
         return x.unflatten(0, input_ids.shape)
@@ -59,13 +72,15 @@ class FusedEmbeddings(Embeddings):
 class FusedAttention(Attention):
     """Attention span by span where spans have bounds; without the bias of `out`, which the next LayerNorm adds."""
 
-    def forward(self, x: Tensor, spans: AttentionSpans, selection: TokenSelection | None) -> Tensor:
+    def forward(
+        self, x: Tensor, spans: AttentionSpans, selection: TokenSelection | None, seed: Tensor | None = None
+    ) -> Tensor:
         p = self.dropout if self.training else 0.0
         if spans.cu_seqlens is None:
             context = self.masked_context(x, spans.mask, p)
         else:
             packed = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).flatten(0, 1)  # [N, 3, H, E]
-            context = kernels.attention(packed, spans.cu_seqlens, spans.max_seqlen, dropout=p).view_as(x)
+            context = kernels.attention(packed, spans.cu_seqlens, spans.max_seqlen, dropout=p, seed=seed).view_as(x)
         return self.out(_select_tokens(context, selection), biased=False)
 
 
@@ -85,17 +100,25 @@ class FusedBlock(Block):
     attention_norm: FusedLayerNorm
     feed_forward_norm: FusedLayerNorm
 
-    def forward(self, x: Tensor, spans: AttentionSpans, selection: TokenSelection | None = None) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        spans: AttentionSpans,
+        selection: TokenSelection | None = None,
+        seeds: tuple[Tensor | None, ...] = (None,) * 3,
+    ) -> Tensor:
         p = self.dropout.probability if self.training else 0.0
         # ZeRO-3 frees a module's parameters when it has run: a bias is read after that, which gathers it again.
         if self.pre_norm:
-            y = self.attention(self.attention_norm(x), spans, selection)
-            y, x = self.feed_forward_norm.add_norm(y, _select_tokens(x, selection), self.attention.out.bias, p)
+            y = self.attention(self.attention_norm(x), spans, selection, seeds[0])
+            y, x = self.feed_forward_norm.add_norm(
+                y, _select_tokens(x, selection), self.attention.out.bias, p, seeds[1]
+            )
             return x + self.dropout(self.feed_forward(y))
-        y = self.attention(x, spans, selection)
-        x, _ = self.attention_norm.add_norm(y, _select_tokens(x, selection), self.attention.out.bias, p)
+        y = self.attention(x, spans, selection, seeds[0])
+        x, _ = self.attention_norm.add_norm(y, _select_tokens(x, selection), self.attention.out.bias, p, seeds[1])
         y = self.feed_forward(x, biased=False)
-        return self.feed_forward_norm.add_norm(y, x, self.feed_forward.down.bias, p)[0]
+        return self.feed_forward_norm.add_norm(y, x, self.feed_forward.down.bias, p, seeds[2])[0]
 
 
 class FusedMaskedLMHead(MaskedLMHead):
@@ -114,6 +137,31 @@ class FusedBert(Bert):
 
     embeddings_class, block_class = FusedEmbeddings, FusedBlock
     norm_class, mlm_head_class = FusedLayerNorm, FusedMaskedLMHead
+
+    def encode(
+        self,
+        input_ids: Tensor,
+        positions: Tensor,
+        token_type_ids: Tensor | None,
+        spans: AttentionSpans,
+        selection: TokenSelection | None,
+    ) -> Tensor:
+        seeds = self._seeds(input_ids.device)
+        x, last = self.embeddings(input_ids, positions, token_type_ids, seeds[0]), len(self.blocks) - 1
+        for index, block in enumerate(self.blocks):
+            own = seeds[1 + 3 * index : 4 + 3 * index]
+            x = self.run_block(block, x, spans, selection if index == last else None, own)
+        return self.final_norm(x)
+
+    def _seeds(self, device: torch.device) -> tuple[Tensor | None, ...]:
+        """A seed for each dropout, of the embeddings and three of every block, from one draw; None where none drops.
+
+        They are inputs of the blocks, so that a block computed again in the backward pass drops the same.
+        """
+        number = 1 + 3 * len(self.blocks)
+        if not (self.training and (self.config.dropout or self.config.attention_dropout)):
+            return (None,) * number
+        return kernels.new_seeds(number, device)
 
     def attention_spans(
         self,
