@@ -19,7 +19,7 @@ CONFIG = ModelConfig(
     hidden_size=32, num_heads=2, intermediate_size=48, vocab_size=61, max_positions=16, initializer_range=0.2,
     dropout=0.1, attention_dropout=0.1,
 )  # fmt: skip
-NORMS = pytest.mark.parametrize("norm", ["post"])
+NORMS = pytest.mark.parametrize("norm", ["post", "pre"])
 
 
 class Operations(TorchDispatchMode):
