@@ -134,8 +134,8 @@ def row_tiles(target: str, meta: dict) -> list[triton.Config]:
     return [small, pipelined, large] if target == "sm_90" else [small]
 
 
-FORWARD = Kernel(fn=_forward, configs=row_tiles, key=("N",))
-BACKWARD = Kernel(fn=_backward, configs=row_tiles, key=("N",))
+FORWARD = Kernel(fn=_forward, configs=row_tiles, key=("rows",))
+BACKWARD = Kernel(fn=_backward, configs=row_tiles, key=("rows",))
 
 
 @triton_op("ds_stacking::add_layer_norm", mutates_args=())
