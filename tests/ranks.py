@@ -16,10 +16,16 @@ from datetime import timedelta
 from typing import Any
 
 context = multiprocessing.get_context("forkserver")
+"""A process has one server: this is the only list of what it has imported, since the last one given holds for all."""
 context.set_forkserver_preload(
-    # the second line is what DeepSpeed and torch import only when they are used, seconds on every rank
     ["torch", "deepspeed", "ds_stacking.engine.stage_manager", "ds_stacking.models.bert", "ds_stacking.training.run"]
-    + ["torch._dynamo", "torch._inductor.compile_fx"]
+    # what DeepSpeed and torch import only when they are used, seconds on every rank
+    + ["torch._dynamo", "torch._inductor.compile_fx", "deepspeed.runtime.zero.muon.muon_optimizer"]
+    # and what the launchers do
+    + ["transformers", "transformers.models.bert.modeling_bert", "sklearn.feature_extraction.text"]
+    + ["transformers.models.megatron_bert.modeling_megatron_bert", "matplotlib.pyplot"]
+    + ["ds_stacking.studies.attention.run", "ds_stacking.studies.glue.run", "ds_stacking.studies.comparison.report"]
+    + ["ds_stacking.data.preparation.folder", "ds_stacking.checkpoint.grow"]
 )
 
 

@@ -400,3 +400,8 @@ def test_the_wheel_works_elsewhere(tmp_path: Path) -> None:
     )
     for file in python(code, tmp_path).split():
         assert file.startswith(str(installed))
+
+
+def test_one_list_of_what_forked_ranks_have_imported() -> None:
+    found = [path.name for path in (ROOT / "tests").rglob("*.py") if "context.set_fork" + "server" in path.read_text()]
+    assert found == ["ranks.py"], "the last list given holds for all ranks of a process"

@@ -7,7 +7,6 @@ no more. It becomes the launcher: the same script, its options, environment and 
 from __future__ import annotations
 
 import contextlib
-import multiprocessing
 import os
 import re
 import resource
@@ -20,6 +19,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from tests.ranks import context
+
 ROOT = Path(__file__).parents[2]
 PATIENCE = 90.0
 """Seconds until a launcher counts as hanging; two cores are shared with other tests."""
@@ -28,14 +29,6 @@ MEMORY = 6 << 30
 ALLOWED_MEMORY = 700 << 20
 """Bytes that a launcher may use beyond an idle process."""
 LARGEST_FILE = 1 << 28
-
-_context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(
-    ["torch", "deepspeed", "transformers", "sklearn.feature_extraction.text", "matplotlib.pyplot", "torch._dynamo"]
-    + ["ds_stacking.training.run", "ds_stacking.studies.attention.run", "ds_stacking.studies.glue.run"]
-    + ["ds_stacking.studies.comparison.report", "ds_stacking.data.preparation.folder", "ds_stacking.checkpoint.grow"]
-    + ["transformers.models.bert.modeling_bert", "transformers.models.megatron_bert.modeling_megatron_bert"]
-)
 
 
 @dataclass(frozen=True)
@@ -94,7 +87,7 @@ def run(
     """
     words = folder / "words"
     words.mkdir(exist_ok=True)
-    process = _context.Process(
+    process = context.Process(
         target=_prisoner, args=(script, list(options), str(folder), dict(environment), list(closed), without)
     )
     process.start()

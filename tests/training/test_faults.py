@@ -54,7 +54,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 )
 def test_the_run_ends_as_if_nothing_had_happened(folder: Path, point: str, fault: str, end: set[str]) -> None:
     output = f"{fault}-{point}".replace(" ", "_")
-    ended = Ranks(str(folder), output, ("--hang_timeout=8",), point, fault).wait()
+    limit = 8 if fault == "hang" else 60  # a machine with other work may take as long as that to build an engine
+    ended = Ranks(str(folder), output, (f"--hang_timeout={limit}",), point, fault).wait()
     assert set(ended) <= end and ("killed" in ended) == (end == DEATH)
     assert (folder / f"{output}.1").read_text() == point, "the fault did not happen"
     if end != NOTHING:
