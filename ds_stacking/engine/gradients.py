@@ -9,8 +9,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-import torch.distributed as dist
+from deepspeed import comm as dist
 from torch import Tensor
+from torch.distributed import ProcessGroup
 
 ROW = 1024
 """Squares that are summed in fp32; the sums of such rows are added in fp64. So the norm of 10^9 elements is as exact
@@ -62,7 +63,7 @@ def give(parameters: Sequence[Tensor], flat: Tensor | None) -> None:
         parameter.grad = None if piece is None else piece.view_as(parameter)
 
 
-def average(flat: Tensor, group: dist.ProcessGroup | None, elements: int) -> None:
+def average(flat: Tensor, group: ProcessGroup | None, elements: int) -> None:
     """Average over ranks in place, `elements` at a time. Collective."""
     ranks = dist.get_world_size(group)
     if ranks == 1:
@@ -72,7 +73,7 @@ def average(flat: Tensor, group: dist.ProcessGroup | None, elements: int) -> Non
         dist.all_reduce(part, group=group)
 
 
-def global_norm(flats: Sequence[Tensor], *, over_ranks: dist.ProcessGroup | None = None) -> Tensor:
+def global_norm(flats: Sequence[Tensor], *, over_ranks: ProcessGroup | None = None) -> Tensor:
     """The 2-norm of all of them together: [] float32, not finite where one of their elements is not.
 
     With `over_ranks` each rank holds a part, and the norm is that of the parts together. Collective. It is infinite
