@@ -27,7 +27,7 @@ from ds_stacking.engine.agreement import all_ranks_or_none
 from ds_stacking.engine.construct import construct_partitioned
 from ds_stacking.engine.ds_config import offloads_optimizer, resolve_ds_config
 from ds_stacking.engine.epsilon import uncorrected_epsilon
-from ds_stacking.engine.stepping import SkippingAdamW
+from ds_stacking.engine.optimizers import SkippingAdamW, adopt
 from ds_stacking.growth.plan import ParameterInfo, parameter_groups
 
 Engine = DeepSpeedEngine
@@ -78,6 +78,7 @@ class EngineFactory:
         if not self.optimizer.clip and hasattr(engine.optimizer, "check_grad_overflow"):
             # in fp32 DeepSpeed looks for gradients that are not finite only where it clips them
             engine.optimizer.check_grad_overflow = True
+        adopt(engine)
         return engine
 
     def try_memory(self, spec: EngineSpec, parameters: int) -> None:
@@ -155,8 +156,10 @@ class EngineFactory:
 
             load_cpu_adam()
             return DeepSpeedCPUAdam(groups, **settings)
-        alone = config["zero_optimization"]["stage"] == 0 and not self.bf16
-        return (SkippingAdamW if alone else torch.optim.AdamW)(groups, fused=True, **settings)
+        if config["zero_optimization"]["stage"] == 0 and not self.bf16:
+            config["gradient_clipping"] = 0.0  # DeepSpeed would clip tensor by tensor, and before it looks
+            return SkippingAdamW(groups, clip=self.optimizer.clip, fused=True, **settings)
+        return torch.optim.AdamW(groups, fused=True, **settings)
 
 
 def init_distributed(*, alone: bool = False, limit: timedelta | None = None) -> None:

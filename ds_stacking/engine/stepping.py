@@ -10,6 +10,8 @@ import torch
 from deepspeed.runtime.engine import DeepSpeedEngine
 
 from ds_stacking.engine.epsilon import count_update, set_epsilon
+from ds_stacking.engine.gradients import give
+from ds_stacking.engine.optimizers import FlatGradients, sum_type, whole_groups
 
 
 def optimizer_step(engine: DeepSpeedEngine, losses: Iterable[torch.Tensor]) -> bool:
@@ -29,15 +31,19 @@ def optimizer_step(engine: DeepSpeedEngine, losses: Iterable[torch.Tensor]) -> b
 def _step(engine: DeepSpeedEngine, losses: Iterable[torch.Tensor]) -> bool:
     taken = False
     steps = engine.gradient_accumulation_steps()
-    stage = engine.zero_optimization_stage()
-    if steps == 1 or stage == 3:
+    flat = isinstance(engine.optimizer, FlatGradients)
+    if engine.zero_optimization_stage() == 3 or (steps == 1 and not flat):
         for loss in losses:
             engine.backward(loss, scale_wrt_gas=False)
             taken = step_if_finite(engine)
         return taken
-    with _reduced_once(engine), _summed_in_fp32(engine):
+    sums: Any = engine.optimizer if flat else HandedOver(engine)
+    with _reduced_once(engine):
         for loss in losses:
             engine.backward(loss, scale_wrt_gas=False)
+            sums.add_gradients()
+        if not flat:
+            sums.hand_over()
     for _ in range(steps):  # all but the last only count
         taken = step_if_finite(engine)
     return taken
@@ -52,62 +58,32 @@ def _reduced_once(engine: DeepSpeedEngine) -> Iterator[None]:
         return
     with engine.no_sync():
         yield
-    engine.buffered_allreduce_fallback()
+    if isinstance(engine.optimizer, FlatGradients):
+        engine.optimizer.reduce_gradients()
+    else:
+        engine.buffered_allreduce_fallback()
 
 
-@contextmanager
-def _summed_in_fp32(engine: DeepSpeedEngine) -> Iterator[None]:
-    """Sum the 16-bit gradients of the backward passes inside in fp32, and round the sums once, at the end.
+class HandedOver:
+    """Sums of micro-batches for an optimizer of DeepSpeed's own: fp32, and rounded into its parameters at the end."""
 
-    A parameter's gradient is added and freed as soon as a backward pass has made it, so that a rank holds 4 bytes per
-    parameter and no more.
-    """
-    if not engine.bfloat16_enabled() or engine._config.grad_accum_dtype == "bf16":
-        yield
-        return
-    sums: dict[torch.Tensor, torch.Tensor] = {}
+    def __init__(self, engine: DeepSpeedEngine) -> None:
+        parameters = [parameter for parameter in engine.module.parameters() if parameter.requires_grad]
+        self.groups = whole_groups([parameters], torch.float32) if sum_type(engine) else []
 
-    def add(parameter: torch.Tensor) -> None:
-        assert parameter.grad is not None
-        if parameter in sums:
-            sums[parameter].add_(parameter.grad)
-        else:
-            sums[parameter] = parameter.grad.float()
-        parameter.grad = None
+    def add_gradients(self) -> None:
+        """Take what a backward pass has left in the parameters; without such sums it stays there, and torch adds."""
+        for group in self.groups:
+            group.add()
 
-    hooks = [p.register_post_accumulate_grad_hook(add) for p in engine.module.parameters() if p.requires_grad]
-    try:
-        yield
-    finally:
-        for hook in hooks:
-            hook.remove()
-    for parameter in list(sums):
-        parameter.grad = sums.pop(parameter).to(parameter.dtype)
+    def hand_over(self) -> None:
+        """Put the sums where DeepSpeed looks for gradients."""
+        for group in self.groups:
+            give(group.parameters, group.take())
 
 
 def step_if_finite(engine: DeepSpeedEngine) -> bool:
     """Call `engine.step()`; False where an update was due and no rank made it, since gradients were not finite."""
     before = engine.skipped_steps
-    if isinstance(engine.optimizer, SkippingAdamW) and engine.is_gradient_accumulation_boundary():
-        engine.optimizer.look()  # before DeepSpeed clips: of a norm beyond fp32 that would make zeros
     engine.step()
     return engine.skipped_steps == before
-
-
-class SkippingAdamW(torch.optim.AdamW):
-    """AdamW that takes no step with gradients that are not finite, and tells DeepSpeed by its attribute `overflow`.
-
-    DeepSpeed's own optimizers look for themselves and agree over ranks. ZeRO stage 0 in fp32 has a plain optimizer,
-    whose weights and moments would be spoilt for good; its gradients are the same on all ranks.
-    """
-
-    overflow = False
-
-    def look(self) -> None:
-        """See whether the gradients are finite, and so are their norms."""
-        gradients = [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]
-        self.overflow = not torch.isfinite(torch.stack(torch._foreach_norm(gradients))).all()
-
-    def step(self, closure: Any = None) -> Any:
-        """The step, or nothing where the last look found that."""
-        return None if self.overflow else super().step(closure)
