@@ -30,6 +30,8 @@ class Machine:
     """Peers that killed an earlier attempt at this row."""
     pending: tuple[str, ...] = ()
     """Rows that will follow."""
+    left: float = 0.0
+    """Seconds until the check ends, when this row began."""
     tell: Callable[[str], None] = lambda text: None
     """Reaches the parent."""
     doing: str = ""
@@ -78,6 +80,8 @@ class Row:
     """Whether these run in the interpreter in a dry run; a whole model is too slow for it and runs references."""
     needs: tuple[str, ...] = ()
     """Modules without which it is skipped."""
+    takes_the_rest: bool = False
+    """It goes on until the time is up, and `seconds` are the least that it needs."""
     always: bool = False
     """What it finds out holds for one machine and start, so that a resumed check runs it again."""
 

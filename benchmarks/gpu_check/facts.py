@@ -53,8 +53,8 @@ def environment(at: Machine) -> dict[str, Any]:
     properties = torch.cuda.get_device_properties(0)
     return {
         "device": properties.name, "multiprocessors": properties.multi_processor_count,
-        "capability": torch.cuda.get_device_capability(), "bytes": properties.total_memory, "l2": properties.L2_cache_size,
-        "cuda": torch.version.cuda, "cudnn": torch.backends.cudnn.version(), **found,
+        "capability": torch.cuda.get_device_capability(), "bytes": properties.total_memory,
+        "l2": properties.L2_cache_size, "cuda": torch.version.cuda, "cudnn": torch.backends.cudnn.version(), **found,
     }  # fmt: skip
 
 

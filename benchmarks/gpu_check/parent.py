@@ -140,9 +140,11 @@ class Check:
         """One row, once more without the peer that took the process with it."""
         without: list[str] = []
         for _ in range(3):
-            begin, cut = time.monotonic(), self._left() < row.limit
+            begin, limit = time.monotonic(), self._left() if row.takes_the_rest else START + row.limit
+            request = {"row": row.name, "without": without, "pending": pending, "left": self._left()}
+            cut = self._left() <= limit
             try:
-                answer = self._ask(row, {"row": row.name, "without": without, "pending": pending})
+                answer = self._ask(row, request, limit)
             except Lost as lost:
                 self._close()
                 if cut and self._left() <= 1:
@@ -160,11 +162,11 @@ class Check:
                 return
             without.append(peer)
 
-    def _ask(self, row: Row, request: dict[str, Any]) -> Record:
+    def _ask(self, row: Row, request: dict[str, Any], limit: float) -> Record:
         if self.worker is None or self.part != row.part:
             self._close()
             self.worker, self.part = Worker(self.command, self.log), row.part
-        return self.worker.ask(request, min(START + row.limit, max(1.0, self._left())))
+        return self.worker.ask(request, min(limit, max(1.0, self._left())))
 
     def _keep(self, record: Record) -> None:
         self.journal.append(record)

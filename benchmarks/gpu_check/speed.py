@@ -1,7 +1,7 @@
 """Speed of the kernels beside their peers, at the shapes of training: 32,768 tokens, with dropout and without.
 
-A row times forward (with what it keeps for the backward pass), backward and both. Its bytes are those that the operator
-has to read and write once, saved activations and dropped gradients included; small vectors are left out.
+A row times forward (with what it keeps for the backward pass), backward and both. Its bytes are those that the
+operator has to read and write once, saved activations and dropped gradients included; small vectors are left out.
 """
 
 from __future__ import annotations

@@ -55,6 +55,7 @@ def serve(known: dict[str, Row], make: Callable[[], Machine], say: Callable[[dic
             say({"row": request["row"], "error": f"no device: {type(error).__name__}: {error}", "lost": True})
             return 1
         at.without, at.pending = frozenset(request["without"]), tuple(request["pending"])
+        at.left = request["left"]
         at.tell, at.doing = lambda text: say({"doing": text}), ""
         answer = perform(known[request["row"]], at)
         say(answer)
