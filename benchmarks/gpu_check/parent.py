@@ -106,6 +106,8 @@ class Check:
     log: Path
     deadline: float
     """On time.monotonic's clock."""
+    patience: float = 1.0
+    """What the rows' limits are multiplied with; their estimates are those of a GPU."""
     show: Callable[[str], None] = print
     left_out: list[str] = field(default_factory=list)
     """Rows that did not fit into the time."""
@@ -121,7 +123,7 @@ class Check:
             if absent:
                 self._keep({"row": row.name, "skipped": f"{', '.join(absent)} absent"})
                 continue
-            if self._left() < self._estimate(row):
+            if self._left() < self.estimate(row):
                 self.left_out.append(row.name)
                 continue
             self._one(row, [later.name for later in todo[index + 1 :]])
@@ -130,7 +132,7 @@ class Check:
     def _left(self) -> float:
         return self.deadline - time.monotonic()
 
-    def _estimate(self, row: Row) -> float:
+    def estimate(self, row: Row) -> float:
         """Seconds that the row will take, corrected by those of its part that have run."""
         measured, estimated = self.spent.get(row.part, [0.0, 0.0])
         starts = 0.0 if self.worker is not None and self.part == row.part else START
@@ -140,7 +142,10 @@ class Check:
         """One row, once more without the peer that took the process with it."""
         without: list[str] = []
         for _ in range(3):
-            begin, limit = time.monotonic(), self._left() if row.takes_the_rest else START + row.limit
+            begin, limit = (
+                time.monotonic(),
+                self._left() if row.takes_the_rest else self.patience * (START + row.limit),
+            )
             request = {"row": row.name, "without": without, "pending": pending, "left": self._left()}
             cut = self._left() <= limit
             try:
@@ -158,7 +163,7 @@ class Check:
             spent[1] += row.seconds
             self._keep(answer)
             peer = answer.get("at", "")
-            if "error" not in answer or peer in OURS or peer in without or self._left() < self._estimate(row):
+            if "error" not in answer or peer in OURS or peer in without or self._left() < self.estimate(row):
                 return
             without.append(peer)
 

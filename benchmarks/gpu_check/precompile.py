@@ -65,7 +65,7 @@ def tasks(wanted: Iterable[Row], at: Machine) -> list[tuple[Launch, Any]]:
 
 def _name(launch: Launch, config: Any) -> str:
     values = [str(x.dtype) if isinstance(x, torch.Tensor) else repr(x) for x in launch.args]
-    return f"{launch.kernel.fn.__name__} {values} {launch.constexprs} {config}"
+    return f"{launch.kernel.fn.fn.__module__} {launch.kernel.fn.__name__} {values} {launch.constexprs} {config}"
 
 
 def warm_up(launch: Launch, config: Any) -> None:

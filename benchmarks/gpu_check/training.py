@@ -130,7 +130,7 @@ def same(wanted: dict[str, Any], found: dict[str, Any]) -> bool:
 
 def _options(stage: int, folder: Path, dry: bool) -> list[str]:
     """A small run with dropout that saves often: seconds on a GPU, and long enough to be killed in its middle."""
-    steps, every, width = (30, 20, 64) if dry else (300, 100, 256)
+    steps, every, width = (10, 6, 64) if dry else (300, 100, 256)
     return [
         "--recipe=quickstart", f"--deepspeed_config=ds_configs/zero{stage}.json", f"--output_dir={folder}",
         f"--stages=2:{steps},4:{steps}", f"--checkpoint_every={every}", "--log_every=1", "--eval_every=0",
@@ -145,7 +145,7 @@ def _resume(stage: int) -> Callable[[Machine], dict[str, Any]]:
         folder = Path(tempfile.mkdtemp(prefix="resume-", dir=_made(work())))
         whole, cut = folder / "whole", folder / "cut"
         _pretrain(_options(stage, whole, at.dry))
-        killed = kill_in_the_middle(_options(stage, cut, at.dry), cut, 50 if at.dry else 450)
+        killed = kill_in_the_middle(_options(stage, cut, at.dry), cut, 14 if at.dry else 450)
         _pretrain([*_options(stage, cut, at.dry), "--resume=auto"])
         wanted, found = losses(whole), losses(cut)
         differ = [step for step in wanted if wanted[step] != found.get(step)]
@@ -174,14 +174,12 @@ def _pretrain(options: list[str]) -> None:
 
 def kill_in_the_middle(options: list[str], folder: Path, step: int) -> int:
     """Start a run and kill it without warning when it has logged so many steps; how many it had logged."""
-    with subprocess.Popen(
-        _command(options), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
-    ) as process:
+    with subprocess.Popen(_command(options), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
         while process.poll() is None and len(losses(folder)) < step:
             time.sleep(0.005)
         if process.poll() is not None:
             raise RuntimeError(f"the run ended with {process.returncode} before it could be killed")
-        os.killpg(process.pid, signal.SIGKILL)
+        process.kill()
     return len(losses(folder))
 
 
@@ -206,7 +204,7 @@ COMPARISON = (
 )  # fmt: skip
 """BERT-base from scratch, stacked and shallow, on the built-in corpus, with the recipe's shares of depths."""
 DRY = (
-    "--stages=1:20,2:20,3:40", "--model.hidden_size=64", "--model.num_heads=1", "--model.intermediate_size=0",
+    "--stages=1:10,2:10,4:20", "--model.hidden_size=64", "--model.num_heads=1", "--model.intermediate_size=0",
     "--micro_batch_size=8", "--tokens_per_step=1024", "--corpus.max_documents=300", "--corpus.vocab_size=1024",
     "--corpus.sequence_length=64", "--eval_sequences=32", "--warmup_steps=4", "--kernels=torch",
 )  # fmt: skip
