@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -14,6 +15,14 @@ from benchmarks.gpu_check.measure import Cuda, Host, Timer
 Function = Callable[..., Any]
 Ours = tuple[Function, list[torch.Tensor]]
 """One of our operators as a function of the tensors that get gradients, and these tensors."""
+
+
+def present(module: str) -> bool:
+    """Whether a module can be imported; a package of which half is there counts as absent."""
+    try:
+        return importlib.util.find_spec(module) is not None
+    except ImportError:
+        return False
 
 
 @dataclass(kw_only=True)

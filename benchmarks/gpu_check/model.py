@@ -5,14 +5,13 @@ Where DeepSpeed is installed, both run in a ZeRO-2 engine, ours in a bare PyTorc
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from benchmarks.gpu_check.catalogue import Machine, Ours, Row
+from benchmarks.gpu_check.catalogue import Machine, Ours, Row, present
 
 ENGINE = ("ours", "ours compiled", "bare", "peer", "peer compiled")
 BARE = ("bare", "bare compiled", "peer bare", "peer bare compiled")
@@ -99,7 +98,7 @@ def _run(check: Check) -> Callable[[Machine], dict[str, Any]]:
 
 def _contenders(check: Check, at: Machine) -> list[str]:
     names: tuple[str, ...] = BARE
-    if importlib.util.find_spec("deepspeed") is not None:
+    if present("deepspeed"):
         from ds_stacking.engine.factory import init_distributed
 
         if not torch.distributed.is_initialized():

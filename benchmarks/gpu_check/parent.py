@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import queue
@@ -16,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from benchmarks.gpu_check.catalogue import Row
+from benchmarks.gpu_check.catalogue import Row, present
 from benchmarks.gpu_check.journal import Journal, Record
 
 START = 12.0
@@ -119,7 +118,7 @@ class Check:
     def run(self, todo: Sequence[Row]) -> None:
         """Run rows in order; those of a part share a process until it is lost."""
         for index, row in enumerate(todo):
-            absent = [name for name in row.needs if importlib.util.find_spec(name) is None]
+            absent = [name for name in row.needs if not present(name)]
             if absent:
                 self._keep({"row": row.name, "skipped": f"{', '.join(absent)} absent"})
                 continue
