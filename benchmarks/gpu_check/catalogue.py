@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import importlib.util
 import zlib
 from collections.abc import Callable
@@ -62,6 +63,12 @@ class Machine:
         """Tell the parent what runs now, so that it knows what hung or crashed."""
         self.doing = doing
         self.tell(doing)
+
+    def free(self) -> None:
+        """Give back what a row has left."""
+        gc.collect()
+        if self.device == "cuda":
+            torch.cuda.empty_cache()
 
     def healthy(self) -> bool:
         """Whether the device still answers: after some errors a CUDA context is of no use."""

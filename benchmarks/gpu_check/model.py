@@ -86,8 +86,6 @@ def _run(check: Check) -> Callable[[Machine], dict[str, Any]]:
         )  # fmt: skip
         contenders = _contenders(check, at)
         found = compare(case, contenders, repeats=1 if at.dry else 7, say=at.say)
-        if not at.dry:
-            torch.cuda.empty_cache()
         missing = [name for name in contenders if "seconds" not in found[name]]
         if len(missing) == len(contenders) or (at.dry and missing):
             raise RuntimeError(f"no steps of {', '.join(missing)}: {found}")

@@ -40,6 +40,7 @@ class DeviceLost(RuntimeError):
 
 def collect(candidates: Candidates, at: Machine) -> tuple[dict[str, Modes], dict[str, str]]:
     """Modes of those candidates that run once, and why the others do not. Ours must."""
+    torch._dynamo.reset()  # or the shapes of this row would be compiled as changes of the last one's: dynamic, slower
     found: dict[str, Modes] = {}
     absent = {name: "it ended the process before" for name in candidates if name in at.without}
     for name, make in candidates.items():
@@ -47,8 +48,6 @@ def collect(candidates: Candidates, at: Machine) -> tuple[dict[str, Modes], dict
             continue
         at.say(name)
         try:
-            # recompilations for the shapes of the row before would fall back to slower, dynamic code
-            torch._dynamo.reset()
             found[name] = make()
             for run in found[name].values():
                 run()

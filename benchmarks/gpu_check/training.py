@@ -38,7 +38,7 @@ def rows() -> list[Row]:
         for stage in (2, 3)
     ]
     comparison = Row(
-        name="comparison", seconds=240, part="comparison", run=compare_depths, needs=NEEDS, takes_the_rest=True
+        name="comparison", seconds=420, part="comparison", run=compare_depths, needs=NEEDS, takes_the_rest=True
     )
     return [*growth, *resumes, comparison]
 
@@ -200,7 +200,7 @@ COMPARISON = (
     "--corpus.revision=null", "--corpus.streaming=false", "--corpus.near_duplicates=0", "--corpus.vocab_size=16384",
     "--corpus.eval_percent=5", "--stages=3:500,6:700,12:2800", "--warmup_steps=80", "--lr=4e-4",
     "--decay_percent=30", "--eval_every=0", "--eval_after_growth=0", "--eval_sequences=1024",
-    "--checkpoint_every=500", "--tracking=none", "--arms=scratch,stack", "--seeds=1", "--budgets=1",
+    "--checkpoint_every=500", "--tracking=none", "--arms=scratch,stack", "--seeds=1",
 )  # fmt: skip
 """BERT-base from scratch, stacked and shallow, on the built-in corpus, with the recipe's shares of depths."""
 DRY = (

@@ -29,6 +29,7 @@ def perform(row: Row, at: Machine) -> dict[str, Any]:
         row.reseed()
         with _kernels(row, at):
             result = row.run(at)
+        at.free()
     except Exception as error:
         traceback.print_exc()
         result = {"error": f"{type(error).__name__}: {str(error)[:500]}", "lost": not at.healthy(), "at": at.doing}

@@ -54,7 +54,7 @@ def test_a_wrong_kernel_is_noticed(correctness: Any, fault: float) -> None:
 
 
 def test_a_kernel_that_does_not_repeat_itself_is_noticed(correctness: Any) -> None:
-    noise = iter([1.0, 1.0 + 2**-22])
+    noise = iter([1.0, 1.0, 1.0 + 2**-22])
     subject = correctness.Subject(
         inputs=[torch.randn(8, 8)], formula=lambda x: x * x, ours=lambda x: x * x * next(noise)
     )
