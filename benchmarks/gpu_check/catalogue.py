@@ -96,6 +96,8 @@ class Row:
     """Whether these run in the interpreter in a dry run; a whole model is too slow for it and runs references."""
     needs: tuple[str, ...] = ()
     """Modules without which it is skipped."""
+    vital: bool = False
+    """Without its result no other row is of use."""
     takes_the_rest: bool = False
     """It goes on until the time is up, and `seconds` are the least that it needs."""
     always: bool = False
@@ -104,7 +106,7 @@ class Row:
     @property
     def limit(self) -> float:
         """Seconds after which it counts as hung."""
-        return 60 + 5 * self.seconds
+        return 60 + 3 * self.seconds
 
     def reseed(self) -> None:
         """The same inputs whenever and wherever this row runs."""

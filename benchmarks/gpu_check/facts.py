@@ -27,7 +27,7 @@ PRODUCTS = [(n, k) for d in (768, 1024) for n, k in ((3 * d, d), (d, d), (4 * d,
 def first() -> list[Row]:
     """What all other rows are read by."""
     return [
-        Row(name="environment", seconds=2, part="facts", run=environment, always=True),
+        Row(name="environment", seconds=2, part="facts", run=environment, always=True, vital=True),
         Row(name="compilation", seconds=60, part="facts", run=compilation, always=True),
         Row(name="rates", seconds=6, part="facts", run=rates, always=True),
     ]

@@ -125,7 +125,11 @@ class Check:
             if self._left() < self.estimate(row):
                 self.left_out.append(row.name)
                 continue
-            self._one(row, [later.name for later in todo[index + 1 :]])
+            later = [other.name for other in todo[index + 1 :]]
+            if self._one(row, later) or not row.vital:
+                continue
+            self.left_out += later
+            break
         self._close()
 
     def _left(self) -> float:
@@ -137,14 +141,12 @@ class Check:
         starts = 0.0 if self.worker is not None and self.part == row.part else START
         return starts + row.seconds * (measured + 5) / (estimated + 5)
 
-    def _one(self, row: Row, pending: list[str]) -> None:
-        """One row, once more without the peer that took the process with it."""
+    def _one(self, row: Row, pending: list[str]) -> bool:
+        """One row, once more without the peer that took the process with it; whether there is a result."""
         without: list[str] = []
         for _ in range(3):
-            begin, limit = (
-                time.monotonic(),
-                self._left() if row.takes_the_rest else self.patience * (START + row.limit),
-            )
+            begin = time.monotonic()
+            limit = self._left() if row.takes_the_rest else self.patience * (START + row.limit)
             request = {"row": row.name, "without": without, "pending": pending, "left": self._left()}
             cut = self._left() <= limit
             try:
@@ -153,7 +155,7 @@ class Check:
                 self._close()
                 if cut and self._left() <= 1:
                     self.left_out.append(row.name)
-                    return
+                    return False
                 answer = {"row": row.name, "error": str(lost), "at": lost.at}
             if answer.get("lost"):
                 self._close()
@@ -163,8 +165,9 @@ class Check:
             self._keep(answer)
             peer = answer.get("at", "")
             if "error" not in answer or peer in OURS or peer in without or self._left() < self.estimate(row):
-                return
+                return "error" not in answer
             without.append(peer)
+        return False
 
     def _ask(self, row: Row, request: dict[str, Any], limit: float) -> Record:
         if self.worker is None or self.part != row.part:

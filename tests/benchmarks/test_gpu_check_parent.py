@@ -55,6 +55,7 @@ def run(parent: Any, tmp_path: Path) -> Run:
     def start(*names: str, seconds: float = 60.0, **row: Any) -> Any:
         split = [name.split("@") for name in names]
         options = {"run": lambda at: {}, "seconds": row.get("estimate", 0.01), "needs": row.get("needs", ())}
+        options["vital"] = row.get("vital", False)
         rows = [Row(name=name, part=(part or ["part"])[0], **options) for name, *part in split]
         journal = Journal(tmp_path / "journal.jsonl")
         check = parent.Check(
@@ -113,6 +114,11 @@ def testestimates_follow_what_was_measured(run: Run, parent: Any) -> None:
 def test_what_is_missing_is_skipped_with_a_reason(run: Run) -> None:
     _, records = run("a", needs=("json", "no_such_module"))
     assert records["a"]["skipped"] == "no_such_module absent"
+
+
+def test_without_a_device_nothing_else_is_tried(run: Run) -> None:
+    check, records = run("error", "a", "b", vital=True)
+    assert set(records) == {"error"} and check.left_out == ["a", "b"]
 
 
 def test_resumption_runs_what_is_left_and_failures_once_more(run: Run, tmp_path: Path) -> None:

@@ -64,8 +64,8 @@ def test_finished_runs_travel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     from benchmarks.gpu_check.training import pack
 
     folder = tmp_path / "comparison"
-    for name in ("comparison.json", "scratch/x1/seed-1/summary.json", "scratch/x1/seed-1/config.json",
-                 "scratch/x1/seed-1/checkpoints/model.json", "stack/flops/seed-1/config.json", "pilot/summary.json"):  # fmt: skip
+    ended = [f"scratch/x1/seed-1/{name}.json" for name in ("summary", "config", "checkpoints/model")]
+    for name in ("comparison.json", *ended, "stack/flops/seed-1/config.json", "pilot/summary.json"):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_text("{}")
     pack(folder, tmp_path / "x.tar.gz")
