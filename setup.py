@@ -17,6 +17,7 @@ setup(
     python_requires=">=3.11",
     packages=[*library, *kernels],
     package_dir={"ds_stacking.kernels": "kernels"},
+    package_data={"ds_stacking.kernels": ["measured_tiles.json"]},
     # Floors: torch, transformers and deepspeed below these have known security faults.
     install_requires=[
         "torch>=2.10",

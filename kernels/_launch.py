@@ -2,15 +2,22 @@
 
 Operators call `launch` and never a jitted function. So the same host code (allocation, grids, arguments) runs on a
 GPU, runs on a CPU under `kernels.interpreter`, and yields the exact signatures that `kernels.offline` compiles.
+
+A launch's configuration (tiles, warps, stages) decides the order of its sums and so the last bits of its results. It
+is never measured in passing: it is what `use` was given for the launch's key, else what the table of measured
+configurations holds, else the first candidate, the one predicted to be best. `kernels.tiles` measures.
 """
 
 from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+import json
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
 
 import torch
 import triton
@@ -18,56 +25,142 @@ from torch.library import wrap_triton
 
 TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
 """Architectures with configurations of their own; others use those of the nearest older one."""
+MEASURED = Path(__file__).parent / "measured_tiles.json"
+"""What was measured on the device that an entry names: {device: {key of a launch: configuration}}."""
 
 Grid = Callable[[dict[str, Any]], tuple[int, ...]]
 Configs = Callable[[str, dict[str, Any]], Sequence[triton.Config]]
 
 
-@dataclass(kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class Kernel:
-    """A jitted function and the configurations that autotune may pick for it."""
+    """A jitted function and the configurations that it may run in."""
 
     fn: Any
     """The `triton.jit` function. An argument UPCAST_DOT, where it has one, is filled in by the launcher."""
     configs: Configs
-    """(target, constexprs and ITEMSIZE of the first tensor) -> configurations, the most likely best one first."""
+    """(target, constexprs and ITEMSIZE of the first tensor) -> configurations, the predicted best one first."""
     key: tuple[str, ...] = ()
-    """Arguments whose change tunes anew."""
-    tuned: dict[Any, Any] = field(default_factory=dict, repr=False)
-    """Tuners already made, by their configurations."""
+    """Integer arguments whose powers of two decide, beside dtype and constexprs, which configuration is best."""
 
     def candidates(self, target: str, args: Sequence[Any], constexprs: dict[str, Any]) -> list[triton.Config]:
         """Configurations for this launch."""
         return list(self.configs(target, {**constexprs, "ITEMSIZE": args[0].element_size()}))
 
-    def tuner(self, candidates: list[triton.Config]) -> Any:
-        """The autotuner over `candidates`, made once; it does not measure when there is only one."""
-        name = tuple(str(config) for config in candidates)
-        if name not in self.tuned:
-            self.tuned[name] = triton.autotune(configs=candidates, key=list(self.key))(self.fn)
-        return self.tuned[name]
+    @functools.cached_property
+    def name(self) -> str:
+        """Module and function, such as add_layer_norm.forward."""
+        return f"{self.fn.__module__.rpartition('.')[2]}.{self.fn.__name__.lstrip('_')}"
+
+    @functools.cached_property
+    def places(self) -> tuple[int, ...]:
+        """Where the arguments of `key` stand."""
+        return tuple(self.fn.arg_names.index(name) for name in self.key)
 
 
-@dataclass(kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class Launch:
-    """One recorded launch."""
+    """One launch."""
 
     kernel: Kernel
+    grid: Grid
     args: tuple[Any, ...]
     constexprs: dict[str, Any]
 
+    def candidates(self, target: str) -> list[triton.Config]:
+        """Configurations that it may run in, the predicted best one first."""
+        return self.kernel.candidates(target, self.args, self.constexprs)
 
-class _Run:
-    """Launches on the device of the first argument."""
+    def sizes(self) -> tuple[int, ...]:
+        """The arguments of the kernel's key, rounded up to powers of two."""
+        return tuple(_power_of_2(self.args[place]) for place in self.kernel.places)
+
+    def key(self, target: str) -> str:
+        """What its best configuration depends on, readable; of dropout only whether there is any."""
+        given = {name: value for name, value in self.constexprs.items() if name != "UPCAST_DOT"}
+        if "THRESHOLD" in given:
+            given["DROPOUT"] = given.pop("THRESHOLD") > 0
+        given |= zip(self.kernel.key, self.sizes(), strict=True)
+        dtype = str(self.args[0].dtype).removeprefix("torch.")
+        return " ".join([target, self.kernel.name, dtype, *(f"{name}={value}" for name, value in given.items())])
+
+
+def _power_of_2(value: int | torch.SymInt) -> int:
+    if isinstance(value, torch.SymInt):  # its value would be guarded: a graph for each
+        value = value.node.hint or 1
+    return triton.next_power_of_2(value)
+
+
+def describe(config: triton.Config) -> str:
+    """A configuration in one line: meta-parameters, warps and stages."""
+    blocks = [f"{name}={value}" for name, value in config.kwargs.items()]
+    return " ".join([*blocks, f"warps={config.num_warps}", f"stages={config.num_stages}"])
+
+
+_given: dict[str, str] = {}
+_chosen: dict[tuple[Any, ...], triton.Config] = {}
+
+
+def use(choices: Mapping[str, str]) -> None:
+    """From here on launches run in these configurations, {key: configuration}; they replace those given before."""
+    global _given
+    _given = dict(choices)
+    _chosen.clear()
+
+
+@functools.cache
+def _measured() -> dict[str, str]:
+    return {key: config for choices in json.loads(MEASURED.read_text()).values() for key, config in choices.items()}
+
+
+def known(key: str) -> str | None:
+    """The configuration that this process was given for a key, or else the one in the table of measured ones."""
+    return _given.get(key) or _measured().get(key)
+
+
+def choose(launch: Launch, target: str) -> triton.Config:
+    """The configuration of a launch."""
+    identity = (id(launch.kernel), target, launch.args[0].dtype, *launch.constexprs.items(), launch.sizes())
+    config = _chosen.get(identity)
+    if config is None:
+        config = _chosen[identity] = _choose(launch, target)
+    return config
+
+
+def _choose(launch: Launch, target: str) -> triton.Config:
+    candidates = launch.candidates(target)
+    key = launch.key(target)
+    wanted = known(key)
+    if wanted is None:
+        return candidates[0]
+    for config in candidates:
+        if describe(config) == wanted:
+            return config
+    warnings.warn(f"{key}: {wanted} is no candidate any more; {describe(candidates[0])} is taken.", stacklevel=4)
+    return candidates[0]
+
+
+class Executor:
+    """Carries launches out on the device of their first argument."""
 
     everywhere = False
+    """Whether tensors of any device are served."""
 
-    def __call__(self, kernel: Kernel, grid: Grid, args: tuple[Any, ...], constexprs: dict[str, Any]) -> None:
-        tuner = kernel.tuner(kernel.candidates(target_of(args[0].device), args, constexprs))
-        wrap_triton(tuner)[grid](*args, **constexprs)
+    def __call__(self, launch: Launch) -> None:
+        """Launch in the configuration that is chosen for it."""
+        self.run(launch, choose(launch, self.target(launch)))
+
+    def target(self, launch: Launch) -> str:
+        """The entry of TARGETS whose configurations it runs in."""
+        return target_of(launch.args[0].device)
+
+    def run(self, launch: Launch, config: triton.Config) -> None:
+        """Launch in this configuration."""
+        options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
+        wrap_triton(launch.kernel.fn)[launch.grid](*launch.args, **launch.constexprs, **config.kwargs, **options)
 
 
-class _Record:
+class _Record(Executor):
     """Keeps launches instead of running them."""
 
     everywhere = True
@@ -75,16 +168,22 @@ class _Record:
     def __init__(self) -> None:
         self.launches: list[Launch] = []
 
-    def __call__(self, kernel: Kernel, grid: Grid, args: tuple[Any, ...], constexprs: dict[str, Any]) -> None:
-        self.launches.append(Launch(kernel=kernel, args=args, constexprs=constexprs))
+    def __call__(self, launch: Launch) -> None:
+        self.launches.append(launch)
 
 
-_executor: Any = _Run()
+_executor = Executor()
+AnyExecutor = TypeVar("AnyExecutor", bound=Executor)
+
+
+def executor() -> Executor:
+    """What carries launches out now."""
+    return _executor
 
 
 @contextlib.contextmanager
-def executing(executor: Any) -> Iterator[Any]:
-    """Let `executor` handle every launch inside the block, on tensors of any device."""
+def executing(executor: AnyExecutor) -> Iterator[AnyExecutor]:
+    """Let `executor` handle every launch inside the block."""
     global _executor
     previous, _executor = _executor, executor
     try:
@@ -107,7 +206,8 @@ def launch(kernel: Kernel, grid: Grid | tuple[int, ...], *args: Any, **constexpr
     # a grid without programs is an error on the device; empty tensors need no work
     if not callable(grid) and 0 in grid:
         return
-    _executor(kernel, grid if callable(grid) else (lambda _: grid), args, constexprs)
+    grid_of = grid if callable(grid) else (lambda _: grid)
+    _executor(Launch(kernel=kernel, grid=grid_of, args=args, constexprs=constexprs))
 
 
 def runs_kernels(x: torch.Tensor) -> bool:

@@ -53,7 +53,7 @@ def _configs(tiles: dict[tuple[str, int], list[Tile]], exact_warps: int) -> Conf
 
 FORWARD = Kernel(
     fn=attention_kernels.forward,
-    key=("longest",),
+    key=("longest", "tokens"),
     configs=_configs(
         {
             ("sm_80", 64): [(128, 64, 8, 2)],
@@ -70,7 +70,7 @@ FORWARD = Kernel(
 )
 BACKWARD_QUERIES = Kernel(
     fn=attention_kernels.backward_queries,
-    key=("longest",),
+    key=("longest", "tokens"),
     configs=_configs(
         {
             ("sm_80", 64): [(64, 32, 4, 2)],
@@ -87,7 +87,7 @@ BACKWARD_QUERIES = Kernel(
 )
 BACKWARD_KEYS = Kernel(
     fn=attention_kernels.backward_keys,
-    key=("longest",),
+    key=("longest", "tokens"),
     configs=_configs(
         {
             ("sm_80", 64): [(32, 32, 4, 2)],
@@ -118,7 +118,7 @@ def _longest_short(target: str) -> int:
     return {"sm_90": 128, "gfx942": 0}.get(target, 64)  # elsewhere larger tiles spill registers
 
 
-BACKWARD_SHORT = Kernel(fn=attention_kernels.backward_short, configs=_short_configs)
+BACKWARD_SHORT = Kernel(fn=attention_kernels.backward_short, configs=_short_configs, key=("tokens",))
 
 
 @triton_op("ds_stacking::attention", mutates_args=())

@@ -109,9 +109,9 @@ def _tiles(target: str, meta: dict[str, Any]) -> list[triton.Config]:
     return [triton.Config({"ROWS": 4, "BLOCK_N": 512}, num_warps=4)]
 
 
-FORWARD = Kernel(fn=_forward, configs=_tiles)
-BACKWARD = Kernel(fn=_backward, configs=_tiles)
-LINEAR = Kernel(fn=_linear, configs=product_configs, key=("N", "K"))
+FORWARD = Kernel(fn=_forward, configs=_tiles, key=("rows",))
+BACKWARD = Kernel(fn=_backward, configs=_tiles, key=("rows",))
+LINEAR = Kernel(fn=_linear, configs=product_configs, key=("rows",))
 
 
 @triton_op("ds_stacking::bias_gelu", mutates_args=())

@@ -6,8 +6,8 @@ Under that variable `triton.jit` yields another kind of function for the whole p
     with interpreted():
         out = attention(qkv, cu_seqlens, max_seqlen)  # CPU tensors
 
-The interpreter multiplies bf16 wrongly, so kernels get UPCAST_DOT there; it cannot choose among configurations, so
-the first one is taken, with `blocks` overriding it.
+The interpreter multiplies bf16 wrongly, so kernels get UPCAST_DOT there. `blocks` overrides the configuration that is
+chosen for a launch.
 """
 
 from __future__ import annotations
@@ -18,13 +18,14 @@ import sys
 from collections.abc import Iterator
 from typing import Any
 
+import triton
 import triton.experimental.gluon.language  # noqa: F401  must be imported before jitted functions are replaced
 import triton.language as tl
 from triton.runtime import interpreter
 from triton.runtime.interpreter import InterpretedFunction
 from triton.runtime.jit import JITFunction
 
-from ds_stacking.kernels._launch import Grid, Kernel, executing
+from ds_stacking.kernels._launch import Executor, Launch, executing
 
 
 class _Helper(InterpretedFunction):
@@ -35,23 +36,25 @@ class _Helper(InterpretedFunction):
         return self.rewrite()(*args, **kwargs)
 
 
-class _Interpret:
-    """Executes launches in the interpreter."""
+class _Interpret(Executor):
+    """Executes launches in the interpreter, in the configurations of the target tuned for."""
 
     everywhere = True
 
     def __init__(self, blocks: dict[str, Any]) -> None:
         self.blocks = blocks
 
-    def __call__(self, kernel: Kernel, grid: Grid, args: tuple[Any, ...], constexprs: dict[str, Any]) -> None:
-        config = kernel.candidates("sm_90", args, constexprs)[0]
-        meta = {**config.kwargs, **constexprs}
+    def target(self, launch: Launch) -> str:
+        return "sm_90"
+
+    def run(self, launch: Launch, config: triton.Config) -> None:
+        meta = {**config.kwargs, **launch.constexprs}
         meta |= {name: value for name, value in self.blocks.items() if name in meta}
         if "UPCAST_DOT" in meta:
             meta["UPCAST_DOT"] = True
         library = interpreter._patch_lang(tl.standard.sum.fn)  # for what Triton's own jitted functions call
         try:
-            InterpretedFunction(kernel.fn.fn)[grid](*args, **meta)
+            InterpretedFunction(launch.kernel.fn.fn)[launch.grid](*launch.args, **meta)
         finally:
             library.restore()
 
@@ -68,7 +71,8 @@ def interpreted(**blocks: Any) -> Iterator[None]:
                     stack.callback(setattr, module, name, value)
                     setattr(module, name, _Helper(value.fn))
         stack.enter_context(_numpy_scalars())
-        yield stack.enter_context(executing(_Interpret(blocks)))
+        stack.enter_context(executing(_Interpret(blocks)))
+        yield
 
 
 @contextlib.contextmanager

@@ -103,9 +103,9 @@ def _gradient(
     tl.store(at, dx, mask=(row[:, None] < rows) & (column[None, :] < columns))
 
 
-STATISTICS = Kernel(fn=_statistics, configs=product_configs, key=("columns",))
+STATISTICS = Kernel(fn=_statistics, configs=product_configs, key=("rows", "columns"))
 MERGE = Kernel(fn=_merge, configs=lambda target, meta: [triton.Config({"BLOCK_M": 32, "BLOCK_T": 64}, num_warps=4)])
-GRADIENT = Kernel(fn=_gradient, configs=product_configs, key=("columns",))
+GRADIENT = Kernel(fn=_gradient, configs=product_configs, key=("rows", "columns"))
 
 
 @triton_op("ds_stacking::linear_cross_entropy", mutates_args=())

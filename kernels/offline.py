@@ -24,7 +24,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import mangle_type
 
-from ds_stacking.kernels._launch import Kernel, Launch
+from ds_stacking.kernels._launch import Kernel, Launch, describe
 from ds_stacking.kernels.cases import CASES, Case
 
 TABLE = Path(__file__).parent / "compiled" / f"{triton.__version__}.json"
@@ -78,7 +78,7 @@ def tasks(cases: dict[str, Case]) -> list[Task]:
     for name, case in cases.items():
         for launch in case.launches():
             for target in case.targets:
-                for config in launch.kernel.candidates(target, launch.args, launch.constexprs):
+                for config in launch.candidates(target):
                     task = Task(case=name, launch=launch, target=target, config=config)
                     found.setdefault((name, launch.kernel.fn.__name__, target, str(config)), task)
     return list(found.values())
@@ -113,14 +113,9 @@ def compile_one(task: Task) -> Compiled:
     figures = read(compiled)
     shared, threads = compiled.metadata.shared, task.config.num_warps * backend.warp_size
     return Compiled(
-        case=task.case, kernel=task.launch.kernel.fn.__name__, target=task.target, config=_describe(task.config),
+        case=task.case, kernel=task.launch.kernel.fn.__name__, target=task.target, config=describe(task.config),
         shared=shared, programs=_resident(task.target, figures["registers"], shared, threads), **figures,
     )  # fmt: skip
-
-
-def _describe(config: triton.Config) -> str:
-    blocks = [f"{name}={value}" for name, value in config.kwargs.items()]
-    return " ".join([*blocks, f"warps={config.num_warps}", f"stages={config.num_stages}"])
 
 
 def _source(kernel: Kernel, args: tuple[Any, ...], meta: dict[str, Any]) -> ASTSource:
