@@ -6,7 +6,7 @@ import gc
 import importlib.util
 import zlib
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -36,6 +36,8 @@ class Machine:
     small: bool = False
     """Small shapes on a GPU, for compute-sanitizer."""
     timer: Timer | None = None
+    tiles: dict[str, str] = field(default_factory=dict)
+    """Configurations of kernels that were measured in this process, by their keys."""
     without: frozenset[str] = frozenset()
     """Peers that killed an earlier attempt at this row."""
     pending: tuple[str, ...] = ()
@@ -92,6 +94,8 @@ class Row:
     """Rows of one part share a process."""
     ours: Callable[[Machine], Ours] | None = None
     """Where it runs kernels of ours: what to call, for their compilation beforehand."""
+    choose_tiles: bool = False
+    """Whether the fastest configurations of its kernels are measured first."""
     interpret: bool = True
     """Whether these run in the interpreter in a dry run; a whole model is too slow for it and runs references."""
     needs: tuple[str, ...] = ()

@@ -58,7 +58,7 @@ def tasks(wanted: Iterable[Row], at: Machine) -> list[tuple[Launch, Any]]:
     found: dict[str, tuple[Launch, Any]] = {}
     for row in wanted:
         for launch in launches(row, at):
-            for config in launch.kernel.candidates(TARGET, launch.args, launch.constexprs):
+            for config in launch.candidates(TARGET):
                 found.setdefault(_name(launch, config), (launch, config))
     return list(found.values())
 
@@ -71,7 +71,8 @@ def _name(launch: Launch, config: Any) -> str:
 def warm_up(launch: Launch, config: Any) -> None:
     """Compile one launch in one configuration; the file lands in Triton's cache."""
     driver.set_active(StandIn())  # type: ignore[no-untyped-call]
-    launch.kernel.fn.warmup(*launch.args, grid=(1,), **launch.constexprs, **config.all_kwargs())
+    options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
+    launch.kernel.fn.warmup(*launch.args, grid=(1,), **launch.constexprs, **config.kwargs, **options)
 
 
 _todo: list[tuple[Launch, Any]] = []

@@ -300,4 +300,11 @@ def _row(name: str, seconds: float, make: Callable[[Machine], Setting]) -> Row:
         setting = make(at)
         return setting.ours, setting.inputs
 
-    return Row(name=f"speed: {name}", seconds=seconds, part="kernels", ours=ours, run=lambda at: timed(at, make(at)))
+    return Row(
+        name=f"speed: {name}",
+        seconds=seconds,
+        part="kernels",
+        ours=ours,
+        choose_tiles=True,
+        run=lambda at: timed(at, make(at)),
+    )

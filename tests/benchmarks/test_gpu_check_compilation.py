@@ -10,7 +10,6 @@ from pathlib import Path
 ROOT = Path(__file__).parents[2]
 PROGRAM = """
 import sys
-from collections.abc import Iterator
 
 import torch
 from triton.runtime.driver import driver
@@ -18,7 +17,7 @@ from triton.runtime.driver import driver
 from benchmarks.gpu_check import catalogue, precompile
 from benchmarks.gpu_check.catalogue import Machine
 import ds_stacking.kernels.add_layer_norm, ds_stacking.kernels.attention
-from ds_stacking.kernels._launch import executing
+from ds_stacking.kernels._launch import Executor, executing
 
 NAMES = ("correct: gather and scatter", "correct: add_layer_norm N=768 pre-LN p=0.1", "correct: attention S=129 p=0.1")
 chosen = [row for row in catalogue.rows() if row.name in NAMES]
@@ -47,15 +46,14 @@ class Loading(precompile.StandIn):
         return torch.cpu
 
 
-class Launch:
-    '''Launches on CPU tensors by the JIT's own __getitem__, in every configuration.'''
+class Every(Executor):
+    '''Launches on CPU tensors as on a GPU, in every configuration.'''
 
     everywhere = True
 
-    def __call__(self, kernel, grid, args, constexprs):
-        for config in kernel.candidates("sm_90", args, constexprs):
-            meta = {**config.kwargs, **constexprs}
-            kernel.fn[grid(meta)](*args, **constexprs, **config.all_kwargs())
+    def __call__(self, launch):
+        for config in launch.candidates("sm_90"):
+            self.run(launch, config)
 
 
 def launch_all() -> None:
@@ -63,7 +61,7 @@ def launch_all() -> None:
         module.multiprocessors = lambda device: 132  # as on the GPU; recorded was 1
     driver.set_active(Loading())
     at = Machine(device="cpu", dtype=torch.bfloat16, small=True)
-    with executing(Launch()):
+    with executing(Every()):
         for row in chosen:
             function, inputs = row.ours(at)
             out = function(*inputs)
