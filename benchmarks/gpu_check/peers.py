@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
+import torch._functorch.config
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -66,6 +67,8 @@ def collect(candidates: Candidates, at: Machine) -> tuple[dict[str, Modes], dict
 
 def compiled(function: Function, at: Machine) -> Function:
     """`function` under torch.compile; traced but not translated in a dry run, which would take minutes."""
+    # a backward pass that is timed by itself is run again and again, so that its inputs cannot be given away
+    torch._functorch.config.donated_buffer = False
     return torch.compile(function, backend="aot_eager" if at.dry else "inductor")
 
 
