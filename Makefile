@@ -5,8 +5,10 @@
 # make study      a list of comparisons as one plan, stopped and continued by the same command; STUDY=file, PARALLEL=2
 # make check      format, lint, types and the links of the texts, as CI runs them
 # make docs       the documentation as a site, in build/site
-# make gpu-check  on a GPU host, in its own Python: every kernel's correctness and speed beside its peers; OUT=folder;
-#                 PART=model: training steps of BERT-base and -large in engines beside transformers' instead
+# make gpu-check  on a GPU host, in its own Python: every kernel's correctness and speed beside its peers, as far as
+#                 MINUTES reach; results to OUT=folder; DRY=1: tiny, on a CPU; ARGS: options, such as --only attention
+# make gpu-session  the same, then training steps, growth, resume and a comparison, in order of worth;
+#                 SESSION=folder with the results of an earlier one goes on there
 #
 # PYTHON      the Python that makes the environment (3.11 or newer)
 # TORCH_PIP   extra pip options for torch, such as the index of a CUDA build:  make install TORCH_PIP="--index-url URL"
@@ -19,6 +21,7 @@ ARGS ?=
 VENV ?= .venv
 STUDY ?= launchers/studies/documentation.json
 PARALLEL ?= 2
+OUT ?= benchmarks/results/gpu
 
 BIN := $(CURDIR)/$(VENV)/bin
 INSTALLED := $(VENV)/.installed
@@ -27,7 +30,7 @@ export PATH := $(BIN):$(PATH)
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export DS_BUILD_OPS := 0
 
-.PHONY: install pretrain test test-long soak study check docs format bench gpu-check clean
+.PHONY: install pretrain test test-long soak study check docs format bench gpu-check gpu-session clean
 
 install: $(INSTALLED)
 
@@ -77,8 +80,13 @@ bench: $(INSTALLED)
 	$(BIN)/python benchmarks/data.py
 
 # No set-up here: a GPU host has its own PyTorch, often no network (pip install --no-deps --no-build-isolation -e .).
-gpu-check:
-	OUT=$${OUT:-benchmarks/results} timeout 540 $(PYTHON) -m benchmarks.gpu_check$(if $(filter model,$(PART)),.model)
+# OUT may come from the environment.
+gpu-check: MINUTES ?= 8
+gpu-session: MINUTES ?= 28
+gpu-check gpu-session: export OUT := $(OUT)
+gpu-check gpu-session:
+	$(PYTHON) -m benchmarks.gpu_check --minutes $(MINUTES) $(if $(filter gpu-session,$@),--session) $(if $(DRY),--dry) \
+		$(if $(SESSION),--resume $(SESSION)) $(ARGS)
 
 clean:
 	rm -rf $(VENV) build *.egg-info

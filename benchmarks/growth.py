@@ -70,10 +70,10 @@ def make_factory(zero_stage: int, options: argparse.Namespace, **extra: Any) -> 
     )
 
 
-def start(zero_stage: int, options: argparse.Namespace) -> StageManager:
-    """An engine of 6 layers with a random state."""
+def start(zero_stage: int, options: argparse.Namespace, layers: int = 6) -> StageManager:
+    """An engine of so many layers with a random state."""
     manager = StageManager(make_factory(zero_stage, options))
-    manager.start(EngineSpec(layers=6, micro_batch_size=1))
+    manager.start(EngineSpec(layers=layers, micro_batch_size=1))
     state = LiveState(manager.engine)
     for piece in state.slices():
         for kind in KINDS:

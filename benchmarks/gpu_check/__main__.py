@@ -1,13 +1,14 @@
 """python -m benchmarks.gpu_check [--dry] [--minutes 8] [--only PATTERN ...] [--resume [FOLDER]] [--session] [--list]
 
-Every kernel's correctness and speed beside its peers, on one GPU; with `--session` also training steps, growth, resume
-and a comparison. Rows run in order of worth in processes of their own; each result is a line of `gpu_check.jsonl`
-(`session.jsonl`) in the folder $OUT, default benchmarks/results/gpu, on the disk before the next row begins. `--resume`
-runs only what has no result yet (what failed, once more), in $OUT or as told by the results in FOLDER. `--dry` runs all
-of it on a CPU with tiny shapes and the kernels in Triton's interpreter: it proves the logic, its times mean nothing.
+Every kernel's correctness and speed beside its peers, on one GPU; with `--session` also training steps, growth,
+resume and a comparison. Rows run in order of worth in processes of their own; each result is a line of
+`gpu_check.jsonl` (`session.jsonl`) in the folder $OUT, default benchmarks/results/gpu, on the disk before the next
+row begins. `--resume` runs only what has no result yet (what failed, once more), as told by the results in FOLDER, or
+in $OUT. `--dry` runs all of it on a CPU with tiny shapes and the kernels in Triton's interpreter: it proves the
+logic, its times mean nothing.
 
-The exit code is 1 where a kernel is wrong or a row has an error, in a dry run also where one is missing; missed targets
-are reported, no error.
+The exit code is 1 where a kernel is wrong or a row has an error, in a dry run also where one is missing; a missed
+target is reported, no error.
 """
 
 from __future__ import annotations
@@ -74,7 +75,8 @@ def run(chosen: Sequence[Row], out: Path, options: argparse.Namespace) -> int:
     todo = [row for row in chosen if row.always or row in todo] if todo else []
     check = Check(
         journal=journal, command=worker_command(options.dry), log=out / f"{name}.log",
-        deadline=time.monotonic() + 60 * options.minutes, show=lambda text: print(text, flush=True),
+        deadline=time.monotonic() + 60 * options.minutes, patience=4.0 if options.dry else 1.0,
+        show=lambda text: print(text, flush=True),
     )  # fmt: skip
     check.run(todo)
     records = journal.latest()

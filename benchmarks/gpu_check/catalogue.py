@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import gc
+import importlib.util
 import zlib
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -14,6 +16,14 @@ from benchmarks.gpu_check.measure import Cuda, Host, Timer
 Function = Callable[..., Any]
 Ours = tuple[Function, list[torch.Tensor]]
 """One of our operators as a function of the tensors that get gradients, and these tensors."""
+
+
+def present(module: str) -> bool:
+    """Whether a module can be imported; a package of which half is there counts as absent."""
+    try:
+        return importlib.util.find_spec(module) is not None
+    except ImportError:
+        return False
 
 
 @dataclass(kw_only=True)
@@ -26,10 +36,14 @@ class Machine:
     small: bool = False
     """Small shapes on a GPU, for compute-sanitizer."""
     timer: Timer | None = None
+    tiles: dict[str, str] = field(default_factory=dict)
+    """Configurations of kernels that were measured in this process, by their keys."""
     without: frozenset[str] = frozenset()
     """Peers that killed an earlier attempt at this row."""
     pending: tuple[str, ...] = ()
     """Rows that will follow."""
+    left: float = 0.0
+    """Seconds until the check ends, when this row began."""
     tell: Callable[[str], None] = lambda text: None
     """Reaches the parent."""
     doing: str = ""
@@ -51,6 +65,12 @@ class Machine:
         """Tell the parent what runs now, so that it knows what hung or crashed."""
         self.doing = doing
         self.tell(doing)
+
+    def free(self) -> None:
+        """Give back what a row has left."""
+        gc.collect()
+        if self.device == "cuda":
+            torch.cuda.empty_cache()
 
     def healthy(self) -> bool:
         """Whether the device still answers: after some errors a CUDA context is of no use."""
@@ -74,17 +94,23 @@ class Row:
     """Rows of one part share a process."""
     ours: Callable[[Machine], Ours] | None = None
     """Where it runs kernels of ours: what to call, for their compilation beforehand."""
+    choose_tiles: bool = False
+    """Whether the fastest configurations of its kernels are measured first."""
     interpret: bool = True
     """Whether these run in the interpreter in a dry run; a whole model is too slow for it and runs references."""
     needs: tuple[str, ...] = ()
     """Modules without which it is skipped."""
+    vital: bool = False
+    """Without its result no other row is of use."""
+    takes_the_rest: bool = False
+    """It goes on until the time is up, and `seconds` are the least that it needs."""
     always: bool = False
     """What it finds out holds for one machine and start, so that a resumed check runs it again."""
 
     @property
     def limit(self) -> float:
         """Seconds after which it counts as hung."""
-        return 60 + 5 * self.seconds
+        return 60 + 3 * self.seconds
 
     def reseed(self) -> None:
         """The same inputs whenever and wherever this row runs."""

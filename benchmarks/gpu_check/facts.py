@@ -27,7 +27,7 @@ PRODUCTS = [(n, k) for d in (768, 1024) for n, k in ((3 * d, d), (d, d), (4 * d,
 def first() -> list[Row]:
     """What all other rows are read by."""
     return [
-        Row(name="environment", seconds=2, part="facts", run=environment, always=True),
+        Row(name="environment", seconds=2, part="facts", run=environment, always=True, vital=True),
         Row(name="compilation", seconds=60, part="facts", run=compilation, always=True),
         Row(name="rates", seconds=6, part="facts", run=rates, always=True),
     ]
@@ -53,8 +53,8 @@ def environment(at: Machine) -> dict[str, Any]:
     properties = torch.cuda.get_device_properties(0)
     return {
         "device": properties.name, "multiprocessors": properties.multi_processor_count,
-        "capability": torch.cuda.get_device_capability(), "bytes": properties.total_memory, "l2": properties.L2_cache_size,
-        "cuda": torch.version.cuda, "cudnn": torch.backends.cudnn.version(), **found,
+        "capability": torch.cuda.get_device_capability(), "bytes": properties.total_memory,
+        "l2": properties.L2_cache_size, "cuda": torch.version.cuda, "cudnn": torch.backends.cudnn.version(), **found,
     }  # fmt: skip
 
 

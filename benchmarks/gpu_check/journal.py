@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import time
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -49,20 +51,22 @@ class Journal:
         return {record["row"]: record for record in self.read()}
 
     def settled(self) -> set[str]:
-        """Rows that a resumed check leaves alone: those with a result, and those that failed twice."""
-        failures: dict[str, int] = {}
+        """Rows that a resumed check leaves alone: those with a whole result, and those that failed twice."""
+        found, failures = set(), Counter[str]()
         for record in self.read():
-            failures[record["row"]] = failures.get(record["row"], 0) + 1 if "error" in record else -1
-        return {name for name, count in failures.items() if count < 0 or count > 1}
+            failures[record["row"]] += "error" in record
+            if not {"error", "skipped", "unfinished"} & record.keys() or failures[record["row"]] > 1:
+                found.add(record["row"])
+        return found
 
     def begin(self, earlier: Path | None) -> None:
-        """Take over the journal in the folder `earlier`; without one, an older file of this name gets its date's."""
+        """Take over the results in the folder `earlier`; without one, an older file of this name gets its date's."""
         if earlier is None:
             if self.path.exists():
                 date = time.strftime("%Y%m%d-%H%M%S", time.gmtime(self.path.stat().st_mtime))
                 self.path.rename(self.path.with_stem(f"{self.path.stem}-{date}"))
             return
-        source = earlier / self.path.name
-        if not self.path.exists() and source.exists():
-            for record in Journal(source).read():
-                self.append(record)
+        for source in earlier.glob("*"):
+            target = self.path.parent / source.name
+            if source.is_file() and source.suffix in (".jsonl", ".gz") and not target.exists():
+                shutil.copy(source, target)

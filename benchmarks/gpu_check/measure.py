@@ -40,11 +40,11 @@ class Cuda:
         self._buffer = torch.ones(64 << 20, device="cuda")  # 256 MB, five times an H100's L2
         self._sum = torch.empty((), device="cuda")
         self.clocks: Callable[[], Reading] = telemetry(str(getattr(properties, "uuid", "")))
-        self._rate = self._cycles_per_second()
+        # an idle GPU's clock rises in the first milliseconds of load
+        self._rate = max(self._cycles_per_second() for _ in range(5))
 
     def _cycles_per_second(self, cycles: int = 20_000_000) -> float:
         begin, end = self.event(), self.event()
-        torch.cuda._sleep(cycles)
         begin.record()
         torch.cuda._sleep(cycles)
         end.record()
@@ -102,20 +102,13 @@ class Timer:
 
     def compare(self, runs: Mapping[str, Run]) -> dict[str, Any]:
         """Times of all runs, which take turns, and clocks; once more where the clock has fallen since the start."""
-        if self.first is None:
-            self.first = self.clocks().get("sm_mhz")
         found = self._once(runs)
+        if self.first is None:
+            self.first = found["clocks"][0].get("sm_mhz")
         if self._fell(found["clocks"]):
             found = {**self._once(runs), "repeated_after": found["clocks"]}
             found["clock_fell"] = self._fell(found["clocks"])
         return found
-
-    def clocks(self) -> Reading:
-        """What the GPU reads under load: an idle one lowers its clocks."""
-        self.device.spin(50 * SPIN)
-        reading = self.device.clocks()
-        self.device.wait()
-        return reading
 
     def _fell(self, clocks: list[Reading]) -> bool:
         found = [float(reading["sm_mhz"]) for reading in clocks if "sm_mhz" in reading]
@@ -123,7 +116,7 @@ class Timer:
 
     def _once(self, runs: Mapping[str, Run]) -> dict[str, Any]:
         host = {name: self._host_seconds(run) for name, run in runs.items()}
-        before = self.clocks()
+        before = self._clocks(runs)
         times: dict[str, list[float]] = {name: [] for name in runs}
         for _ in range(self.rounds):
             for name, run in runs.items():
@@ -131,8 +124,17 @@ class Timer:
         return {
             "times": {name: _quartiles(found) for name, found in times.items()},
             "host": host,
-            "clocks": [before, self.clocks()],
+            "clocks": [before, self._clocks(runs)],
         }
+
+    def _clocks(self, runs: Mapping[str, Run]) -> Reading:
+        """What the GPU reads while it works on the runs: an idle one lowers its clocks."""
+        self.device.spin(SPIN)
+        for run in runs.values():
+            run()
+        reading = self.device.clocks()
+        self.device.wait()
+        return reading
 
     def _host_seconds(self, run: Run) -> float:
         """How long the host needs to queue `run`, after a warm-up."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import queue
@@ -16,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from benchmarks.gpu_check.catalogue import Row
+from benchmarks.gpu_check.catalogue import Row, present
 from benchmarks.gpu_check.journal import Journal, Record
 
 START = 12.0
@@ -106,6 +105,8 @@ class Check:
     log: Path
     deadline: float
     """On time.monotonic's clock."""
+    patience: float = 1.0
+    """What the rows' limits are multiplied with; their estimates are those of a GPU."""
     show: Callable[[str], None] = print
     left_out: list[str] = field(default_factory=list)
     """Rows that did not fit into the time."""
@@ -117,37 +118,44 @@ class Check:
     def run(self, todo: Sequence[Row]) -> None:
         """Run rows in order; those of a part share a process until it is lost."""
         for index, row in enumerate(todo):
-            absent = [name for name in row.needs if importlib.util.find_spec(name) is None]
+            absent = [name for name in row.needs if not present(name)]
             if absent:
                 self._keep({"row": row.name, "skipped": f"{', '.join(absent)} absent"})
                 continue
-            if self._left() < self._estimate(row):
+            if self._left() < self.estimate(row):
                 self.left_out.append(row.name)
                 continue
-            self._one(row, [later.name for later in todo[index + 1 :]])
+            later = [other.name for other in todo[index + 1 :]]
+            if self._one(row, later) or not row.vital:
+                continue
+            self.left_out += later
+            break
         self._close()
 
     def _left(self) -> float:
         return self.deadline - time.monotonic()
 
-    def _estimate(self, row: Row) -> float:
+    def estimate(self, row: Row) -> float:
         """Seconds that the row will take, corrected by those of its part that have run."""
         measured, estimated = self.spent.get(row.part, [0.0, 0.0])
         starts = 0.0 if self.worker is not None and self.part == row.part else START
         return starts + row.seconds * (measured + 5) / (estimated + 5)
 
-    def _one(self, row: Row, pending: list[str]) -> None:
-        """One row, once more without the peer that took the process with it."""
+    def _one(self, row: Row, pending: list[str]) -> bool:
+        """One row, once more without the peer that took the process with it; whether there is a result."""
         without: list[str] = []
         for _ in range(3):
-            begin, cut = time.monotonic(), self._left() < row.limit
+            begin = time.monotonic()
+            limit = self._left() if row.takes_the_rest else self.patience * (START + row.limit)
+            request = {"row": row.name, "without": without, "pending": pending, "left": self._left()}
+            cut = self._left() <= limit
             try:
-                answer = self._ask(row, {"row": row.name, "without": without, "pending": pending})
+                answer = self._ask(row, request, limit)
             except Lost as lost:
                 self._close()
                 if cut and self._left() <= 1:
                     self.left_out.append(row.name)
-                    return
+                    return False
                 answer = {"row": row.name, "error": str(lost), "at": lost.at}
             if answer.get("lost"):
                 self._close()
@@ -156,15 +164,16 @@ class Check:
             spent[1] += row.seconds
             self._keep(answer)
             peer = answer.get("at", "")
-            if "error" not in answer or peer in OURS or peer in without or self._left() < self._estimate(row):
-                return
+            if "error" not in answer or peer in OURS or peer in without or self._left() < self.estimate(row):
+                return "error" not in answer
             without.append(peer)
+        return False
 
-    def _ask(self, row: Row, request: dict[str, Any]) -> Record:
+    def _ask(self, row: Row, request: dict[str, Any], limit: float) -> Record:
         if self.worker is None or self.part != row.part:
             self._close()
             self.worker, self.part = Worker(self.command, self.log), row.part
-        return self.worker.ask(request, min(START + row.limit, max(1.0, self._left())))
+        return self.worker.ask(request, min(limit, max(1.0, self._left())))
 
     def _keep(self, record: Record) -> None:
         self.journal.append(record)

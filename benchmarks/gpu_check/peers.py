@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
+import torch._functorch.config
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -40,6 +41,7 @@ class DeviceLost(RuntimeError):
 
 def collect(candidates: Candidates, at: Machine) -> tuple[dict[str, Modes], dict[str, str]]:
     """Modes of those candidates that run once, and why the others do not. Ours must."""
+    torch._dynamo.reset()  # or the shapes of this row would be compiled as changes of the last one's: dynamic, slower
     found: dict[str, Modes] = {}
     absent = {name: "it ended the process before" for name in candidates if name in at.without}
     for name, make in candidates.items():
@@ -47,8 +49,6 @@ def collect(candidates: Candidates, at: Machine) -> tuple[dict[str, Modes], dict
             continue
         at.say(name)
         try:
-            # recompilations for the shapes of the row before would fall back to slower, dynamic code
-            torch._dynamo.reset()
             found[name] = make()
             for run in found[name].values():
                 run()
@@ -67,6 +67,8 @@ def collect(candidates: Candidates, at: Machine) -> tuple[dict[str, Modes], dict
 
 def compiled(function: Function, at: Machine) -> Function:
     """`function` under torch.compile; traced but not translated in a dry run, which would take minutes."""
+    # a backward pass that is timed by itself is run again and again, so that its inputs cannot be given away
+    torch._functorch.config.donated_buffer = False
     return torch.compile(function, backend="aot_eager" if at.dry else "inductor")
 
 

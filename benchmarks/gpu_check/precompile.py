@@ -58,20 +58,21 @@ def tasks(wanted: Iterable[Row], at: Machine) -> list[tuple[Launch, Any]]:
     found: dict[str, tuple[Launch, Any]] = {}
     for row in wanted:
         for launch in launches(row, at):
-            for config in launch.kernel.candidates(TARGET, launch.args, launch.constexprs):
+            for config in launch.candidates(TARGET):
                 found.setdefault(_name(launch, config), (launch, config))
     return list(found.values())
 
 
 def _name(launch: Launch, config: Any) -> str:
     values = [str(x.dtype) if isinstance(x, torch.Tensor) else repr(x) for x in launch.args]
-    return f"{launch.kernel.fn.__name__} {values} {launch.constexprs} {config}"
+    return f"{launch.kernel.fn.fn.__module__} {launch.kernel.fn.__name__} {values} {launch.constexprs} {config}"
 
 
 def warm_up(launch: Launch, config: Any) -> None:
     """Compile one launch in one configuration; the file lands in Triton's cache."""
     driver.set_active(StandIn())  # type: ignore[no-untyped-call]
-    launch.kernel.fn.warmup(*launch.args, grid=(1,), **launch.constexprs, **config.all_kwargs())
+    options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
+    launch.kernel.fn.warmup(*launch.args, grid=(1,), **launch.constexprs, **config.kwargs, **options)
 
 
 _todo: list[tuple[Launch, Any]] = []

@@ -50,13 +50,13 @@ def speed_lines(records: Records) -> Iterator[str]:
             share = f" ({allowed * 1e8 / times['ours']:.0f} % of limit)" if allowed else ""
             others = " ".join(f"{who} {seconds:.0f}" for who, seconds in times.items() if who != "ours")
             clock = ", CLOCK FELL" if measured.get("clock_fell") else ""
-            yield f"  {mode:8} {times['ours']:.0f} us{share}; {others}{clock}"
-            for target in TARGETS.get(case, []):
-                if target.mode == mode:
-                    value = ratio(target, row, rates)
-                    text = "" if value is None else f"{value:.2f} "
-                    state = verdict(value, target.must, target.goal)
-                    yield f"    {target.peer} {text}(must {target.must}, goal {target.goal}) {state}"
+            goals = [(t, ratio(t, row, rates)) for t in TARGETS.get(case, []) if t.mode == mode]
+            judged = "".join(
+                f" [{t.peer} {value:.2f} of {t.must}-{t.goal} {verdict(value, t.must, t.goal)}]"
+                for t, value in goals
+                if value is not None
+            )
+            yield f"  {mode:8} {times['ours']:.0f} us{share}; {others}{clock}{judged}"
 
 
 def correctness_lines(records: Records) -> Iterator[str]:

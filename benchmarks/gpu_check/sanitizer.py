@@ -55,9 +55,8 @@ def sanitize(
     """What `tool` of `program` says of `cases`. Raises RuntimeError where it could not look."""
     if shutil.which(program[0]) is None:
         return {"skipped": "compute-sanitizer is absent"}
-    command = [
-        *program, "--tool", tool, "--error-exitcode", str(FAULTS), sys.executable, "-m", "benchmarks.gpu_check.sanitizer",
-    ]  # fmt: skip
+    watched = [sys.executable, "-m", "benchmarks.gpu_check.sanitizer"]
+    command = [*program, "--tool", tool, "--error-exitcode", str(FAULTS), *watched]
     command += ["--dry"] * dry
     # torch's allocator hands out parts of large blocks, whose ends the tool does not know
     environment = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}

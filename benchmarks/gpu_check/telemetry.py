@@ -11,10 +11,10 @@ FIELDS = ("sm_mhz", "memory_mhz", "watts", "celsius")
 
 
 def telemetry(uuid: str) -> Callable[[], Reading]:
-    """A function that reads the GPU of this UUID (without "GPU-"); `source` in what it returns says how."""
+    """A function that reads the GPU of this UUID, with or without "GPU-"; `source` in what it returns says how."""
     for make in (_nvml, _nvidia_smi):
         try:
-            read = make(f"GPU-{uuid}")
+            read = make(f"GPU-{uuid.removeprefix('GPU-')}")
             read()
         except Exception:  # no module, no driver, no such program: the next way
             continue

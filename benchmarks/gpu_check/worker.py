@@ -28,15 +28,27 @@ def perform(row: Row, at: Machine) -> dict[str, Any]:
     try:
         row.reseed()
         with _kernels(row, at):
-            result = row.run(at)
+            result = _with_tiles(row, at)
+        at.free()
     except Exception as error:
         traceback.print_exc()
         result = {"error": f"{type(error).__name__}: {str(error)[:500]}", "lost": not at.healthy(), "at": at.doing}
     return {"row": row.name, **result, "seconds": round(time.monotonic() - begin, 2)}
 
 
+def _with_tiles(row: Row, at: Machine) -> dict[str, Any]:
+    """The row's result, in the fastest configurations of its kernels where it is about speed."""
+    if not row.choose_tiles:
+        return row.run(at)
+    from benchmarks.gpu_check.tiles import choose
+
+    assert row.ours is not None
+    chosen = choose(at, row.ours(at))
+    return {**row.run(at), "tiles": chosen}
+
+
 def _kernels(row: Row, at: Machine) -> contextlib.AbstractContextManager[Any]:
-    """Around a row that runs kernels: in a dry run the interpreter. Choices of tiles would be entered here too."""
+    """Around a row that runs kernels: in a dry run the interpreter."""
     if not (at.dry and row.ours and row.interpret):
         return contextlib.nullcontext()
     from ds_stacking.kernels.interpreter import interpreted
@@ -55,6 +67,7 @@ def serve(known: dict[str, Row], make: Callable[[], Machine], say: Callable[[dic
             say({"row": request["row"], "error": f"no device: {type(error).__name__}: {error}", "lost": True})
             return 1
         at.without, at.pending = frozenset(request["without"]), tuple(request["pending"])
+        at.left = request["left"]
         at.tell, at.doing = lambda text: say({"doing": text}), ""
         answer = perform(known[request["row"]], at)
         say(answer)

@@ -1,0 +1,70 @@
+"""The report of the GPU check: verdicts from made-up figures, and what counts as wrong."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture
+def report(monkeypatch: pytest.MonkeyPatch) -> Any:
+    monkeypatch.syspath_prepend(str(ROOT))
+    from benchmarks.gpu_check import report
+
+    return report
+
+
+def test_ratios_and_limits(report: Any) -> None:
+    from benchmarks.gpu_check.targets import Target
+
+    times = {"ours": [1.0, 2.0, 3.0], "slow": [5.0, 5.0, 5.0], "fast": [3.0, 3.0, 3.0]}
+    row = {"modes": {"both": {"times": times}}, "bytes": {"both": 100.0}, "flops": {"both": 30.0}}
+    rates = {"copy": 100.0, "matmul": 60.0}
+    found = [
+        report.ratio(Target("both", peer, 0, 0), row, rates) for peer in ("slow", "fast", "best", "limit", "gone")
+    ]
+    assert found == [2.5, 1.5, 1.5, 0.5, None]
+    assert report.limit(row, "both", {**rates, "matmul": 10.0}) == 3.0  # the slower of the two
+    assert report.limit(row, "both", {}) is None
+    assert [report.verdict(v, 1.0, 2.0) for v in (0.9, 1.0, 2.0, None)] == ["MISSED", "must", "goal", "absent"]
+
+
+def test_model_goals(report: Any) -> None:
+    from benchmarks.gpu_check.targets import RATIOS, Goal
+
+    found = {
+        "ours": {"seconds": 2.0, "tokens_per_second": 600, "bytes": 80},
+        "ours compiled": {"seconds": 1.0, "tokens_per_second": 1200, "bytes": 50},
+        "peer": {"seconds": 2.0, "tokens_per_second": 600, "bytes": 100},
+        "peer compiled": {"seconds": 1.5, "tokens_per_second": 800, "bytes": 90},
+    }
+    goals = [Goal("tokens/s", 500, 700), *RATIOS]
+    assert [report.goal_value(goal, found) for goal in goals] == [1200, 2.0, 1.5, 0.5]  # the better of ours
+    bare = {name.replace("peer", "peer bare").replace("ours", "bare"): entry for name, entry in found.items()}
+    assert [report.goal_value(goal, bare) for goal in goals] == [1200, 2.0, 1.5, 0.5]
+    found["peer compiled"] = {"absent": "OutOfMemoryError"}
+    assert report.goal_value(goals[2], found) is None
+    assert report.goal_value(goals[0], {"ours": {"absent": "x"}}) is None
+
+
+def test_what_is_wrong_and_what_failed(report: Any) -> None:
+    growth = {"from": 3, "to": 6, "seconds": 0.1, "total": 1.0, "peak_bytes": 10, "exact": False}
+    records = {
+        "correct: a": {"row": "correct: a", "ok": True, "repeats": True, "errors": [0.1], "peer": [0.2]},
+        "correct: b": {"row": "correct: b", "ok": False, "repeats": False, "errors": [0.3], "peer": [0.2]},
+        "resume": {"row": "resume", "same_bits": False, "steps": 8},
+        "growth": {"row": "growth", "growths": [growth]},
+        "rates": {"row": "rates", "error": "RuntimeError: no"},
+        "model: x": {"row": "model: x", "skipped": "deepspeed absent"},
+    }
+    assert report.wrong(records) == ["correct: b", "resume", "growth"]
+    text = report.table(records, ["model: y"])
+    for words in (
+        "correct: 1 of 2", "WRONG correct: b: errors ours/torch 3.0e-01/2.0e-01, and two runs differ", "exact: False",
+        "ERROR rates : RuntimeError: no", "skipped model: x: deepspeed absent", "no time for 1 rows: model: y",
+    ):  # fmt: skip
+        assert words in text, text
