@@ -26,7 +26,7 @@ from ds_stacking.kernels._launch import Kernel, launch, runs_kernels
 def _cross_entropy(
     X, BIAS, TARGET, LOSS, rows, columns, stride, ignore, smoothing, z_loss, BLOCK_V: tl.constexpr
 ):  # fmt: skip
-    """One row: its loss, 0 if ignored, and dx in place of x; X is [M, stride], BIAS [stride], dx 0 beyond `columns`."""
+    """One row: its loss, 0 if ignored, and dx in place of x, 0 beyond `columns`; X is [M, stride], BIAS [stride]."""
     row = tl.program_id(0)
     start = X + row.to(tl.int64) * stride
     target = tl.load(TARGET + row)
