@@ -71,9 +71,9 @@ def _norm(width: int, dropout: float, prenorm: bool) -> None:
     )  # fmt: skip
 
 
-def _cross_entropy() -> None:
+def _cross_entropy(keep: bool) -> None:
     h, weight, bias = _tensor(4915, 768), _tensor(30522, 768), _tensor(30522)
-    _backward(linear_cross_entropy(h, weight, bias, _index(4915)))
+    _backward(linear_cross_entropy(h, weight, bias, _index(4915), keep_logits=keep))
 
 
 def _gelu() -> None:
@@ -110,7 +110,8 @@ CASES = {
     "bias_gelu/3072": Case(run=_gelu),
     "embedding_norm/768-dropout": Case(run=_embedding),
     "gather_rows/768": Case(run=_gather),
-    "linear_cross_entropy/768": Case(run=_cross_entropy),
+    "linear_cross_entropy/768": Case(run=lambda: _cross_entropy(False)),
+    "linear_cross_entropy/768-kept": Case(run=lambda: _cross_entropy(True)),
     "linear_gelu/768": Case(run=_linear_gelu),
 }
 """By operator and shape."""

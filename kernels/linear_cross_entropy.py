@@ -1,15 +1,18 @@
-"""Cross entropy of a linear layer's output without keeping its logits: the head of masked language modelling.
+"""Cross entropy of a linear layer's output: the head of masked language modelling, with or without its logits kept.
 
     x = h W^T + b                          lse = log sum_v exp(x_v)
     loss = lse - (1 - e) x_t - e mean_v(x_v) + z lse^2
     dx = g ((1 + 2 z lse) softmax(x) - (1 - e) [v = t] - e / V)
     dh = dx W          dW = dx^T h          db = sum_rows(dx)
 
+Where the logits take few bytes they are kept, which costs less time (kept_logits.py). Else, here:
+
 Forward: a matrix product whose epilogue reduces each tile of logits to the row's maximum, sum of exponentials, sum
 and target logit; a second kernel merges the tiles. Backward: for one slice of the vocabulary at a time the product is
 computed again, its epilogue writes dx in 16 bits, and two library products turn it into dh (summed in fp32) and the
-slice's final dW and db. So memory is one slice, not the logits, and every sum has one order: no atomics. After
-"Cut Your Losses" (Wijmans et al. 2024), with the slice in place of its fused second and third products.
+slice's final dW and db. So memory is one slice, not the logits, and every sum has one order: no atomics. Its operator
+is opaque to torch.compile, which would turn products written in place into products and copies. After "Cut Your
+Losses" (Wijmans et al. 2024), with the slice in place of its fused second and third products.
 """
 
 from __future__ import annotations
@@ -17,11 +20,14 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
-from torch.library import triton_op
+from torch.library import custom_op, triton_op
 
 from ds_stacking.kernels._launch import Kernel, check, launch, readable, runs_kernels
 from ds_stacking.kernels._product import product, product_configs, tile_grid, tile_of, tile_width
+from ds_stacking.kernels.kept_logits import kept_cross_entropy
 
+KEPT_BYTES = 512 * 2**20
+"""Logits of so many bytes or fewer are kept: those of 8,794 rows of BERT's vocabulary in bf16."""
 SLICE = 8192
 """Most columns of the vocabulary whose gradient of the logits exists at one time."""
 
@@ -136,8 +142,7 @@ def _linear_cross_entropy(
     return loss, lse
 
 
-@triton_op("ds_stacking::linear_cross_entropy_backward", mutates_args=())
-def _linear_cross_entropy_backward(
+def _sliced_backward(
     dloss: torch.Tensor,
     h: torch.Tensor,
     weight: torch.Tensor,
@@ -172,6 +177,12 @@ def _linear_cross_entropy_backward(
         torch.mm(dx.mT, h, out=dweight.narrow(0, begin, columns))
         torch.sum(dx, 0, out=dbias.narrow(0, begin, columns))
     return dh.to(h.dtype), dweight, dbias
+
+
+_linear_cross_entropy_backward = custom_op(
+    "ds_stacking::linear_cross_entropy_backward", _sliced_backward, mutates_args=()
+)
+_linear_cross_entropy_backward.register_fake(_sliced_backward)
 
 
 def _add_product(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
@@ -223,6 +234,7 @@ def linear_cross_entropy(
     ignore_index: int = -100,
     label_smoothing: float = 0.0,
     z_loss: float = 0.0,
+    keep_logits: bool | None = None,
 ) -> torch.Tensor:
     """Sum over rows of the cross entropy of `h @ weight.T + bias`; divide it by the number of targets for the mean.
 
@@ -233,6 +245,9 @@ def linear_cross_entropy(
         target: int64 [M] in [0, V), or ignore_index.
         label_smoothing: weight of the uniform distribution, in [0, 1).
         z_loss: weight of the squared log-sum-exp (Chowdhery et al. 2022, PaLM, section 5).
+        keep_logits: hold them, rounded to h's dtype, until the backward pass; a product less and M * V elements more.
+            None: where they take KEPT_BYTES at most, and not in fp16, where small gradients would round to zero before
+            a loss scale reaches them.
 
     Returns:
         fp32 scalar.
@@ -242,7 +257,16 @@ def linear_cross_entropy(
     """
     _check(h, weight, bias, target, ignore_index, label_smoothing)
     bias = weight.new_zeros(weight.shape[0]) if bias is None else bias
+    if keep_logits is None:
+        keep_logits = keeps_logits(len(h), weight.shape[0], h.dtype)
+    if keep_logits:
+        return kept_cross_entropy(h, weight, bias, target, ignore_index, label_smoothing, z_loss)
     return _linear_cross_entropy(h, weight, bias, target, ignore_index, label_smoothing, z_loss)[0].sum()
+
+
+def keeps_logits(rows: int, vocabulary: int, dtype: torch.dtype) -> bool:
+    """Whether `linear_cross_entropy` keeps so many logits by itself."""
+    return dtype != torch.float16 and rows * vocabulary * dtype.itemsize <= KEPT_BYTES
 
 
 def _check(h, weight, bias, target, ignore_index, label_smoothing):

@@ -16,9 +16,11 @@ from ds_stacking.models.bert import Bert
 
 OPTIMIZER = 12
 """Bytes per weight of master and moments."""
+KEPT_BYTES = 512 * 2**20
+"""Scores of so many bytes are kept by the fused head. Both numbers are those of kernels/linear_cross_entropy.py, which
+plans cannot import, since they are also made where there is no Triton."""
 SLICE = 8192
-"""Columns of the vocabulary whose scores the fused head holds at a time: that of kernels/linear_cross_entropy.py,
-which plans cannot import, since they are also made where there is no Triton."""
+"""Columns of the vocabulary whose scores it holds at a time where it does not keep them."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,13 +89,18 @@ def activation_bytes(config: ModelConfig, layers: int, *, tokens: int, masked: f
     width, inner = config.hidden_size, config.intermediate_size
     every = 4 * width  # input and QKV
     later = 4 * width + 2 * inner
-    unfused = 2 if not fused else int(config.norm == "pre")
-    masks = unfused * width * bool(config.dropout)
+    masks = 0 if fused else 2 * width * bool(config.dropout)
     if config.gradient_checkpointing:
-        blocks: float = layers * tokens * width * item + tokens * ((every + later) * item + masks)
+        inputs = 2 if fused and config.norm == "pre" else 1  # the residual, and its norm from the block before
+        blocks: float = layers * tokens * inputs * width * item + tokens * ((every + later) * item + masks)
     else:
         whole = (layers - 1) * tokens * ((every + later) * item + masks)
         last = tokens * (every + width) * item + masked * (later * item + masks)
         blocks = whole + last
-    scores = min(config.vocab_size, SLICE) * item if fused else config.vocab_size * (item + 4)
+    if not fused:
+        scores = config.vocab_size * (item + 4)
+    elif masked * config.vocab_size * item <= KEPT_BYTES:
+        scores = config.vocab_size * item
+    else:
+        scores = min(config.vocab_size, SLICE) * item
     return blocks + tokens * width * item + masked * (5 * width * item + scores)

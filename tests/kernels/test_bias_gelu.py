@@ -50,6 +50,41 @@ def test_tails_are_exact(kernels):
         torch.testing.assert_close(dx, torch.tensor([[0.0, 0.0, 0.5, 1.0, 1.0]]), atol=1e-6, rtol=0)
 
 
+def ulps(got, want):
+    """Largest distance of `got` from the exact `want` in units of the last digit of got's type; and below the smallest
+    normal number, where a GPU's exponential and the interpreter give 0, in units of that."""
+    info = torch.finfo(got.dtype)
+    ulp = torch.exp2(torch.frexp(want).exponent - 1.0) * info.eps
+    return ((got.double() - want).abs() / torch.where(want.abs() < info.tiny, info.tiny, ulp)).max()
+
+
+@pytest.mark.parametrize("dtype, y_limit, slope_limit", [
+    (torch.bfloat16, 1.25, 1.25),  # 1 of it is the interpreter's, which cuts digits off instead of rounding
+    (torch.float16, 1.7, 8.5),  # beside the slope's zero; elsewhere 2.2
+])  # fmt: skip
+def test_every_16_bit_input_is_within_an_ulp(kernels, dtype, y_limit, slope_limit):
+    every = torch.arange(-(2**15), 2**15).to(torch.int16).view(dtype)
+    x = every[every.isfinite() & (every.abs() < 1e30)].clone()[None].requires_grad_()
+    with kernels(ROWS=1, BLOCK_N=65536, BLOCK_P=4):
+        y = bias_gelu(x, torch.zeros(x.shape[1], dtype=dtype))
+        (slope,) = torch.autograd.grad(y, x, torch.ones_like(y))
+    u = x.detach().double()
+    density = torch.exp(-u.square() / 2) / (2 * torch.pi) ** 0.5
+    tail = torch.special.log_ndtr(-u.abs()).exp()  # without the difference that 1 + erf is
+    want = torch.where(u < 0, tail, 1 - tail)
+    assert ulps(y.detach(), u * want) <= y_limit < ulps(y.detach() * 1.01, u * want)
+    low = tail - u.abs() * density
+    assert ulps(slope, torch.where(u < 0, low, 1 - low)) <= slope_limit
+
+
+def test_what_is_no_number_stays_none(kernels):
+    x = torch.tensor([[torch.nan, torch.inf, 3.0]], dtype=torch.bfloat16, requires_grad=True)
+    with kernels(ROWS=1, BLOCK_N=4):
+        y = bias_gelu(x, torch.zeros(3, dtype=x.dtype))
+        (dx,) = torch.autograd.grad(y, x, torch.tensor([[1, 1, torch.nan]], dtype=x.dtype))
+    assert y[0, 0].isnan() and y[0, 1].isinf() and dx[0, 2].isnan()
+
+
 def test_no_rows(kernels):
     x, bias = torch.ones(0, 8), torch.ones(8, requires_grad=True)
     with kernels():

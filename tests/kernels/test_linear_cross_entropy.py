@@ -6,9 +6,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from ds_stacking.kernels.linear_cross_entropy import linear_cross_entropy
+from ds_stacking.kernels.linear_cross_entropy import keeps_logits, linear_cross_entropy
 
 module = importlib.import_module("ds_stacking.kernels.linear_cross_entropy")
+FORMS = pytest.mark.parametrize("keep", [False, True])
+"""Without and with kept logits."""
 
 
 def inputs(rows, inner, vocabulary, dtype, bias=True):
@@ -38,47 +40,73 @@ def expected(tensors, target, smoothing, z_loss):
         (1, 33, 130, torch.float32, 0.0, 0.0, False),
     ],
 )
+@FORMS
 def test_forward_and_gradients(
-    kernels, assert_close, monkeypatch, rows, inner, vocabulary, dtype, smoothing, z_loss, bias
+    kernels, assert_close, monkeypatch, rows, inner, vocabulary, dtype, smoothing, z_loss, bias, keep
 ):
     monkeypatch.setattr(module, "SLICE", 384)  # several slices of the vocabulary
     tensors, target = inputs(rows, inner, vocabulary, dtype, bias)
-    with kernels(BLOCK_M=64, BLOCK_K=128):
+    with kernels(BLOCK_M=64, BLOCK_K=128, BLOCK_V=256):
         h, weight, *rest = tensors
         loss = linear_cross_entropy(
-            h, weight, rest[0] if bias else None, target, label_smoothing=smoothing, z_loss=z_loss
+            h, weight, rest[0] if bias else None, target, label_smoothing=smoothing, z_loss=z_loss, keep_logits=keep
         )
         actual = with_gradients(loss, tensors)
     assert_close(actual, expected(tensors, target, smoothing, z_loss), dtype)
 
 
-def test_the_vocabulary_of_bert(kernels, assert_close, monkeypatch):
+@FORMS
+def test_the_vocabulary_of_bert(kernels, assert_close, monkeypatch, keep):
     monkeypatch.setattr(module, "tile_width", lambda itemsize: 2048)
     tensors, target = inputs(17, 64, 30522, torch.float16)
     with kernels(BLOCK_M=32, BLOCK_K=64):
-        actual = with_gradients(linear_cross_entropy(*tensors, target), tensors)
+        actual = with_gradients(linear_cross_entropy(*tensors, target, keep_logits=keep), tensors)
     assert_close(actual, expected(tensors, target, 0.0, 0.0), torch.float16)
 
 
-def test_reference_agrees_with_formula(assert_close):
+def test_bf16_logits(kernels, assert_close):
+    tensors, target = inputs(60, 64, 517, torch.bfloat16)
+    with kernels(BLOCK_V=128):
+        actual = with_gradients(linear_cross_entropy(*tensors, target), tensors)
+    assert_close(actual, expected(tensors, target, 0.0, 0.0), torch.bfloat16)
+
+
+def test_logits_are_kept_where_they_are_few(monkeypatch):
+    assert keeps_logits(4915, 30522, torch.bfloat16) and keeps_logits(8794, 30522, torch.bfloat16)
+    assert not keeps_logits(8795, 30522, torch.bfloat16) and not keeps_logits(4915, 30522, torch.float16)
+    tensors, target = inputs(50, 8, 40, torch.float32)
+    sizes = {}
+    for limit in (50 * 40 * 4, 50 * 40 * 4 - 1):
+        monkeypatch.setattr(module, "KEPT_BYTES", limit)
+        saved = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda x, saved=saved: saved.append(x) or x, lambda x: x):
+            linear_cross_entropy(*tensors, target)
+        sizes[limit] = max(x.numel() for x in saved)
+    assert sizes == {8000: 50 * 64, 7999: 50 * 8}
+
+
+@FORMS
+def test_reference_agrees_with_formula(assert_close, keep):
     tensors, target = inputs(50, 32, 9000, torch.float32)
-    loss = linear_cross_entropy(*tensors, target, label_smoothing=0.2, z_loss=1e-2)
+    loss = linear_cross_entropy(*tensors, target, label_smoothing=0.2, z_loss=1e-2, keep_logits=keep)
     assert_close(with_gradients(loss, tensors), expected(tensors, target, 0.2, 1e-2))
 
 
-def test_all_rows_ignored_and_no_rows(kernels):
+@FORMS
+def test_all_rows_ignored_and_no_rows(kernels, keep):
     (h, weight, bias), target = inputs(5, 16, 40, torch.float32)
     with kernels():
         for rows in (5, 0):
-            loss = linear_cross_entropy(h[:rows], weight, bias, torch.full_like(target[:rows], -100))
+            loss = linear_cross_entropy(h[:rows], weight, bias, torch.full_like(target[:rows], -100), keep_logits=keep)
             assert loss == 0
             assert not any(g.any() for g in torch.autograd.grad(loss, (weight, bias)))
 
 
-def test_a_shifted_target_is_noticed(kernels, assert_close):
+@FORMS
+def test_a_shifted_target_is_noticed(kernels, assert_close, keep):
     tensors, target = inputs(20, 16, 40, torch.float32)
     with kernels():
-        actual = with_gradients(linear_cross_entropy(*tensors, target.clamp(min=0)), tensors)
+        actual = with_gradients(linear_cross_entropy(*tensors, target.clamp(min=0), keep_logits=keep), tensors)
     with pytest.raises(AssertionError, match="error"):
         assert_close(actual, expected(tensors, (target + 1).clamp(min=0, max=39), 0.0, 0.0))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from ds_stacking.config import ModelConfig
 from ds_stacking.kernels import linear_cross_entropy as head
 from ds_stacking.models.bert import Bert
 from ds_stacking.models.variants import bert_class
-from ds_stacking.planning.memory import SLICE, activation_bytes, parameter_count, state_bytes, sum_bytes
+from ds_stacking.planning.memory import KEPT_BYTES, SLICE, activation_bytes, parameter_count, state_bytes, sum_bytes
 
 
 def kept(model: Bert, rows: int, length: int, masked: int) -> int:
@@ -43,15 +44,25 @@ def test_activations_are_what_autograd_keeps(norm: str, fused: bool) -> None:
         assert formula == pytest.approx(expected, rel=0.08), layers
 
 
-def test_the_head_holds_as_many_columns_as_is_planned() -> None:
-    assert sys.modules[head.__module__].SLICE == SLICE
+def test_the_head_holds_as_many_scores_as_is_planned() -> None:
+    module = sys.modules[head.__module__]
+    assert (module.SLICE, module.KEPT_BYTES) == (SLICE, KEPT_BYTES)
+    config = ModelConfig(hidden_size=64, num_heads=1, vocab_size=16384)
+    size = {"tokens": 512, "item": 2, "fused": True}
+    few, many = (
+        activation_bytes(config, 2, masked=rows, **size) - activation_bytes(config, 2, masked=rows - 1, **size)
+        for rows in (16384, 16386)
+    )
+    assert few - many == (16384 - 8192) * 2
 
 
 def test_checkpointing_keeps_one_block() -> None:
     config = ModelConfig(hidden_size=64, num_heads=1, vocab_size=128, gradient_checkpointing=True)
     size = {"tokens": 512, "masked": 72.0, "item": 2, "fused": True}
-    one_more = activation_bytes(config, 9, **size) - activation_bytes(config, 8, **size)
-    assert one_more == 512 * 64 * 2
+    for norm, inputs in (("post", 1), ("pre", 2)):
+        config = replace(config, norm=norm)
+        one_more = activation_bytes(config, 9, **size) - activation_bytes(config, 8, **size)
+        assert one_more == inputs * 512 * 64 * 2
 
 
 def test_parameters_are_those_of_the_model() -> None:
