@@ -136,7 +136,7 @@ def _choose(launch: Launch, target: str) -> triton.Config:
     for config in candidates:
         if describe(config) == wanted:
             return config
-    warnings.warn(f"{key}: {wanted} is no candidate any more; {describe(candidates[0])} is taken.", stacklevel=4)
+    warnings.warn(f"{key}: {wanted!a:.99} is no candidate any more; {describe(candidates[0])} is taken.", stacklevel=4)
     return candidates[0]
 
 
