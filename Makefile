@@ -5,6 +5,7 @@
 # make study      a list of comparisons as one plan, stopped and continued by the same command; STUDY=file, PARALLEL=2
 # make check      format, lint, types and the links of the texts, as CI runs them
 # make docs       the documentation as a site, in build/site
+# make kernels-report  what each kernel can reach on an H100, by counting; written into docs/kernels.md
 # make gpu-check  on a GPU host, in its own Python: every kernel's correctness and speed beside its peers; OUT=folder;
 #                 PART=model: training steps of BERT-base and -large in engines beside transformers' instead
 #
@@ -27,7 +28,7 @@ export PATH := $(BIN):$(PATH)
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export DS_BUILD_OPS := 0
 
-.PHONY: install pretrain test test-long soak study check docs format bench gpu-check clean
+.PHONY: install pretrain test test-long soak study check docs format bench kernels-report gpu-check clean
 
 install: $(INSTALLED)
 
@@ -75,6 +76,9 @@ format: $(INSTALLED)
 bench: $(INSTALLED)
 	$(BIN)/python -m benchmarks.throughput
 	$(BIN)/python benchmarks/data.py
+
+kernels-report: $(INSTALLED)
+	$(BIN)/python -m ds_stacking.kernels.report docs/kernels.md
 
 # No set-up here: a GPU host has its own PyTorch, often no network (pip install --no-deps --no-build-isolation -e .).
 gpu-check:

@@ -39,7 +39,9 @@ class Kernel:
     fn: Any
     """The `triton.jit` function. An argument UPCAST_DOT, where it has one, is filled in by the launcher."""
     configs: Configs
-    """(target, constexprs and ITEMSIZE of the first tensor) -> configurations, the predicted best one first."""
+    """(target, constexprs and ITEMSIZE of the first tensor) -> configurations, the predicted best one first.
+
+    With more than one the kernel must bear repetition, for they are measured in turns: it adds to no output."""
     key: tuple[str, ...] = ()
     """Integer arguments whose powers of two decide, beside dtype and constexprs, which configuration is best."""
 

@@ -4,8 +4,8 @@
         model(batch).backward()
     use(found)                      # from here on, in this process; `found` is plain JSON, to be kept and shared
 
-Kernels write their outputs and add to none of them, so that a launch may be repeated. A candidate that does not
-compile or needs more than the device has is dropped.
+Kernels with several candidates add to none of their outputs, so that a launch may be repeated. A candidate that does
+not compile or needs more than the device has is dropped.
 """
 
 from __future__ import annotations

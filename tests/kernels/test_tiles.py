@@ -224,7 +224,7 @@ def test_what_will_be_needed_is_known_without_running_it(kernels):
 
 
 class Repeating(Executor):
-    """Makes each launch three times, as a measurement does."""
+    """Makes each launch that has a choice three times, as a measurement does."""
 
     def __init__(self, inner):
         self.inner, self.everywhere = inner, inner.everywhere
@@ -233,13 +233,13 @@ class Repeating(Executor):
         return self.inner.target(launch)
 
     def run(self, launch, config):
-        for _ in range(3):
+        for _ in range(3 if len(launch.candidates("sm_90")) > 1 else 1):
             self.inner.run(launch, config)
 
 
 @pytest.mark.parametrize("name", OPERATORS)
-def test_no_kernel_adds_to_its_outputs(kernels, name):
-    """A launch may be repeated: forward and backward are the same to the bit."""
+def test_a_kernel_with_a_choice_may_be_repeated(kernels, name):
+    """It adds to no output and works on nothing in place: forward and backward are the same to the bit."""
 
     def results():
         torch.manual_seed(0)
