@@ -90,7 +90,7 @@ class Launch:
 def _power_of_2(value: int | torch.SymInt) -> int:
     if isinstance(value, torch.SymInt):  # its value would be guarded: a graph for each
         value = value.node.hint or 1
-    return triton.next_power_of_2(value)
+    return 1 << max(value - 1, 0).bit_length()
 
 
 def describe(config: triton.Config) -> str:

@@ -1,5 +1,6 @@
 """Which configuration a launch runs in: keys, tables, measurements; and that the choice decides the last bits."""
 
+import itertools
 import json
 import warnings
 
@@ -15,7 +16,7 @@ from triton.errors import TritonError
 from ds_stacking.kernels import _launch, add_layer_norm, attention
 from ds_stacking.kernels._launch import Executor, describe, executing, executor, recording, use
 from ds_stacking.kernels.cases import CASES
-from ds_stacking.kernels.tiles import measuring, needed
+from ds_stacking.kernels.tiles import compare_on_device, measuring, needed
 from tests.kernels.test_operators import OPERATORS, gradients
 
 
@@ -251,3 +252,64 @@ def test_a_kernel_with_a_choice_may_be_repeated(kernels, name):
             thrice = results()
     for a, b in zip(once, thrice, strict=True):
         assert (a is None) == (b is None) and (a is None or torch.equal(a, b))
+
+
+class Device:
+    """Stands in for torch.cuda: keeps the order of what is asked for; the run `slow` takes a millisecond more."""
+
+    L2_cache_size = 1 << 20
+
+    def __init__(self):
+        self.asked, self.clock = [], 0.0
+
+    def Event(self, enable_timing):
+        return Moment(self)
+
+    def _sleep(self, cycles):
+        self.asked.append("spin")
+        self.clock += cycles / 1e6
+
+    def zeros(self, size, dtype, device):
+        assert device == "cuda" and size >= 4 * self.L2_cache_size
+        return self
+
+    def view(self, dtype):
+        return self
+
+    def sum(self):
+        self.asked.append("read")
+        self.clock += 0.1
+
+    def run(self, name, milliseconds):
+        self.asked.append(name)
+        self.clock += next(milliseconds)
+
+
+class Moment:
+    """An event of the stand-in."""
+
+    def __init__(self, device):
+        self.device = device
+
+    def record(self):
+        self.device.asked.append("record")
+        self.at = self.device.clock
+
+    def synchronize(self): ...
+
+    def elapsed_time(self, end):
+        return end.at - self.at
+
+
+def test_candidates_are_timed_behind_a_spin_in_turns(monkeypatch):
+    device = Device()
+    monkeypatch.setattr(torch, "zeros", device.zeros)
+    for name in ("Event", "_sleep"):
+        monkeypatch.setattr(torch.cuda, name, getattr(device, name))
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: device)
+    once = itertools.chain([50.0], itertools.repeat(2.0))  # an outlier is no median
+    times = compare_on_device([lambda: device.run("a", once), lambda: device.run("b", itertools.repeat(3.0))])
+    assert times == pytest.approx([0.002, 0.003])
+    turn = ["read", "spin", "record", "a", "record", "read", "spin", "record", "b", "record"]
+    assert device.asked == turn * (len(device.asked) // len(turn)) and len(device.asked) > 5 * len(turn)
