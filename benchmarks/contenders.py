@@ -1,23 +1,22 @@
-"""Optimizer steps to be timed side by side: our model in a ZeRO engine and in a bare loop, transformers' in an engine.
+"""Optimizer steps to be timed side by side: our model and transformers', in a ZeRO engine and in a bare loop.
 
 All contenders of a case have the same weights, data, optimizer and clipping, in one process. The peer is
-BertForMaskedLM with SDPA attention and -100 as the label of tokens that are not predicted, as its users run it.
+BertForMaskedLM (for pre-LN, MegatronBertForMaskedLM) with SDPA attention and -100 as the label of tokens that are not
+predicted, as its users run it. DeepSpeed is loaded for contenders in an engine only.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
+import transformers
 from torch import Tensor, nn
 from torch.nn.utils import clip_grad_norm_
-from transformers import BertForMaskedLM
 
 from ds_stacking.config import ModelConfig, OptimizerConfig
-from ds_stacking.engine.factory import Engine, EngineFactory, EngineSpec, device
-from ds_stacking.engine.release import collect, release
-from ds_stacking.engine.stepping import optimizer_step
 from ds_stacking.models.bert import Bert
 from ds_stacking.models.compiling import compile_parts
 from ds_stacking.models.convert import to_huggingface
@@ -26,6 +25,12 @@ from ds_stacking.models.variants import bert_class
 MASKING_RATE = 0.15
 RATE = 1e-4
 OPTIMIZER = OptimizerConfig()
+PEERS = {"post": "BertForMaskedLM", "pre": "MegatronBertForMaskedLM"}
+
+
+def device() -> torch.device:
+    """The device of all contenders."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 @dataclass(kw_only=True)
@@ -46,6 +51,8 @@ class Case:
     """Our model with its kernels."""
     padded: bool = False
     """Sequences are documents of random lengths up to `length`; the peer pads them, we pack them."""
+    backend: str = "inductor"
+    """Of compiled contenders."""
 
     def __post_init__(self) -> None:
         torch.manual_seed(0)
@@ -73,8 +80,16 @@ def our_model(case: Case, *, compiled: bool) -> Bert:
     torch.manual_seed(0)
     model = bert_class(case.fused)(case.model, case.layers)
     if compiled:
-        compile_parts(model)
+        compile_parts(model, case.backend)
     return model
+
+
+def their_model(case: Case) -> nn.Module:
+    """transformers' model with the case's weights."""
+    peer = getattr(transformers, PEERS[case.model.norm])
+    model = peer._from_config(case.hf_config, attn_implementation="sdpa")
+    model.load_state_dict(case.state, strict=False)  # the tied decoder has no entry of its own
+    return model.train()
 
 
 def our_loss(model: nn.Module, case: Case) -> Tensor:
@@ -93,7 +108,9 @@ def their_loss(model: nn.Module, case: Case) -> Tensor:
     return model(input_ids=case.ids, labels=case.labels, **mask).loss
 
 
-def _engine(build: Callable[[int, bool], nn.Module], case: Case) -> Engine:
+def _engine(build: Callable[[int, bool], nn.Module], case: Case) -> Any:
+    from ds_stacking.engine.factory import EngineFactory, EngineSpec
+
     factory = EngineFactory(
         build_model=build,
         ds_config={"zero_optimization": {"stage": case.zero_stage, "overlap_comm": False}},
@@ -116,6 +133,8 @@ class InEngine:
         self.engine, self.loss, self.case = _engine(build, case), loss, case
 
     def step(self) -> Tensor:
+        from ds_stacking.engine.stepping import optimizer_step
+
         total = torch.zeros((), device=device())
 
         def losses():
@@ -128,6 +147,8 @@ class InEngine:
         return total
 
     def close(self) -> None:
+        from ds_stacking.engine.release import collect, release
+
         release(self.engine)
         collect()
 
@@ -135,9 +156,9 @@ class InEngine:
 class Bare:
     """The same steps without DeepSpeed: one list of fp32 masters, torch's fused AdamW, clipping, 16-bit copies."""
 
-    def __init__(self, case: Case) -> None:
-        self.case = case
-        self.model = our_model(case, compiled=False).to(device(), torch.bfloat16 if case.bf16 else torch.float32)
+    def __init__(self, model: nn.Module, loss: Callable[[nn.Module, Case], Tensor], case: Case) -> None:
+        self.case, self.loss = case, loss
+        self.model = model.to(device(), torch.bfloat16 if case.bf16 else torch.float32)
         self.working = list(self.model.parameters())
         self.masters = [p.detach().float().requires_grad_() for p in self.working] if case.bf16 else self.working
         groups = [
@@ -149,7 +170,7 @@ class Bare:
     def step(self) -> Tensor:
         total = torch.zeros((), device=device())
         for _ in range(self.case.accumulation):
-            loss = our_loss(self.model, self.case) / self.case.accumulation
+            loss = self.loss(self.model, self.case) / self.case.accumulation
             loss.backward()
             total += loss.detach()
         if self.case.bf16:
@@ -166,19 +187,23 @@ class Bare:
         del self.model, self.working, self.masters, self.adamw
 
 
+NAMES = tuple(f"{who}{how}" for who in ("ours", "bare", "peer", "peer bare") for how in ("", " compiled"))
+
+
 def make_contender(name: str, case: Case) -> InEngine | Bare:
-    """`ours`, `ours compiled`, `bare`, `peer` or `peer compiled`."""
-    if name == "bare":
-        return Bare(case)
+    """One of NAMES: our model in an engine or bare, transformers' in an engine or bare, each eager or compiled."""
+    assert name in NAMES, name
+    compiled = name.endswith("compiled")
+    if name.startswith("bare"):
+        return Bare(our_model(case, compiled=compiled), our_loss, case)
     if name.startswith("ours"):
-        return InEngine(lambda *_: our_model(case, compiled="compiled" in name), our_loss, case)
-
-    def theirs(layers: int, initialize: bool) -> nn.Module:
-        model = BertForMaskedLM._from_config(case.hf_config, attn_implementation="sdpa")
-        model.load_state_dict(case.state, strict=False)  # the tied decoder has no entry of its own
-        return model.train()
-
-    peer = InEngine(theirs, their_loss, case)
-    if "compiled" in name:
-        peer.engine.compile()
+        return InEngine(lambda *_: our_model(case, compiled=compiled), our_loss, case)
+    if name.startswith("peer bare"):
+        loop = Bare(their_model(case), their_loss, case)
+        if compiled:
+            loop.model.compile(backend=case.backend)
+        return loop
+    peer = InEngine(lambda *_: their_model(case), their_loss, case)
+    if compiled:
+        peer.engine.compile(backend=case.backend)
     return peer

@@ -5,9 +5,9 @@
     python -m benchmarks.throughput --contenders ours bare --layers 8 --accumulation 16
 
 Prints one JSON line: per depth the real tokens/s of every contender (medians over interleaved optimizer steps), MFU
-where the GPU's peak is known, peak memory on a GPU, and how often ours is faster. Contenders: ours, ours compiled,
-bare (a plain PyTorch loop around our model), peer, peer compiled. On a CPU the size is the quickstart's and one thread
-computes.
+where the GPU's peak is known, peak memory on a GPU, and how often ours is faster. Contenders: ours, bare (a
+plain PyTorch loop around our model), peer, peer bare, each also with "compiled" behind it. On a CPU the size is the
+quickstart's and one thread computes.
 """
 
 from __future__ import annotations
@@ -19,29 +19,32 @@ import json
 import platform
 import statistics
 import time
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 import transformers
 
-from benchmarks.contenders import MASKING_RATE, Case, make_contender
+from benchmarks.contenders import MASKING_RATE, NAMES, Case, device, make_contender
 from ds_stacking.config import ModelConfig
-from ds_stacking.engine.factory import device, init_distributed
-from ds_stacking.engine.host import keep_freed_memory
 from ds_stacking.models.flops import training_flops
 from ds_stacking.planning.gpus import gpu_spec_of
 
 WARM_UP = 2
 
 
-def compare(case: Case, contenders: list[str], repeats: int) -> dict[str, Any]:
+def compare(
+    case: Case, contenders: Sequence[str], repeats: int, say: Callable[[str], None] = lambda name: None
+) -> dict[str, Any]:
     """Time all in turn, after checking that first losses agree; one that cannot run is named with its reason.
 
-    Each one's peak memory is taken over its own steps and counts from what the process holds beside it.
+    Each one's peak memory is taken over its own steps and counts from what the process holds beside it. `say` is told
+    who runs.
     """
     found: dict[str, Any] = {}
     running = {}
     for name in contenders:
+        say(name)
         try:
             before = _allocated()
             running[name] = make_contender(name, case)
@@ -53,6 +56,7 @@ def compare(case: Case, contenders: list[str], repeats: int) -> dict[str, Any]:
     if not case.model.dropout:
         losses = [entry["loss"] for entry in found.values() if "loss" in entry]
         assert max(losses) - min(losses) < (2e-2 if case.bf16 else 1e-3) * losses[0], found
+    say("timing")
     times: dict[str, list[float]] = {name: [] for name in running}
     for repeat in range(repeats + WARM_UP):
         for name, contender in running.items():
@@ -102,8 +106,11 @@ def _peak() -> int:
 
 
 def main() -> None:
+    from ds_stacking.engine.factory import init_distributed
+    from ds_stacking.engine.host import keep_freed_memory
+
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--contenders", nargs="+", default=["ours", "peer"])
+    parser.add_argument("--contenders", nargs="+", default=["ours", "peer"], choices=NAMES)
     parser.add_argument("--repeats", type=int, default=15)
     parser.add_argument("--dropout", type=float, default=0.1)
     parser.add_argument("--layers", type=int, nargs="+", default=[2, 4, 8])

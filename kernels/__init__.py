@@ -4,7 +4,7 @@ On a GPU the kernels run; on a CPU, and on GPUs older than Ampere, the reference
 `torch.library.triton_op`, differentiable, deterministic, and works under `torch.compile`.
 """
 
-from ds_stacking.kernels._dropout import new_seed
+from ds_stacking.kernels._dropout import new_seed, new_seeds
 from ds_stacking.kernels._launch import runs_kernels
 from ds_stacking.kernels.add_layer_norm import add_layer_norm
 from ds_stacking.kernels.attention import attention, attention_padded
@@ -12,6 +12,7 @@ from ds_stacking.kernels.bias_gelu import bias_gelu, linear_gelu
 from ds_stacking.kernels.embedding_norm import embedding_norm
 from ds_stacking.kernels.gather_rows import gather_rows, inverse_index, scatter_rows
 from ds_stacking.kernels.linear_cross_entropy import linear_cross_entropy
+from ds_stacking.kernels.small_tables import look_up
 
 __all__ = [
     "add_layer_norm",
@@ -23,7 +24,9 @@ __all__ = [
     "inverse_index",
     "linear_cross_entropy",
     "linear_gelu",
+    "look_up",
     "new_seed",
+    "new_seeds",
     "runs_kernels",
     "scatter_rows",
 ]

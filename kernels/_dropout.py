@@ -60,6 +60,15 @@ def new_seed(device: torch.device) -> torch.Tensor:
     return torch.randint(2**62, (1,), dtype=torch.int64, device=device)
 
 
+def new_seeds(number: int, device: torch.device) -> tuple[torch.Tensor, ...]:
+    """So many seeds like `new_seed`'s from one draw, of which each takes 64 bits.
+
+    They lie 16 bytes apart: Triton compiles a kernel anew for a pointer that is not aligned to that.
+    """
+    drawn = torch.randint(2**62, (number, 2), dtype=torch.int64, device=device)
+    return drawn.narrow(1, 0, 1).unbind()
+
+
 def keep_mask(seed: torch.Tensor, rows: torch.Tensor, columns: torch.Tensor, p: float) -> torch.Tensor:
     """The kernels' mask in PyTorch: bool, the broadcast shape of integer tensors `rows` and `columns`."""
     low, high = seed & _MASK, (seed >> 32) & _MASK

@@ -5,10 +5,11 @@
     dresidual = dz                                  dx = keep * dz / (1 - p)
     dweight = sum(dy * xhat)    dshift = sum(dy)    dbias = sum(dx)
 
-Post-LN models use y alone; pre-LN models also use the sum z (whose gradient is dsum). Statistics are fp32. Programs
-are persistent: each walks tiles of ROWS rows and keeps its column sums in registers, so the backward pass reads every
-tensor once; a second kernel adds the programs' partial sums. Bytes per token, u = one row: forward 2u in and 2u out;
-backward 2u in (3u with dsum) and 1u out (2u with dropout).
+Post-LN models read y twice, in the next product and the next residual sum: dy is the sum of two gradients. Pre-LN
+models also read the sum z, whose gradient is dsum. Neither is added by a kernel of its own. Statistics are fp32.
+Programs are persistent: each walks tiles of ROWS rows and keeps its column sums in registers, so the backward pass
+reads every tensor once; a second kernel adds the programs' partial sums. Bytes per token, u = one row: forward 2u in
+and 2u out; backward 2u in (3u with dsum or a second dy) and 1u out (2u with dropout).
 
 Layer normalization: Ba, Kiros and Hinton 2016.
 """
@@ -23,6 +24,7 @@ from torch.library import triton_op
 from ds_stacking.kernels._columns import sum_partials
 from ds_stacking.kernels._dropout import column_hash, keep_mask, new_seed, row_hash, seed_key, threshold
 from ds_stacking.kernels._launch import Kernel, check, launch, multiprocessors, runs_kernels
+from ds_stacking.kernels._readers import read_twice, second_reader
 
 # T rows (tokens), N columns (hidden size)
 
@@ -69,9 +71,9 @@ def _forward(
 
 @triton.jit(do_not_specialize=["rows", "programs"])
 def _backward(
-    DY, DSUM, Z, WEIGHT, MEAN, RSTD, SEED, DZ, DX, PARTIALS, rows, programs, scale,
-    N: tl.constexpr, BLOCK_N: tl.constexpr, ROWS: tl.constexpr, STAGES: tl.constexpr, HAS_SUM: tl.constexpr,
-    HAS_BIAS: tl.constexpr, KINDS: tl.constexpr, THRESHOLD: tl.constexpr,
+    DY, DY2, DSUM, Z, WEIGHT, MEAN, RSTD, SEED, DZ, DX, PARTIALS, rows, programs, scale,
+    N: tl.constexpr, BLOCK_N: tl.constexpr, ROWS: tl.constexpr, STAGES: tl.constexpr, HAS_SECOND: tl.constexpr,
+    HAS_SUM: tl.constexpr, HAS_BIAS: tl.constexpr, KINDS: tl.constexpr, THRESHOLD: tl.constexpr,
 ):  # fmt: skip
     cols = tl.arange(0, BLOCK_N)
     inside = cols < N
@@ -90,6 +92,8 @@ def _backward(
         start = tile * stride
         z = tl.load(Z + start + at, mask=mask, other=0.0).to(tl.float32)  # [ROWS, N]
         dy = tl.load(DY + start + at, mask=mask, other=0.0).to(tl.float32)  # [ROWS, N]
+        if HAS_SECOND:
+            dy += tl.load(DY2 + start + at, mask=mask, other=0.0).to(tl.float32)
         mean = tl.load(MEAN + row, mask=row < rows, other=0.0)
         rstd = tl.load(RSTD + row, mask=row < rows, other=0.0)
         xhat = (z - mean[:, None]) * rstd[:, None]
@@ -145,8 +149,8 @@ def _add_layer_norm(
     p: float,
     eps: float,
     store_sum: bool,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(y [T, N], z [T, N] or empty, mean [T] fp32, rstd [T] fp32)."""
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(y [T, N], z [T, N] or empty, mean [T] fp32, rstd [T] fp32, what `read_twice` needs [T, N])."""
     if not runs_kernels(x):
         return _forward_reference(x, residual, bias, weight, shift, seed, p, eps, store_sum)
     rows, width = x.shape
@@ -159,12 +163,13 @@ def _add_layer_norm(
         N=width, BLOCK_N=triton.next_power_of_2(width), HAS_BIAS=bias is not None, HAS_RESIDUAL=residual is not None,
         STORE_SUM=store_sum, THRESHOLD=threshold(p),
     )  # fmt: skip
-    return y, z, mean, rstd
+    return y, z, mean, rstd, second_reader(y)
 
 
 @triton_op("ds_stacking::add_layer_norm_backward", mutates_args=())
 def _add_layer_norm_backward(
     dy: torch.Tensor,
+    dy2: torch.Tensor | None,
     dsum: torch.Tensor | None,
     z: torch.Tensor,
     weight: torch.Tensor,
@@ -176,17 +181,17 @@ def _add_layer_norm_backward(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """(dz [T, N], dx [T, N] or empty where it equals dz, [dweight, dshift(, dbias)] as one tensor [2 or 3, N])."""
     if not runs_kernels(dy):
-        return _backward_reference(dy, dsum, z, weight, mean, rstd, seed, p, has_bias)
+        return _backward_reference(dy, dy2, dsum, z, weight, mean, rstd, seed, p, has_bias)
     rows, width = dy.shape
     kinds = 3 if has_bias else 2
     dz, dx = torch.empty_like(z), torch.empty_like(z) if p > 0 else z.new_empty(0)
     programs = min(triton.cdiv(rows, 8), 4 * multiprocessors(dy.device))
     partials = torch.empty(programs, kinds, width, dtype=torch.float32, device=dy.device)
     launch(
-        BACKWARD, (programs,), dy, dy if dsum is None else dsum, z, weight, mean, rstd,
+        BACKWARD, (programs,), dy, dy if dy2 is None else dy2, dy if dsum is None else dsum, z, weight, mean, rstd,
         mean if seed is None else seed, dz, dx, partials, rows, programs, 1 / (1 - p),
-        N=width, BLOCK_N=triton.next_power_of_2(width), HAS_SUM=dsum is not None, HAS_BIAS=has_bias, KINDS=kinds,
-        THRESHOLD=threshold(p),
+        N=width, BLOCK_N=triton.next_power_of_2(width), HAS_SECOND=dy2 is not None, HAS_SUM=dsum is not None,
+        HAS_BIAS=has_bias, KINDS=kinds, THRESHOLD=threshold(p),
     )  # fmt: skip
     return dz, dx, sum_partials(partials, weight.dtype)
 
@@ -207,11 +212,13 @@ def _forward_reference(x, residual, bias, weight, shift, seed, p, eps, store_sum
     mean = z.mean(1)
     rstd = (z.var(1, unbiased=False) + eps).rsqrt()
     y = (z - mean[:, None]) * rstd[:, None] * weight + shift
-    return y.to(x.dtype), z.to(x.dtype, copy=True) if store_sum else x.new_empty(0), mean, rstd
+    y = y.to(x.dtype)
+    return y, z.to(x.dtype, copy=True) if store_sum else x.new_empty(0), mean, rstd, second_reader(y)
 
 
-def _backward_reference(dy, dsum, z, weight, mean, rstd, seed, p, has_bias):
+def _backward_reference(dy, dy2, dsum, z, weight, mean, rstd, seed, p, has_bias):
     xhat = (z - mean[:, None]) * rstd[:, None]
+    dy = dy if dy2 is None else dy.to(xhat.dtype) + dy2
     g = dy * weight
     dz = rstd[:, None] * (g - g.mean(1, keepdim=True) - xhat * (g * xhat).mean(1, keepdim=True))
     if dsum is not None:
@@ -223,18 +230,18 @@ def _backward_reference(dy, dsum, z, weight, mean, rstd, seed, p, has_bias):
 
 def _save(ctx, inputs, output):
     x, residual, bias, weight, _, seed, ctx.p, _, store_sum = inputs
-    _, z, mean, rstd = output
+    _, z, mean, rstd, _ = output
     # without residual, bias and dropout the sum is x itself and was not stored
     ctx.save_for_backward(z if store_sum else x, weight, mean, rstd, seed)
     ctx.has_bias, ctx.has_residual = bias is not None, residual is not None
     ctx.set_materialize_grads(False)
 
 
-def _differentiate(ctx, dy, dsum, dmean, drstd):
+def _differentiate(ctx, dy, dsum, dmean, drstd, dy2):
     z, weight, mean, rstd, seed = ctx.saved_tensors
     dy = torch.zeros_like(z) if dy is None else dy.contiguous()
-    dsum = None if dsum is None else dsum.contiguous()
-    dz, dx, sums = _add_layer_norm_backward(dy, dsum, z, weight, mean, rstd, seed, ctx.p, ctx.has_bias)
+    dy2, dsum = (None if gradient is None else gradient.contiguous() for gradient in (dy2, dsum))
+    dz, dx, sums = _add_layer_norm_backward(dy, dy2, dsum, z, weight, mean, rstd, seed, ctx.p, ctx.has_bias)
     dresidual, dbias = dz if ctx.has_residual else None, sums[2] if ctx.has_bias else None
     return dx if ctx.p > 0 else dz, dresidual, dbias, sums[0], sums[1], None, None, None, None
 
@@ -253,8 +260,12 @@ def add_layer_norm(
     seed: torch.Tensor | None = None,
     eps: float = 1e-12,
     return_sum: bool = False,
+    twice: bool = False,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
-    """LayerNorm(residual + dropout(x + bias)), and with `return_sum` also the normalized sum (for pre-LN blocks).
+    """LayerNorm(residual + dropout(x + bias)), and what the next residual sum reads.
+
+    That is the normalized sum in pre-LN blocks (`return_sum`), and the same result again in post-LN blocks (`twice`):
+    one tensor for each of its two readers, on the same memory, whose gradients the kernel adds.
 
     Args:
         x: [..., N], contiguous; bf16, fp16 or fp32.
@@ -266,21 +277,25 @@ def add_layer_norm(
         eps: added to the variance.
 
     Returns:
-        y [..., N] in x's dtype, or (y, sum).
+        y [..., N] in x's dtype, or (y, sum), or (y, y).
 
     Raises:
-        ValueError: shapes, dtypes or rate do not fit.
+        ValueError: shapes, dtypes or rate do not fit, or both results are asked for.
     """
     _check(x, weight, shift, residual, bias, dropout)
+    check(not (return_sum and twice), "return_sum and twice exclude each other; choose the one that is read.")
     if dropout > 0 and seed is None:
         seed = new_seed(x.device)
     plain = residual is None and bias is None and dropout == 0
     store_sum = not plain and (return_sum or torch.is_grad_enabled())
     flat = x.view(-1, x.shape[-1])
-    y, z, _, _ = _add_layer_norm(
+    y, z, _, _, second = _add_layer_norm(
         flat, None if residual is None else residual.view_as(flat), bias, weight, shift, seed if dropout > 0 else None,
         dropout, eps, store_sum,
     )  # fmt: skip
+    if twice:
+        first, again = read_twice(y, second)
+        return first.view_as(x), again.view_as(x)
     if not return_sum:
         return y.view_as(x)
     return y.view_as(x), x if plain else z.view_as(x)

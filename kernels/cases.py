@@ -63,10 +63,12 @@ def _attention(
 def _norm(width: int, dropout: float, prenorm: bool) -> None:
     x, residual = _tensor(4096, width), _tensor(4096, width)
     weight, shift, bias = (_tensor(width) for _ in range(3))
-    out = add_layer_norm(
-        x, weight, shift, residual=residual, bias=bias, dropout=dropout, seed=_index(1), return_sum=prenorm
-    )
-    _backward(*(out if prenorm else (out,)))
+    _backward(
+        *add_layer_norm(
+            x, weight, shift, residual=residual, bias=bias, dropout=dropout, seed=_index(1), return_sum=prenorm,
+            twice=not prenorm,
+        )
+    )  # fmt: skip
 
 
 def _cross_entropy() -> None:
@@ -85,7 +87,9 @@ def _linear_gelu() -> None:
 def _embedding() -> None:
     tables = {"word": _tensor(30522, 768), "position": _tensor(512, 768), "segment": _tensor(2, 768)}
     norm: dict[str, Any] = {"weight": _tensor(768), "shift": _tensor(768), "dropout": 0.1, "seed": _index(1)}
-    _backward(embedding_norm(_index(4096), _index(4096), _index(4096), **tables | norm))
+    for places, kinds in ((_index(512), None), (_index(4096), _index(4096))):
+        both = embedding_norm(_index(4096), places, kinds, twice=True, **tables | norm)
+        _backward(*both)
 
 
 def _gather() -> None:

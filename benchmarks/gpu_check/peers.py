@@ -1,98 +1,113 @@
-"""The peers, each by name; what is not installed or does not run is named with its reason."""
+"""The peers, each by name and in the layout that suits it; what does not run is named with its reason."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
+from benchmarks.gpu_check.catalogue import Function, Machine
 from benchmarks.gpu_check.measure import Run
 
-Function = Callable[..., torch.Tensor]
+Modes = dict[str, Run]
+Candidates = Mapping[str, Callable[[], Modes]]
 
 
-def modes(function: Function, *inputs: torch.Tensor) -> dict[str, Run]:
-    """Forward without a graph, backward alone, both; inputs that require gradients get them."""
+def modes(function: Function, *inputs: Tensor) -> Modes:
+    """Forward as in training (what the backward pass needs is kept), backward alone, both."""
     wanted = [x for x in inputs if x.requires_grad]
     out = function(*inputs)
-    dout = torch.randn_like(out)
+    outputs = [out] if isinstance(out, Tensor) else list(out)
+    douts = [torch.randn_like(x) for x in outputs]
 
-    def forward() -> torch.Tensor:
-        with torch.no_grad():
-            return function(*inputs)
+    def both() -> object:
+        again = function(*inputs)
+        return torch.autograd.grad([again] if isinstance(again, Tensor) else list(again), wanted, douts)
 
     return {
-        "forward": forward,
-        "backward": lambda: torch.autograd.grad(out, wanted, dout, retain_graph=True),
-        "both": lambda: torch.autograd.grad(function(*inputs), wanted, dout),
+        "forward": lambda: function(*inputs),
+        "backward": lambda: torch.autograd.grad(outputs, wanted, douts, retain_graph=True),
+        "both": both,
     }
 
 
-def collect(candidates: dict[str, Callable[[], dict[str, Run]]]) -> tuple[dict[str, dict[str, Run]], dict[str, str]]:
-    """Modes of those candidates that run once, and why the others do not."""
-    found, absent = {}, {}
+class DeviceLost(RuntimeError):
+    """After an error of a peer the CUDA context is of no use; this process cannot go on."""
+
+
+def collect(candidates: Candidates, at: Machine) -> tuple[dict[str, Modes], dict[str, str]]:
+    """Modes of those candidates that run once, and why the others do not. Ours must."""
+    found: dict[str, Modes] = {}
+    absent = {name: "it ended the process before" for name in candidates if name in at.without}
     for name, make in candidates.items():
+        if name in absent:
+            continue
+        at.say(name)
         try:
-            made = make()
-            for run in made.values():
+            # recompilations for the shapes of the row before would fall back to slower, dynamic code
+            torch._dynamo.reset()
+            found[name] = make()
+            for run in found[name].values():
                 run()
-            found[name] = made
-        except Exception as error:  # a peer may fail in any way; ours must not
+            if not at.healthy():
+                raise DeviceLost(name)
+        except Exception as error:
             if name == "ours":
                 raise
-            absent[name] = f"{type(error).__name__}: {str(error).splitlines()[0][:80] if str(error) else ''}"
+            if not at.healthy():
+                raise DeviceLost(f"{name}: {error}") from error
+            found.pop(name, None)
+            absent[name] = f"{type(error).__name__}: {str(error).splitlines()[0][:120] if str(error) else ''}"
+    at.say("timing")
     return found, absent
 
 
-def sdpa(backend: str, causal: bool) -> Function:
-    """torch's attention with one backend forced, on [B, S, 3, H, D]."""
+def compiled(function: Function, at: Machine) -> Function:
+    """`function` under torch.compile; traced but not translated in a dry run, which would take minutes."""
+    return torch.compile(function, backend="aot_eager" if at.dry else "inductor")
+
+
+def sdpa(backend: str, causal: bool, p: float) -> Function:
+    """torch's attention with one backend forced, on q, k, v of [B, H, S, D]."""
     from torch.nn.attention import SDPBackend, sdpa_kernel
 
     chosen = getattr(SDPBackend, backend)
 
-    def run(qkv: torch.Tensor) -> torch.Tensor:
-        q, k, v = qkv.permute(2, 0, 3, 1, 4)
+    def run(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         with sdpa_kernel(chosen):
-            return F.scaled_dot_product_attention(q, k, v, is_causal=causal)
+            return F.scaled_dot_product_attention(q, k, v, is_causal=causal, dropout_p=p)
 
     return run
 
 
-def flex(causal: bool) -> Function:
-    """FlexAttention, compiled."""
+def flex(length: int, causal: bool, at: Machine) -> Function:
+    """FlexAttention, compiled, on q, k, v of [B, H, S, D]; it has no dropout."""
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
-    compiled: Any = torch.compile(flex_attention)
-
-    def run(qkv: torch.Tensor) -> torch.Tensor:
-        q, k, v = qkv.permute(2, 0, 3, 1, 4)
-        mask = None
-        if causal:
-            length = q.shape[2]
-            mask = create_block_mask(lambda b, h, m, n: m >= n, None, None, length, length, device=q.device.type)
-        return compiled(q, k, v, block_mask=mask)
-
-    return run
+    mask = None
+    if causal:
+        mask = create_block_mask(lambda b, h, m, n: m >= n, None, None, length, length, device=at.device)
+    attend = compiled(flex_attention, at)
+    return lambda q, k, v: attend(q, k, v, block_mask=mask)
 
 
-def varlen(starts: torch.Tensor, longest: int) -> Function:
-    """torch's attention over unpadded sequences, on [T, 3, H, D]."""
+def varlen(starts: Tensor, longest: int) -> Function:
+    """torch's attention over unpadded sequences, on q, k, v of [T, H, D]; it has no dropout."""
     from torch.nn.attention.varlen import varlen_attn
 
-    def run(qkv: torch.Tensor) -> torch.Tensor:
-        q, k, v = (part.contiguous() for part in qkv.unbind(1))
-        return varlen_attn(q, k, v, starts, starts, longest, longest)
-
-    return run
+    return lambda q, k, v: varlen_attn(q, k, v, starts, starts, longest, longest)
 
 
-def norm_chain(p: float, eps: float = 1e-12) -> Function:
+def norm_chain(p: float, pre: bool, eps: float = 1e-12) -> Function:
     """What add_layer_norm does, operation by operation."""
 
     def run(x, residual, bias, weight, shift):
-        return F.layer_norm(residual + F.dropout(x + bias, p), x.shape[-1:], weight, shift, eps)
+        z = residual + F.dropout(x + bias, p)
+        y = F.layer_norm(z, x.shape[-1:], weight, shift, eps)
+        return (y, z) if pre else y
 
     return run
 
@@ -104,7 +119,7 @@ def liger_norm() -> Function:
     return lambda x, weight, shift: LigerLayerNormFunction.apply(x, weight, shift, 1e-12)
 
 
-def eager_head(h: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+def eager_head(h: Tensor, weight: Tensor, bias: Tensor, target: Tensor) -> Tensor:
     """Logits, then their cross entropy."""
     return F.cross_entropy(F.linear(h, weight, bias), target, reduction="sum")
 
@@ -128,5 +143,5 @@ def cut_head() -> Function:
 
 def torch_head() -> Function:
     """torch's own fused head, where it has one."""
-    function = F.linear_cross_entropy  # type: ignore[attr-defined]
+    function: Any = getattr(F, "linear_cross_entropy")  # noqa: B009  absent in some versions, which mypy sees
     return lambda h, weight, bias, target: function(h, weight, target, linear_bias=bias, reduction="sum")

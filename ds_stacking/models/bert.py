@@ -8,7 +8,7 @@ Shapes: B sequences of T tokens, N = B*T, M masked tokens of the batch, D hidden
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -122,8 +122,9 @@ class Bert(nn.Module):
         assert attention_mask is None or cu_seqlens is None, "documents need no mask"
         positions, document = self._positions(input_ids, cu_seqlens)
         spans = self.attention_spans(input_ids, attention_mask, document, cu_seqlens, max_seqlen)
-        hidden = self.embeddings(input_ids, positions, token_type_ids)
-        hidden, first_tokens = self._encode(hidden, spans, masked_positions)
+        selection = self._selection(input_ids, masked_positions)
+        hidden = self.encode(input_ids, positions, token_type_ids, spans, selection)
+        hidden, first_tokens = self._split(hidden, len(input_ids), selection)
         loss_sum, token_losses, logits = self.score(hidden.flatten(0, -2), labels)
         pair_logits = None if self.next_sentence_head is None else self.next_sentence_head(first_tokens)
         pair_loss = None
@@ -169,27 +170,42 @@ class Bert(nn.Module):
         token_losses = cross_entropy(logits, labels.flatten())
         return token_losses.sum(), token_losses, logits
 
-    def _encode(self, x: Tensor, spans: AttentionSpans, masked: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """Run the blocks; return the tokens of the MLM head and the first ones [B, D] if a head reads these."""
-        batch, length, _ = x.shape
-        indices = masked
-        if masked is not None and self.next_sentence_head is not None:
-            indices = torch.cat((torch.arange(0, batch * length, length, device=x.device), masked))
-        selection = None if indices is None else self.token_selection(indices, batch * length)
-        last = len(self.blocks) - 1
+    def encode(
+        self,
+        input_ids: Tensor,
+        positions: Tensor,
+        token_type_ids: Tensor | None,
+        spans: AttentionSpans,
+        selection: TokenSelection | None,
+    ) -> Tensor:
+        """Embeddings, blocks and final norm: [B, T, D], or the selected tokens [R, D]."""
+        x, last = self.embeddings(input_ids, positions, token_type_ids), len(self.blocks) - 1
         for index, block in enumerate(self.blocks):
-            x = self._run(block, x, spans, selection if index == last else None)
-        x = self.final_norm(x)
+            x = self.run_block(block, x, spans, selection if index == last else None)
+        return self.final_norm(x)
+
+    def run_block(self, block: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        """Call `block`, which is computed again in the backward pass where the configuration says so."""
+        if self.config.gradient_checkpointing and self.training:
+            return checkpoint(block, *args, use_reentrant=False, **kwargs)
+        return block(*args, **kwargs)
+
+    def _selection(self, input_ids: Tensor, masked: Tensor | None) -> TokenSelection | None:
+        """The tokens that a head reads, None for all: first the sequences' first ones, if a head reads these."""
         if masked is None:
+            return None
+        batch, length = input_ids.shape
+        if self.next_sentence_head is not None:
+            masked = torch.cat((torch.arange(0, batch * length, length, device=masked.device), masked))
+        return self.token_selection(masked, batch * length)
+
+    def _split(self, x: Tensor, batch: int, selection: TokenSelection | None) -> tuple[Tensor, Tensor | None]:
+        """Of [B, T, D] or [R, D] the tokens of the MLM head, and the first ones [B, D] if a head reads these."""
+        if selection is None:
             return x, x[:, 0]
-        if indices is masked:
+        if self.next_sentence_head is None:
             return x, None
         return x[batch:], x[:batch]
-
-    def _run(self, block: nn.Module, x: Tensor, spans: AttentionSpans, selection: TokenSelection | None) -> Tensor:
-        if self.config.gradient_checkpointing and self.training:
-            return checkpoint(block, x, spans, selection, use_reentrant=False)
-        return block(x, spans, selection)
 
 
 def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:  # [N, V], [N] -> [N]

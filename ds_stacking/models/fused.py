@@ -24,78 +24,126 @@ class FusedLayerNorm(LayerNorm):
         assert isinstance(y, Tensor)
         return y
 
-    def add_norm(self, x: Tensor, residual: Tensor, bias: Tensor, p: float) -> tuple[Tensor, Tensor]:
-        """Return LayerNorm(z) and z = residual + dropout(x + bias), all [..., D]."""
+    def add_norm(
+        self, x: Tensor, residual: Tensor | None, bias: Tensor | None, p: float, seed: Tensor | None, *, pre_norm: bool
+    ) -> tuple[Tensor, Tensor]:
+        """Return y = LayerNorm(z), where z = residual + dropout(x + bias), and the residual that follows.
+
+        That is z in a pre-LN model, else y again. All are [..., D].
+        """
         both = kernels.add_layer_norm(
-            x, self.weight, self.bias, residual=residual, bias=bias, dropout=p, eps=self.eps, return_sum=True
-        )
+            x, self.weight, self.bias, residual=residual, bias=bias, dropout=p, seed=seed, eps=self.eps,
+            return_sum=pre_norm, twice=not pre_norm,
+        )  # fmt: skip
         assert isinstance(both, tuple)
         return both
 
 
 class FusedEmbeddings(Embeddings):
-    """With post-LN all of it is one kernel; pre-LN has no norm to fuse."""
+    """With post-LN all of it is one kernel; with pre-LN the first block's norm drops what is dropped."""
 
     norm_class = FusedLayerNorm
 
-    def forward(self, input_ids: Tensor, positions: Tensor, token_type_ids: Tensor | None) -> Tensor:
+    def forward(  # type: ignore[override]  # what FusedBlock reads is two tensors
+        self,
+        input_ids: Tensor,
+        positions: Tensor,
+        token_type_ids: Tensor | None,
+        seed: Tensor | None,
+        *,
+        next_norm: FusedLayerNorm,
+    ) -> tuple[Tensor, Tensor]:
+        """Return what the first block reads; `next_norm` is its first one, which pre-LN applies here."""
+        p = self.dropout.probability if self.training else 0.0
         if self.norm is None:
-            return super().forward(input_ids, positions, token_type_ids)
-        x = kernels.embedding_norm(
+            return next_norm.add_norm(
+                self._sum(input_ids, positions, token_type_ids), None, None, p, seed, pre_norm=True
+            )
+        both = kernels.embedding_norm(
             input_ids.flatten(),
-            positions.expand_as(input_ids).flatten(),
-            torch.zeros_like(input_ids).flatten() if token_type_ids is None else token_type_ids.flatten(),
+            positions.flatten(),
+            None if token_type_ids is None else token_type_ids.flatten(),
             word=self.word.weight,
             position=self.position.weight,
             segment=self.token_type.weight,
             weight=self.norm.weight,
             shift=self.norm.bias,
-            dropout=self.dropout.probability if self.training else 0.0,
+            dropout=p,
+            seed=seed,
             eps=self.norm.eps,
+            twice=True,
         )
-        return x.unflatten(0, input_ids.shape)
+        y, again = (x.unflatten(0, input_ids.shape) for x in both)
+        return y, again
+
+    def _sum(self, input_ids: Tensor, positions: Tensor, token_type_ids: Tensor | None) -> Tensor:
+        """The sum of the three embeddings, [B, T, D]."""
+        place = kernels.look_up(self.position.weight, positions)
+        table = self.token_type.weight
+        kind = table.narrow(0, 0, 1) if token_type_ids is None else kernels.look_up(table, token_type_ids)
+        return self.word(input_ids) + (place + kind)
 
 
 class FusedAttention(Attention):
     """Attention span by span where spans have bounds; without the bias of `out`, which the next LayerNorm adds."""
 
-    def forward(self, x: Tensor, spans: AttentionSpans, selection: TokenSelection | None) -> Tensor:
+    def forward(
+        self, x: Tensor, spans: AttentionSpans, selection: TokenSelection | None, seed: Tensor | None = None
+    ) -> Tensor:
         p = self.dropout if self.training else 0.0
         if spans.cu_seqlens is None:
             context = self.masked_context(x, spans.mask, p)
         else:
             packed = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).flatten(0, 1)  # [N, 3, H, E]
-            context = kernels.attention(packed, spans.cu_seqlens, spans.max_seqlen, dropout=p).view_as(x)
+            context = kernels.attention(packed, spans.cu_seqlens, spans.max_seqlen, dropout=p, seed=seed).view_as(x)
         return self.out(_select_tokens(context, selection), biased=False)
 
 
 class FusedFeedForward(FeedForward):
-    """The first bias is added with the activation; with `biased=False` the second is left to the next LayerNorm."""
+    """The first bias is added with the activation, the second is left to the next LayerNorm."""
 
-    def forward(self, x: Tensor, *, biased: bool = True) -> Tensor:  # [..., D] -> [..., D]
+    def forward(self, x: Tensor) -> Tensor:  # [..., D] -> [..., D]
         approximate: Literal["tanh", "none"] = "tanh" if self.activation == "gelu_tanh" else "none"
         x = kernels.bias_gelu(self.up(x, biased=False), self.up.bias, approximate=approximate)
-        return self.down(x, biased=biased)
+        return self.down(x, biased=False)
 
 
 class FusedBlock(Block):
-    """Each residual sum is in the LayerNorm that follows it in this block."""
+    """Each residual sum is in the LayerNorm that follows it: with pre-LN the second one in that of the next block.
+
+    So a block reads and returns two tensors, the input of a block's first product and the residual: with post-LN one
+    tensor twice, with pre-LN the stream's LayerNorm, whose own block never applies it, and the stream.
+    """
 
     attention_class, feed_forward_class, norm_class = FusedAttention, FusedFeedForward, FusedLayerNorm
     attention_norm: FusedLayerNorm
     feed_forward_norm: FusedLayerNorm
 
-    def forward(self, x: Tensor, spans: AttentionSpans, selection: TokenSelection | None = None) -> Tensor:
-        p = self.dropout.probability if self.training else 0.0
+    def forward(  # type: ignore[override]  # see above
+        self,
+        y: Tensor,
+        spans: AttentionSpans,
+        selection: TokenSelection | None,
+        residual: Tensor,
+        seeds: tuple[Tensor | None, ...],
+        *,
+        next_norm: FusedLayerNorm,
+    ) -> tuple[Tensor, Tensor]:
+        """Transform `y` and `residual`, both [B, T, D] ([R, D] with a selection).
+
+        `seeds` are those of three dropouts. `next_norm` is the LayerNorm that follows a pre-LN block: the next one's
+        first or the model's last. By keyword, because DeepSpeed looks for tensors in the other arguments.
+        """
+        p, pre_norm = self.dropout.probability if self.training else 0.0, self.pre_norm
+        middle, end = (
+            (self.feed_forward_norm, next_norm) if pre_norm else (self.attention_norm, self.feed_forward_norm)
+        )
+        residual = _select_tokens(residual, selection)
+        y = self.attention(y, spans, selection, seeds[0])
         # ZeRO-3 frees a module's parameters when it has run: a bias is read after that, which gathers it again.
-        if self.pre_norm:
-            y = self.attention(self.attention_norm(x), spans, selection)
-            y, x = self.feed_forward_norm.add_norm(y, _select_tokens(x, selection), self.attention.out.bias, p)
-            return x + self.dropout(self.feed_forward(y))
-        y = self.attention(x, spans, selection)
-        x, _ = self.attention_norm.add_norm(y, _select_tokens(x, selection), self.attention.out.bias, p)
-        y = self.feed_forward(x, biased=False)
-        return self.feed_forward_norm.add_norm(y, x, self.feed_forward.down.bias, p)[0]
+        y, residual = middle.add_norm(y, residual, self.attention.out.bias, p, seeds[1], pre_norm=pre_norm)
+        y = self.feed_forward(y)
+        return end.add_norm(y, residual, self.feed_forward.down.bias, p, seeds[2], pre_norm=pre_norm)
 
 
 class FusedMaskedLMHead(MaskedLMHead):
@@ -114,6 +162,32 @@ class FusedBert(Bert):
 
     embeddings_class, block_class = FusedEmbeddings, FusedBlock
     norm_class, mlm_head_class = FusedLayerNorm, FusedMaskedLMHead
+
+    def encode(
+        self,
+        input_ids: Tensor,
+        positions: Tensor,
+        token_type_ids: Tensor | None,
+        spans: AttentionSpans,
+        selection: TokenSelection | None,
+    ) -> Tensor:
+        norms = [*(block.attention_norm for block in self.blocks), self.final_norm]
+        seeds, last = self._seeds(input_ids.device), len(self.blocks) - 1
+        y, residual = self.embeddings(input_ids, positions, token_type_ids, seeds[0], next_norm=norms[0])
+        for index, block in enumerate(self.blocks):
+            own, chosen = seeds[1 + 3 * index : 4 + 3 * index], selection if index == last else None
+            y, residual = self.run_block(block, y, spans, chosen, residual, own, next_norm=norms[index + 1])
+        return y
+
+    def _seeds(self, device: torch.device) -> tuple[Tensor | None, ...]:
+        """A seed for each dropout, of the embeddings and three of every block, from one draw; None where none drops.
+
+        They are inputs of the blocks, so that a block computed again in the backward pass drops the same.
+        """
+        number = 1 + 3 * len(self.blocks)
+        if not (self.training and (self.config.dropout or self.config.attention_dropout)):
+            return (None,) * number
+        return kernels.new_seeds(number, device)
 
     def attention_spans(
         self,

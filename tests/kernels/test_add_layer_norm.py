@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from ds_stacking.kernels._dropout import keep_mask
 from ds_stacking.kernels.add_layer_norm import add_layer_norm
@@ -41,6 +42,35 @@ def test_forward_and_gradients(kernels, assert_close, rows, width, p, prenorm, d
     exact = [tensor.detach().double().requires_grad_() for tensor in tensors]
     expected = plain(*exact, p)[: len(out)]
     assert_close(actual, [*expected, *gradients(expected, exact)], dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_gradients_of_two_readers_are_added_in_the_kernel(kernels, assert_close, dtype):
+    tensors = inputs(33, 100, dtype)
+    x, residual, weight, shift, bias = tensors
+    with kernels(ROWS=32):
+        out = add_layer_norm(x, weight, shift, residual=residual, bias=bias, dropout=0.1, seed=SEED, twice=True)
+        assert out[0].data_ptr() == out[1].data_ptr()
+        with Additions() as additions:
+            actual = [*out, *gradients(out, tensors)]
+    exact = [tensor.detach().double().requires_grad_() for tensor in tensors]
+    y = plain(*exact, 0.1)[0]
+    assert_close(actual, [y, y, *gradients((y, y), exact)], dtype)
+    assert additions.found == 0
+    with pytest.raises(AssertionError, match="tensor 2"):  # one reader's gradient alone
+        assert_close(actual, [y, y, *gradients(plain(*exact, 0.1)[:1], exact)], dtype)
+
+
+class Additions(TorchDispatchMode):
+    """Counts sums of two tensors."""
+
+    def __init__(self):
+        super().__init__()
+        self.found = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.found += func.overloadpacket in (torch.ops.aten.add, torch.ops.aten.add_)
+        return func(*args, **(kwargs or {}))
 
 
 def test_plain_norm(kernels, assert_close):
@@ -93,6 +123,7 @@ def test_a_wrong_mean_is_noticed(kernels, assert_close):
         ({"residual": torch.ones(3, 8)}, r"residual is torch.float32 \(3, 8\).*\(4, 8\)"),
         ({"dropout": 1.0}, r"dropout is 1.0; it must lie in \[0, 1\)"),
         ({"x": torch.ones(8, 4).T}, "x has strides"),
+        ({"return_sum": True, "twice": True}, "return_sum and twice exclude each other"),
     ],
 )
 def test_bad_input_is_named(change, message):

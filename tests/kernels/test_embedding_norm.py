@@ -60,6 +60,23 @@ def test_without_segments_and_reference(kernels, assert_close):
     assert_close(with_gradients(embedding_norm(ids, places, None, **tables), tensors), want)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_places_that_repeat_one_kind_for_all_and_two_readers(kernels, assert_close, dtype):
+    tensors, (ids, places, _) = inputs(36, 100, dtype)
+    tables, places = dict(zip(NAMES, tensors, strict=True)), places[:12]
+    with kernels(ROWS=32):
+        y, again = embedding_norm(ids, places, None, **tables, dropout=0.2, seed=SEED, twice=True)
+        assert y.data_ptr() == again.data_ptr()
+        actual = with_gradients(y + again, tensors)
+    exact = [tensor.detach().double().requires_grad_() for tensor in tensors]
+    y = plain(*exact, ids, places.repeat(3), torch.zeros_like(ids), 0.2)
+    torch.manual_seed(1)
+    want = [2 * y, *torch.autograd.grad(2 * y, exact, torch.randn(y.shape).to(dtype).double())]
+    assert_close(actual, want, dtype)
+    reference, second = embedding_norm(ids, places, None, **tables, dropout=0.2, seed=SEED, twice=True)
+    assert_close(with_gradients(reference + second, tensors), want, dtype)
+
+
 def test_a_swapped_table_is_noticed(kernels, assert_close):
     tensors, (ids, places, kinds) = inputs(20, 64, torch.float32)
     with kernels(ROWS=32):
@@ -71,8 +88,10 @@ def test_a_swapped_table_is_noticed(kernels, assert_close):
 def test_bad_input_is_named():
     tensors, (ids, places, kinds) = inputs(4, 8, torch.float32)
     tables = dict(zip(NAMES, tensors, strict=True))
-    with pytest.raises(ValueError, match="segment and kinds belong together"):
-        embedding_norm(ids, places, None, **tables)
+    with pytest.raises(ValueError, match="kinds are rows of segment, which is missing"):
+        embedding_norm(ids, places, kinds, **{**tables, "segment": None})
+    with pytest.raises(ValueError, match="places has 3 entries for 4 tokens"):
+        embedding_norm(ids, places[:3], kinds, **tables)
     with pytest.raises(ValueError, match="places is torch.int32 of shape"):
         embedding_norm(ids, places.int(), kinds, **tables)
     with pytest.raises(ValueError, match=r"weight has shape \(7,\); word needs \[8\]"):

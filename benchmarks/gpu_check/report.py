@@ -1,0 +1,161 @@
+"""The journal as a short table: what is wrong, what missed its target, then the figures."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from benchmarks.gpu_check.journal import Record
+from benchmarks.gpu_check.targets import GOALS, GROWTH_SECONDS, TARGETS, Goal, Target
+
+Records = Mapping[str, Record]
+
+
+def limit(row: Record, mode: str, rates: Mapping[str, float]) -> float | None:
+    """Seconds that the machine's own rates allow for a mode of a row of speed.py; None without rates or work."""
+    work = [(row["bytes"].get(mode), rates.get("copy")), (row["flops"].get(mode), rates.get("matmul"))]
+    found = [amount / rate for amount, rate in work if amount and rate]
+    return max(found) if found else None
+
+
+def ratio(target: Target, row: Record, rates: Mapping[str, float]) -> float | None:
+    """A peer's seconds divided by ours, or our share of the limit; None where there is nothing to compare with."""
+    times = {name: quartiles[1] for name, quartiles in row["modes"][target.mode]["times"].items()}
+    ours = times.pop("ours")
+    if target.peer == "limit":
+        found = limit(row, target.mode, rates)
+    else:
+        found = min(times.values(), default=None) if target.peer == "best" else times.get(target.peer)
+    return found / ours if found else None
+
+
+def verdict(value: float | None, must: float, goal: float) -> str:
+    """goal, must, MISSED or absent; values are better the higher they are."""
+    if value is None:
+        return "absent"
+    return "goal" if value >= goal else "must" if value >= must else "MISSED"
+
+
+def speed_lines(records: Records) -> Iterator[str]:
+    """One line per mode: our median and share of the limit, the peers' medians, verdicts."""
+    rates = records.get("rates", {}).get("rates", {})
+    for name, row in records.items():
+        if "modes" not in row:
+            continue
+        case = name.removeprefix("speed: ")
+        yield case + (" | absent: " + ", ".join(row["absent"]) if row["absent"] else "")
+        for mode, measured in row["modes"].items():
+            times = {who: quartiles[1] * 1e6 for who, quartiles in measured["times"].items()}
+            allowed = limit(row, mode, rates)
+            share = f" ({allowed * 1e8 / times['ours']:.0f} % of limit)" if allowed else ""
+            others = " ".join(f"{who} {seconds:.0f}" for who, seconds in times.items() if who != "ours")
+            clock = ", CLOCK FELL" if measured.get("clock_fell") else ""
+            yield f"  {mode:8} {times['ours']:.0f} us{share}; {others}{clock}"
+            for target in TARGETS.get(case, []):
+                if target.mode == mode:
+                    value = ratio(target, row, rates)
+                    text = "" if value is None else f"{value:.2f} "
+                    state = verdict(value, target.must, target.goal)
+                    yield f"    {target.peer} {text}(must {target.must}, goal {target.goal}) {state}"
+
+
+def correctness_lines(records: Records) -> Iterator[str]:
+    """How many are right, and all of what is not."""
+    found = [row for name, row in records.items() if name.startswith(("correct: ", "sanitizer ")) and "ok" in row]
+    yield f"correct: {sum(row['ok'] for row in found)} of {len(found)}"
+    for row in found:
+        if not row["ok"]:
+            yield f"  WRONG {row['row']}: {_fault(row)}"
+
+
+def _fault(row: Record) -> str:
+    if "errors" not in row:
+        return str(row.get("found", ""))[-200:]
+    pairs = " ".join(f"{ours:.1e}/{peer:.1e}" for ours, peer in zip(row["errors"], row["peer"], strict=True))
+    return f"errors ours/torch {pairs}" + ("" if row["repeats"] else ", and two runs differ")
+
+
+def model_lines(records: Records) -> Iterator[str]:
+    """Tokens per second and memory of all contenders, and the goals."""
+    for name, row in records.items():
+        if "contenders" not in row:
+            continue
+        case, found = name.removeprefix("model: "), row["contenders"]
+        yield case
+        for who, figures in found.items():
+            if "seconds" in figures:
+                mfu = f", MFU {figures['mfu']:.3f}" if "mfu" in figures else ""
+                yield f"  {who:18} {figures['tokens_per_second']:,} tokens/s{mfu}, {figures['bytes'] / 1e9:.2f} GB"
+            else:
+                yield f"  {who:18} {figures['absent'][:100]}"
+        for goal in GOALS.get(case, []):
+            value = goal_value(goal, found)
+            sign = -1 if goal.against == "memory" else 1
+            state = verdict(None if value is None else sign * value, sign * goal.floor, sign * goal.must)
+            state = {"goal": "must", "must": "floor"}.get(state, state)
+            text = "" if value is None else f"{value:,.2f} "
+            yield f"    {goal.against} {text}(floor {goal.floor:,g}, must {goal.must:,g}) {state}"
+
+
+def goal_value(goal: Goal, found: Mapping[str, Mapping[str, Any]]) -> float | None:
+    """The better of our contenders beside the peer, in the engine or, where there is none, in the bare loop."""
+    engine = any("seconds" in found.get(name, {}) for name in ("ours", "ours compiled"))
+    mine = ("ours", "ours compiled") if engine else ("bare", "bare compiled")
+    ours = [found[name] for name in mine if "seconds" in found.get(name, {})]
+    if not ours:
+        return None
+    best = min(ours, key=lambda figures: figures["seconds"])
+    if goal.against == "tokens/s":
+        return best["tokens_per_second"]
+    against = "peer" if goal.against == "memory" else goal.against
+    peer = found.get(against if engine else against.replace("peer", "peer bare"), {})
+    if goal.against == "memory":
+        return best["bytes"] / peer["bytes"] if peer.get("bytes") else None
+    return peer["seconds"] / best["seconds"] if "seconds" in peer else None
+
+
+def training_lines(records: Records) -> Iterator[str]:
+    """Growth, resume and comparison."""
+    for name, row in records.items():
+        if "growths" in row:
+            for growth in row["growths"]:
+                late = "" if growth["seconds"] < GROWTH_SECONDS else f" MISSED (must {GROWTH_SECONDS})"
+                yield (
+                    f"{name} {growth['from']} -> {growth['to']}: {growth['seconds']:.3f} s{late}, with engines "
+                    f"{growth['total']:.2f} s, peak {growth['peak_bytes'] / 1e9:.2f} GB, exact: {growth['exact']}"
+                )
+        if "same_bits" in row:
+            yield f"{name}: {row['steps']} losses, the same bits after a kill: {row['same_bits']}"
+        if "report" in row:
+            yield f"{name}: {row['state']}\n{row['report']}"
+
+
+def table(records: Records, left_out: Sequence[str]) -> str:
+    """All of it, for a reply that shows its last 12,000 characters: figures first, faults last."""
+    environment = records.get("environment", {})
+    lines = [", ".join(f"{k} {v}" for k, v in environment.items() if k not in ("row", "seconds", "packages"))]
+    rates = records.get("rates", {}).get("rates", {})
+    lines += [f"{name}: {rate / 1e12:.3f} T/s" for name, rate in rates.items()]
+    for section in (speed_lines, model_lines, training_lines, correctness_lines):
+        lines += section(records)
+    for name in ("head memory", "compilation"):
+        if name in records:
+            lines.append(f"{name}: { {k: v for k, v in records[name].items() if k not in ('row', 'at')} }")
+    lines += [f"skipped {row['row']}: {row['skipped']}" for row in records.values() if "skipped" in row]
+    lines += [f"ERROR {row['row']} {row.get('at', '')}: {row['error'][:300]}" for row in errors(records)]
+    if left_out:
+        lines.append(f"no time for {len(left_out)} rows: {', '.join(left_out)}"[:1500])
+    return "\n".join(lines)
+
+
+def errors(records: Records) -> list[Record]:
+    """Rows that did not come to a result."""
+    return [row for row in records.values() if "error" in row]
+
+
+def wrong(records: Records) -> list[str]:
+    """Rows whose result is wrong."""
+    found = [name for name, row in records.items() if row.get("ok") is False or row.get("same_bits") is False]
+    return found + [
+        name for name, row in records.items() if any(not growth["exact"] for growth in row.get("growths", []))
+    ]

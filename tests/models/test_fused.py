@@ -1,0 +1,113 @@
+"""The model on the kernels: one draw of random numbers per pass, how often it launches, one graph for all blocks."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from ds_stacking.config import ModelConfig
+from ds_stacking.models.compiling import compilations, compile_parts
+from ds_stacking.models.fused import FusedBert
+
+CONFIG = ModelConfig(
+    hidden_size=32, num_heads=2, intermediate_size=48, vocab_size=61, max_positions=16, initializer_range=0.2,
+    dropout=0.1, attention_dropout=0.1,
+)  # fmt: skip
+NORMS = pytest.mark.parametrize("norm", ["post", "pre"])
+
+
+class Operations(TorchDispatchMode):
+    """Counts what is computed, by name; views, memory and the reading of values on a CPU apart."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func.overloadpacket.__name__
+        if not (func.is_view or name in ("_unsafe_view", "detach", "_local_scalar_dense") or name.startswith("empty")):
+            self.found[name] += 1
+        return func(*args, **(kwargs or {}))
+
+
+def inputs(predicted: int = 5) -> dict[str, Tensor]:
+    positions = torch.arange(predicted) * 3 + 1
+    return {"input_ids": torch.arange(1, 25).view(2, 12), "masked_positions": positions, "labels": positions + 3}
+
+
+def gradients(model: FusedBert, seed: int = 0) -> list[Tensor]:
+    """The loss and every gradient of a training pass."""
+    torch.manual_seed(seed)
+    model.zero_grad()
+    loss = model(**inputs()).loss_sum
+    loss.backward()
+    return [loss.detach(), *(p.grad.clone() for p in model.parameters())]
+
+
+def draws(model: FusedBert) -> int:
+    """How often a forward and a backward pass ask for random numbers."""
+    with Operations() as operations:
+        gradients(model)
+    return sum(
+        operations.found[name] for name in ("randint", "random_", "bernoulli_", "native_dropout", "rand", "randn")
+    )
+
+
+@NORMS
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_a_pass_draws_random_numbers_once(norm: str, checkpointing: bool) -> None:
+    config = replace(CONFIG, norm=norm, gradient_checkpointing=checkpointing)
+    for layers in (1, 4):
+        assert draws(FusedBert(config, layers).train()) == 1
+    assert draws(FusedBert(config, 2).eval()) == 0
+    assert draws(FusedBert(replace(config, dropout=0.0, attention_dropout=0.0), 2).train()) == 0
+
+
+@NORMS
+def test_a_block_that_is_computed_again_drops_the_same(norm: str) -> None:
+    model = FusedBert(replace(CONFIG, norm=norm), 3).train()
+    kept = gradients(model)
+    model.config = replace(model.config, gradient_checkpointing=True)
+    again = gradients(model)
+    assert all(torch.equal(a, b) for a, b in zip(kept, again, strict=True))
+    assert not torch.equal(gradients(model, seed=1)[0], kept[0])
+
+
+@NORMS
+def test_every_dropout_has_a_seed_of_its_own(norm: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    from ds_stacking import kernels
+
+    seen: list[Tensor] = []
+    for name in ("attention", "add_layer_norm", "embedding_norm"):
+        real = getattr(kernels, name)
+
+        def spy(*args: Any, real: Any = real, **kwargs: Any) -> Any:
+            if kwargs.get("dropout"):
+                seen.append(kwargs["seed"])
+            return real(*args, **kwargs)
+
+        monkeypatch.setattr(kernels, name, spy)
+    gradients(FusedBert(replace(CONFIG, norm=norm), 3).train())
+    assert len({int(seed) for seed in seen}) == len(seen) == 10
+    # Triton compiles a kernel once more for a pointer that is not aligned to 16 bytes
+    assert all((seed.data_ptr() - seen[0].data_ptr()) % 16 == 0 and seed.shape == (1,) for seed in seen)
+
+
+@NORMS
+def test_all_blocks_share_one_graph(norm: str) -> None:
+    torch.compiler.reset()
+    start, graphs = compilations().graphs, {}
+    for layers in (2, 4, 8):
+        model = FusedBert(replace(CONFIG, norm=norm), layers).train()
+        want = gradients(model)
+        compile_parts(model, backend="aot_eager")
+        for got, expected in zip(gradients(model), want, strict=True):
+            torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
+        graphs[layers] = compilations().graphs - start
+    assert graphs == {2: 4, 4: 4, 8: 4}  # embeddings, a block, the last block, the head
