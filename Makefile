@@ -5,6 +5,7 @@
 # make study      a list of comparisons as one plan, stopped and continued by the same command; STUDY=file, PARALLEL=2
 # make check      format, lint, types and the links of the texts, as CI runs them
 # make docs       the documentation as a site, in build/site
+# make kernels-report  what each kernel can reach on an H100, by counting; written into docs/kernels.md
 # make gpu-check  on a GPU host, in its own Python: every kernel's correctness and speed beside its peers, as far as
 #                 MINUTES reach; results to OUT=folder; DRY=1: tiny, on a CPU; ARGS: options, such as --only attention
 # make gpu-session  the same, then training steps, growth, resume and a comparison, in order of worth;
@@ -30,7 +31,7 @@ export PATH := $(BIN):$(PATH)
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export DS_BUILD_OPS := 0
 
-.PHONY: install pretrain test test-long soak study check docs format bench gpu-check gpu-session clean
+.PHONY: install pretrain test test-long soak study check docs format bench kernels-report gpu-check gpu-session clean
 
 install: $(INSTALLED)
 
@@ -78,6 +79,9 @@ format: $(INSTALLED)
 bench: $(INSTALLED)
 	$(BIN)/python -m benchmarks.throughput
 	$(BIN)/python benchmarks/data.py
+
+kernels-report: $(INSTALLED)
+	$(BIN)/python -m ds_stacking.kernels.report docs/kernels.md
 
 # No set-up here: a GPU host has its own PyTorch, often no network (pip install --no-deps --no-build-isolation -e .).
 # OUT may come from the environment.

@@ -392,6 +392,9 @@ class RunConfig:
     kernels: Literal["auto", "fused", "torch"] = "auto"
     """fused: the Triton kernels around the matrix products (on a CPU their slow references); torch: PyTorch's own
     operations; auto: fused on GPUs that run them."""
+    tiles: Literal["measure", "predict"] = "measure"
+    """How the fused kernels get their tile sizes: measured on the GPU by rank 0 before the first step and kept in
+    tiles.json; predict: the package's own table and predictions."""
     compile: bool = False
     """torch.compile what the kernels leave over: embeddings, blocks and head; ZeRO stages 0 to 2."""
     tokens_per_step: int = 2048

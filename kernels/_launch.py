@@ -39,7 +39,9 @@ class Kernel:
     fn: Any
     """The `triton.jit` function. An argument UPCAST_DOT, where it has one, is filled in by the launcher."""
     configs: Configs
-    """(target, constexprs and ITEMSIZE of the first tensor) -> configurations, the predicted best one first."""
+    """(target, constexprs and ITEMSIZE of the first tensor) -> configurations, the predicted best one first.
+
+    With more than one the kernel must bear repetition, for they are measured in turns: it adds to no output."""
     key: tuple[str, ...] = ()
     """Integer arguments whose powers of two decide, beside dtype and constexprs, which configuration is best."""
 
@@ -88,7 +90,7 @@ class Launch:
 def _power_of_2(value: int | torch.SymInt) -> int:
     if isinstance(value, torch.SymInt):  # its value would be guarded: a graph for each
         value = value.node.hint or 1
-    return triton.next_power_of_2(value)
+    return 1 << max(value - 1, 0).bit_length()
 
 
 def describe(config: triton.Config) -> str:
@@ -136,7 +138,7 @@ def _choose(launch: Launch, target: str) -> triton.Config:
     for config in candidates:
         if describe(config) == wanted:
             return config
-    warnings.warn(f"{key}: {wanted} is no candidate any more; {describe(candidates[0])} is taken.", stacklevel=4)
+    warnings.warn(f"{key}: {wanted!a:.99} is no candidate any more; {describe(candidates[0])} is taken.", stacklevel=4)
     return candidates[0]
 
 

@@ -1,7 +1,7 @@
 """Compile kernels for GPUs that are not there, and read off what the compilers made of them.
 
 Triton needs no device to compile for one. Every operator is called on meta tensors with its launches recorded, and
-each launch is compiled in every configuration that autotune may pick, for every target. The figures are kept per
+each launch is compiled in every configuration that it may run in, for every target. The figures are kept per
 Triton version in `compiled/<version>.json`, so that a change of registers or shared memory shows in a diff:
 
     python -m ds_stacking.kernels.offline          # compile all and write the table
@@ -28,7 +28,7 @@ from ds_stacking.kernels._launch import Kernel, Launch, describe
 from ds_stacking.kernels.cases import CASES, Case
 
 TABLE = Path(__file__).parent / "compiled" / f"{triton.__version__}.json"
-"""Where the figures of the installed Triton are kept."""
+"""Where the figures of the installed Triton are kept, beside those of others."""
 
 
 @dataclass(kw_only=True, order=True)
@@ -55,6 +55,10 @@ class Compiled:
     """Warp-group matrix instructions (Hopper)."""
     vectors: int
     """Loads and stores of 128 bits from and to global memory."""
+    instructions: int
+    """Instructions of the hot loop on sm_90 (see `hot_loop`); 0 on other targets."""
+    special: int
+    """Those of them that the special function units run: exp2, reciprocals, roots."""
 
     @property
     def key(self) -> tuple[str, str, str, str]:
@@ -110,7 +114,7 @@ def compile_one(task: Task) -> Compiled:
     options = {"num_warps": task.config.num_warps, "num_stages": task.config.num_stages}
     compiled = triton.compile(_source(task.launch.kernel, task.launch.args, meta), target=backend, options=options)
     read = _read_amd if backend.backend == "hip" else _read_nvidia
-    figures = read(compiled)
+    figures = read(compiled, task.target)
     shared, threads = compiled.metadata.shared, task.config.num_warps * backend.warp_size
     return Compiled(
         case=task.case, kernel=task.launch.kernel.fn.__name__, target=task.target, config=describe(task.config),
@@ -137,12 +141,13 @@ def _pointer(dtype: torch.dtype) -> str:
     return "*" + {**names, torch.int64: "i64", torch.bool: "i1"}[dtype]
 
 
-def _read_nvidia(compiled: Any) -> dict[str, int]:
+def _read_nvidia(compiled: Any, target: str) -> dict[str, int]:
     tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
         cubin.write(compiled.asm["cubin"])
         cubin.flush()
-        text = subprocess.run([tool, "-res-usage", cubin.name], capture_output=True, text=True, check=True).stdout
+        command = [str(tool), "-res-usage", *(["-sass"] if target == "sm_90" else []), cubin.name]
+        text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     usage = {name: int(value) for name, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", text)}
     ptx = compiled.asm["ptx"]
     vectors = r"(?:ld|st)\.global[\w.:]*\.v4\.b32|cp\.async\.cg\.shared\.global|cp\.async\.bulk"
@@ -151,10 +156,30 @@ def _read_nvidia(compiled: Any) -> dict[str, int]:
         "spills": usage["STACK"] + usage["LOCAL"],
         "wgmma": ptx.count("wgmma.mma_async"),
         "vectors": len(re.findall(vectors, ptx)),
+        "instructions": len(loop := hot_loop(text)),
+        "special": sum(operation.startswith("MUFU") for operation in loop),
     }
 
 
-def _read_amd(compiled: Any) -> dict[str, int]:
+def hot_loop(sass: str) -> list[str]:
+    """Operations of the loop that a program spends its time in, from the disassembly; of all where there is none.
+
+    It is the first innermost loop with matrix products, which is the one of whole tiles: those that a sequence's end
+    or the diagonal cuts have one of their own behind it. Without products it is the longest innermost loop.
+    """
+    lines = re.findall(r"/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+\s+)?([A-Z][^;]*?)\s*;", sass)
+    code = [(int(at, 16), operation) for at, operation in lines if not operation.startswith("NOP")]
+    jumps = [(int(to[1], 16), at) for at, operation in code if (to := re.search(r"^BRA\b.*(0x[0-9a-f]+)", operation))]
+    loops = [(begin, end) for begin, end in jumps if begin < end]
+    inner = [a for a in loops if not any(b != a and a[0] <= b[0] and b[1] <= a[1] for b in loops)]
+    bodies = [[operation for at, operation in code if begin <= at <= end] for begin, end in sorted(inner)]
+    products = [body for body in bodies if any(re.match(r"HGMMA|HMMA|IGMMA|QGMMA", operation) for operation in body)]
+    if products:
+        return products[0]
+    return max(bodies, key=len, default=[operation for _, operation in code])
+
+
+def _read_amd(compiled: Any, target: str) -> dict[str, int]:
     text = compiled.asm["amdgcn"]
 
     def figure(name: str) -> int:
@@ -165,6 +190,8 @@ def _read_amd(compiled: Any) -> dict[str, int]:
         "spills": figure("vgpr_spill_count"),  # scalar registers spill into vector registers, not into memory
         "wgmma": 0,
         "vectors": len(re.findall(r"(?:global|buffer)_(?:load|store)_dwordx4", text)),
+        "instructions": 0,
+        "special": 0,
     }
 
 
@@ -178,9 +205,9 @@ def _resident(target: str, registers: int, shared: int, threads: int) -> int:
     return min(by_registers, total // (shared + 1024), 2048 // threads, 32)
 
 
-def read_table() -> list[Compiled]:
-    """The committed figures of the installed Triton; empty where there are none."""
-    return [Compiled(**row) for row in json.loads(TABLE.read_text())] if TABLE.exists() else []
+def read_table(path: Path = TABLE) -> list[Compiled]:
+    """The committed figures, by default of the installed Triton; empty where there are none."""
+    return [Compiled(**row) for row in json.loads(path.read_text())] if path.exists() else []
 
 
 def write_table(rows: list[Compiled]) -> None:
@@ -193,7 +220,8 @@ def format_rows(rows: list[Compiled]) -> str:
     """`rows` as lines for a reader."""
     return "\n".join(
         f"{row.case:28} {row.kernel:22} {row.target:7} {row.config:44} regs {row.registers:3} spills {row.spills:4} "
-        f"shared {row.shared:6} programs {row.programs:2} wgmma {row.wgmma:3} vectors {row.vectors}"
+        f"shared {row.shared:6} programs {row.programs:2} wgmma {row.wgmma:3} vectors {row.vectors:2} "
+        f"instructions {row.instructions:4} special {row.special}"
         for row in rows
     )
 

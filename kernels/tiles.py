@@ -4,8 +4,8 @@
         model(batch).backward()
     use(found)                      # from here on, in this process; `found` is plain JSON, to be kept and shared
 
-Kernels write their outputs and add to none of them, so that a launch may be repeated. A candidate that does not
-compile or needs more than the device has is dropped.
+Kernels with several candidates add to none of their outputs, so that a launch may be repeated. A candidate that does
+not compile or needs more than the device has is dropped.
 """
 
 from __future__ import annotations
@@ -21,9 +21,19 @@ import torch
 import triton
 from triton.errors import TritonError
 
-from ds_stacking.kernels._launch import Executor, Launch, describe, executing, executor, known, recording, use
+from ds_stacking.kernels._launch import (
+    Executor,
+    Launch,
+    describe,
+    executing,
+    executor,
+    known,
+    recording,
+    target_of,
+    use,
+)
 
-__all__ = ["compare_on_device", "environment", "measuring", "needed", "source_digest", "use"]
+__all__ = ["Compare", "compare_on_device", "environment", "measuring", "needed", "source_digest", "use"]
 
 Run = Callable[[], None]
 Compare = Callable[[Sequence[Run]], list[float]]
@@ -37,9 +47,8 @@ SPIN = 1_000_000
 class _Measure(Executor):
     """Carries launches out by another executor, in the fastest configuration."""
 
-    def __init__(self, inner: Executor, compare: Compare) -> None:
-        self.inner, self.compare, self.everywhere = inner, compare, inner.everywhere
-        self.found: dict[str, str] = {}
+    def __init__(self, inner: Executor, compare: Compare, found: dict[str, str]) -> None:
+        self.inner, self.compare, self.found, self.everywhere = inner, compare, found, inner.everywhere
 
     def __call__(self, launch: Launch) -> None:
         target = self.inner.target(launch)
@@ -69,17 +78,19 @@ class _Measure(Executor):
 
 
 @contextlib.contextmanager
-def measuring(compare: Compare | None = None) -> Iterator[dict[str, str]]:
-    """Inside, launches without a known configuration measure theirs: {key: configuration}, filled as they come.
+def measuring(compare: Compare | None = None, found: dict[str, str] | None = None) -> Iterator[dict[str, str]]:
+    """Inside, launches without a known configuration measure theirs; yields {key: configuration}, filled as they come.
 
     Args:
         compare: what times the candidates; default `compare_on_device`.
+        found: what is filled; default a new one.
 
     Raises:
         TritonError: no candidate of a launch runs.
     """
-    with executing(_Measure(executor(), compare or compare_on_device)) as measure:
-        yield measure.found
+    found = {} if found is None else found
+    with executing(_Measure(executor(), compare or compare_on_device, found)):
+        yield found
 
 
 def compare_on_device(runs: Sequence[Run]) -> list[float]:
@@ -103,12 +114,13 @@ def compare_on_device(runs: Sequence[Run]) -> list[float]:
     return [statistics.median(seconds) for seconds in times]
 
 
-def needed(run: Run, target: str) -> dict[str, str]:
-    """The launches of `run`, an operator or a model on meta tensors, that have a choice nobody has made yet.
+def needed(run: Run, device: torch.device) -> dict[str, str]:
+    """The launches of `run`, an operator or a model on meta tensors, that nobody has chosen for on `device` yet.
 
     Returns:
         {key: predicted configuration}.
     """
+    target = target_of(device)
     with recording() as launches:
         run()
     found: dict[str, str] = {}
@@ -121,7 +133,8 @@ def needed(run: Run, target: str) -> dict[str, str]:
 
 def environment(device: torch.device) -> str:
     """What measured configurations hold for, such as "NVIDIA H100 80GB HBM3, Triton 3.6.0"."""
-    return f"{torch.cuda.get_device_name(device)}, Triton {triton.__version__}"
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "the interpreter"
+    return f"{name}, Triton {triton.__version__}"
 
 
 def source_digest() -> str:

@@ -65,6 +65,7 @@ def decides_the_model(name: str) -> bool:
         "max_skipped_steps",
         "hang_timeout",
         "kernels",
+        "tiles",
         "compile",
         *("corpus.verify", "corpus.max_document", "corpus.max_expansion", "corpus.zstd_window"),
         *("corpus.follow_links", "corpus.max_leak", "corpus.fingerprint", "corpus.workers"),

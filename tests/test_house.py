@@ -70,6 +70,7 @@ WRITERS = {
     "ds_stacking/models/shards.py": "into a directory that is renamed when it is whole",
     "ds_stacking/data/preparation/shards.py": "into a directory that is renamed when it is whole",
     "kernels/offline.py": "a table of the repository, which git keeps",
+    "kernels/report.py": "a page of the repository, which git keeps",
     "ds_stacking/training/metrics_file.py": "metrics.jsonl, which grows line by line",
 }
 """Files that may open others for writing, and why; all else is written by common/files.py."""

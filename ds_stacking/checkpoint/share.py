@@ -53,10 +53,16 @@ def side_by_side(
     return task.result
 
 
-def from_first_rank(decide: Callable[[], Any], exchange: Exchange) -> Any:
+def from_first_rank(
+    decide: Callable[[], Any],
+    exchange: Exchange,
+    *,
+    progress: Callable[[], int] = lambda: 0,
+    alive: Callable[[], None] = lambda: None,
+) -> Any:
     """What `decide()` returns on rank 0, a plain JSON value, however long it takes. All ranks call it together.
 
-    A UserError on rank 0 is raised on every rank.
+    A UserError on rank 0 is raised on every rank. `progress` and `alive` are those of `side_by_side`.
     """
 
     def ask() -> bytes:
@@ -67,7 +73,7 @@ def from_first_rank(decide: Callable[[], Any], exchange: Exchange) -> Any:
         except UserError as error:
             return json.dumps({"error": str(error)}).encode()
 
-    message = side_by_side(ask, exchange)
+    message = side_by_side(ask, exchange, progress=progress, alive=alive)
     size = exchange.all_reduce_sum(len(message))
     whole = [torch.frombuffer(bytearray(message), dtype=torch.uint8)] if exchange.rank == 0 else []
     sizes = [size] + [0] * (exchange.world_size - 1)

@@ -55,6 +55,12 @@ def compilations() -> Compilations:
     return Compilations(graphs=counters["stats"]["unique_graphs"], cached=cached)
 
 
+def compile_anew(tag: str) -> None:
+    """Forget what this process has compiled, and of the code on the disk use only what was compiled under `tag`."""
+    torch.compiler.reset()
+    torch.compiler.config.cache_key_tag = tag
+
+
 def _compile(part: nn.Module, backend: str) -> None:
     # Not part.compile(): that compiles Module.__call__, whose code all classes share, and with it a limit on graphs.
     eager: Callable[..., Any] = part.forward

@@ -46,6 +46,7 @@ from ds_stacking.training.preemption import SharedStop, StopRequest
 from ds_stacking.training.progress import Console
 from ds_stacking.training.run_directory import CHECKPOINTS, SAVED, remove_stop_files
 from ds_stacking.training.state import TrainState
+from ds_stacking.training.tiles import read_tiles
 from ds_stacking.training.tracking import check_run_id
 from ds_stacking.training.triggering import check_plateau
 from ds_stacking.training.watchdog import Watchdog
@@ -235,6 +236,8 @@ def _look_at_what_stays(config: RunConfig, found: Found | None) -> str | None:
     remove_stop_files(run_dir)
     if found is not None and not found.branch and config.tracking == "wandb":
         check_run_id(run_dir)
+    if found is not None and not found.branch:
+        read_tiles(run_dir)
     size = metrics_bytes(run_dir, found)
     return None if size is None else check_metrics(run_dir, size)
 

@@ -40,7 +40,16 @@ WITHOUT_EFFECT = (
 """What decides neither what a run learns nor what that costs: how it is watched and saved, and its data are read."""
 CHANGEABLE = (
     *WITHOUT_EFFECT,
-    *("precision", "micro_batch_size", "kernels", "compile", "growth_memory", "eval_every", "eval_after_growth"),
+    *(
+        "precision",
+        "micro_batch_size",
+        "kernels",
+        "tiles",
+        "compile",
+        "growth_memory",
+        "eval_every",
+        "eval_after_growth",
+    ),
     *("lr", "schedule", "warmup_steps", "decay_percent"),
     *("optimizer.clip", "skip_above_sigma", "max_skipped_steps"),
 )
@@ -104,7 +113,7 @@ def refuse_another_run(path: Path, changes: Settings, stage: int = 0) -> None:
 def refuse_another_finished_run(config: RunConfig) -> None:
     """Raise UserError where the run directory's finished run had settings that would make another run of it."""
     content = read_config(Path(config.run_dir))
-    if content is None or not config.to_dict().keys() <= content.keys() | set(PLACES):
+    if content is None or not config.to_dict().keys() <= content.keys() | {*PLACES, *CHANGEABLE}:
         return  # of an older version
     resolved = (*CHANGEABLE_IN_STAGES, *(() if config.trigger == "steps" else ("steps",)))
     resolved += () if config.model.vocab_size else ("model.vocab_size",)
@@ -172,7 +181,7 @@ def _old_digest(config: dict[str, Any]) -> str:
     if not all(name in config for name in ("corpus", "stages")):
         return ""
     left_out = {*PLACES, *WITHOUT_EFFECT, "precision", "micro_batch_size", "kernels", "compile", "growth_memory"}
-    left_out.add("max_skipped_steps")
+    left_out |= {"max_skipped_steps", "tiles"}
     then = {today: name for name, today in RENAMED.items()}
     decisive = {then.get(name, name): value for name, value in config.items() if name not in left_out}
     decisive["corpus"] = {

@@ -10,6 +10,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from ds_stacking.checkpoint.select import Found
 from ds_stacking.checkpoint.share import from_first_rank, side_by_side
 from ds_stacking.common.environment import rank, world_size
@@ -49,6 +51,7 @@ from ds_stacking.training.run_directory import (
     set_umask,
 )
 from ds_stacking.training.same_data import check_same_data
+from ds_stacking.training.tiles import settle_tiles
 from ds_stacking.training.tracking import make_tracker
 from ds_stacking.training.triggering import triggered_stages
 from ds_stacking.training.watchdog import Watchdog, collective_limit
@@ -123,6 +126,7 @@ def _train(run: Pretraining, found: Found | None, alarm: Alarm, on_built: Callab
         on_built(run)
         stage_finished = _resume(run, found)
         _claim(run, found, claim)
+        _settle_tiles(run)
         run.train(stage_finished=stage_finished)
         finish(run)
     except BaseException as error:
@@ -175,6 +179,21 @@ def _claim(run: Pretraining, found: Found | None, claim: Claim) -> None:
     config = run.config
     run.metrics.tracker = make_tracker(
         run.run_dir, tracking=config.tracking, name=config.name, config=config.to_dict(), rank=rank()
+    )
+
+
+def _settle_tiles(run: Pretraining) -> None:
+    """The same tiles on all ranks, before anything is computed; where no kernels run, nothing is settled."""
+    if run.config.kernels != "fused" or not has_kernels(run.device):
+        return
+    settle_tiles(
+        run.config,
+        dict.fromkeys((plan.micro_batch_size, plan.sequence_length) for plan in run.plans),
+        lambda length, samples: run.batches[length].batch(samples),
+        run.device,
+        torch.bfloat16 if run.manager.factory.bf16 else torch.float32,
+        log=run.metrics.log,
+        alive=run.watchdog.beat,
     )
 
 

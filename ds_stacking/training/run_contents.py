@@ -21,9 +21,10 @@ from ds_stacking.common.own_files import open_folder
 CONFIG, SUMMARY, METRICS, STOP = "config.json", "summary.json", "metrics.jsonl", "stop"
 SAVED, CHECKPOINTS, EXPORT, REPORT, OWNERS = "saved.json", "checkpoints", "export", "report", ".owner"
 """saved.json names the newest checkpoint, beside their folder, which may get lost."""
+TILES = "tiles.json"
 WANDB_ID, WANDB = "wandb_id.txt", "wandb"
 FOLDERS = (CHECKPOINTS, EXPORT, REPORT, WANDB)
-OURS = (SUMMARY, METRICS, STOP, SAVED, WANDB_ID, *FOLDERS, CONFIG)
+OURS = (SUMMARY, METRICS, STOP, SAVED, TILES, WANDB_ID, *FOLDERS, CONFIG)
 """What a run writes; the record by which a run is known is last, so that it is also the last to be deleted."""
 REMAINS = re.compile(r"post_mortem-step-\d+\.json|traceback-rank\d+\.txt")
 """What tells of failures; it is no run by itself."""

@@ -33,6 +33,7 @@ from ds_stacking.training.run_contents import (
     STAGE,
     STOP,
     SUMMARY,
+    TILES,
     WANDB,
     WANDB_ID,
     refuse_foreign,
@@ -269,7 +270,7 @@ def claim_run_directory(config: RunConfig, resolved: Mapping[str, Any], *, keep:
         remove_remains(path, "traceback-")
     else:
         remove_run(path)
-    names = (METRICS, CHECKPOINTS, *((WANDB_ID, WANDB) if config.tracking == "wandb" else ()))
+    names = (METRICS, CHECKPOINTS, TILES, *((WANDB_ID, WANDB) if config.tracking == "wandb" else ()))
     made = (*(name for name in names if not os.path.lexists(path / name)), CONFIG)
     try:
         write_json(path / CONFIG, resolved, inside=path)

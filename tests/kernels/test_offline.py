@@ -1,4 +1,4 @@
-"""Every kernel compiles, offline, in every configuration that autotune may pick, and has not become worse.
+"""Every kernel compiles, offline, in every configuration that it may run in, and has not become worse.
 
 After a change that is meant to move these figures: `python -m ds_stacking.kernels.offline` and commit the table.
 """

@@ -1,5 +1,6 @@
 """Which configuration a launch runs in: keys, tables, measurements; and that the choice decides the last bits."""
 
+import itertools
 import json
 import warnings
 
@@ -15,7 +16,7 @@ from triton.errors import TritonError
 from ds_stacking.kernels import _launch, add_layer_norm, attention
 from ds_stacking.kernels._launch import Executor, describe, executing, executor, recording, use
 from ds_stacking.kernels.cases import CASES
-from ds_stacking.kernels.tiles import measuring, needed
+from ds_stacking.kernels.tiles import compare_on_device, measuring, needed
 from tests.kernels.test_operators import OPERATORS, gradients
 
 
@@ -113,7 +114,7 @@ def test_the_committed_table_names_candidates():
 def test_a_choice_that_is_no_candidate_any_more_is_said_once():
     (launch, *_) = attend(**BASE)
     use({launch.key("sm_90"): "BLOCK_M=7 warps=1 stages=1"})
-    with pytest.warns(UserWarning, match="BLOCK_M=7 .* is no candidate any more; BLOCK_M="):
+    with pytest.warns(UserWarning, match="'BLOCK_M=7 .*' is no candidate any more; BLOCK_M="):
         config = _launch.choose(launch, "sm_90")
     assert describe(config) == describe(launch.candidates("sm_90")[0])
     with warnings.catch_warnings():
@@ -215,16 +216,16 @@ def test_what_will_be_needed_is_known_without_running_it(kernels):
         x, vector = torch.randn(6, 64, device=device), torch.randn(64, device=device)
         add_layer_norm(x, vector, vector)
 
-    expected = needed(lambda: run("meta"), "sm_90")
+    expected = needed(lambda: run("meta"), torch.device("cpu"))
     with kernels(), measuring(in_order_of(0)) as found:
         run("cpu")
     assert expected == found and len(found) == 1
     use(found)
-    assert needed(lambda: run("meta"), "sm_90") == {}
+    assert needed(lambda: run("meta"), torch.device("cpu")) == {}
 
 
 class Repeating(Executor):
-    """Makes each launch three times, as a measurement does."""
+    """Makes each launch that has a choice three times, as a measurement does."""
 
     def __init__(self, inner):
         self.inner, self.everywhere = inner, inner.everywhere
@@ -233,13 +234,13 @@ class Repeating(Executor):
         return self.inner.target(launch)
 
     def run(self, launch, config):
-        for _ in range(3):
+        for _ in range(3 if len(launch.candidates("sm_90")) > 1 else 1):
             self.inner.run(launch, config)
 
 
 @pytest.mark.parametrize("name", OPERATORS)
-def test_no_kernel_adds_to_its_outputs(kernels, name):
-    """A launch may be repeated: forward and backward are the same to the bit."""
+def test_a_kernel_with_a_choice_may_be_repeated(kernels, name):
+    """It adds to no output and works on nothing in place: forward and backward are the same to the bit."""
 
     def results():
         torch.manual_seed(0)
@@ -251,3 +252,64 @@ def test_no_kernel_adds_to_its_outputs(kernels, name):
             thrice = results()
     for a, b in zip(once, thrice, strict=True):
         assert (a is None) == (b is None) and (a is None or torch.equal(a, b))
+
+
+class Device:
+    """Stands in for torch.cuda: keeps the order of what is asked for; the run `slow` takes a millisecond more."""
+
+    L2_cache_size = 1 << 20
+
+    def __init__(self):
+        self.asked, self.clock = [], 0.0
+
+    def Event(self, enable_timing):
+        return Moment(self)
+
+    def _sleep(self, cycles):
+        self.asked.append("spin")
+        self.clock += cycles / 1e6
+
+    def zeros(self, size, dtype, device):
+        assert device == "cuda" and size >= 4 * self.L2_cache_size
+        return self
+
+    def view(self, dtype):
+        return self
+
+    def sum(self):
+        self.asked.append("read")
+        self.clock += 0.1
+
+    def run(self, name, milliseconds):
+        self.asked.append(name)
+        self.clock += next(milliseconds)
+
+
+class Moment:
+    """An event of the stand-in."""
+
+    def __init__(self, device):
+        self.device = device
+
+    def record(self):
+        self.device.asked.append("record")
+        self.at = self.device.clock
+
+    def synchronize(self): ...
+
+    def elapsed_time(self, end):
+        return end.at - self.at
+
+
+def test_candidates_are_timed_behind_a_spin_in_turns(monkeypatch):
+    device = Device()
+    monkeypatch.setattr(torch, "zeros", device.zeros)
+    for name in ("Event", "_sleep"):
+        monkeypatch.setattr(torch.cuda, name, getattr(device, name))
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: device)
+    once = itertools.chain([50.0], itertools.repeat(2.0))  # an outlier is no median
+    times = compare_on_device([lambda: device.run("a", once), lambda: device.run("b", itertools.repeat(3.0))])
+    assert times == pytest.approx([0.002, 0.003])
+    turn = ["read", "spin", "record", "a", "record", "read", "spin", "record", "b", "record"]
+    assert device.asked == turn * (len(device.asked) // len(turn)) and len(device.asked) > 5 * len(turn)
