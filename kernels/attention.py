@@ -5,9 +5,14 @@
     dS = P * (dP - rowsum(dO * O))          dQ = scale * dS K            dK = scale * dS^T Q
 
 Only O and the rows' log-sum-exp are kept; the backward pass computes P again (Dao et al. 2022, FlashAttention; Dao
-2023). Softmax runs in base 2 with fp32 statistics. dQ has a kernel of its own, so nothing is added atomically and
-every result is deterministic. In 16 bits, heads of up to 64 channels in short sequences (up to 128 tokens on sm_90,
-64 on sm_80 and sm_100) are differentiated whole, in one program each.
+2023). Softmax runs in base 2 with fp32 statistics. Every result is deterministic. The backward pass has three forms:
+
+    backward_short      a whole head in registers: up to 128 tokens (64 on sm_80 and sm_100), 64 channels, 16 bits
+    backward_heads      a whole head, dQ summed in the L2 cache: on sm_90, where `whole_heads` finds that it pays
+    backward_queries    dQ, and backward_keys dK and dV: seven products instead of five, no sums between programs
+
+Rotary positions would enter where q and k are loaded, and turn dQ and dK back where these are stored; a local window
+where `begin`, `whole` and `end` bound the loops over tiles, as CAUSAL does, and the masked tiles' `visible`.
 
 Legend: T tokens of all sequences, B sequences, S longest sequence (or padded length), H heads, D head size.
 """
@@ -20,6 +25,8 @@ import torch
 import triton
 from torch.library import triton_op
 
+import ds_stacking.kernels.attention_backward_kernels as backward
+import ds_stacking.kernels.attention_heads_kernel as heads_kernel
 import ds_stacking.kernels.attention_kernels as attention_kernels
 from ds_stacking.kernels._dropout import keep_mask, new_seed, threshold
 from ds_stacking.kernels._launch import (
@@ -69,7 +76,7 @@ FORWARD = Kernel(
     ),
 )
 BACKWARD_QUERIES = Kernel(
-    fn=attention_kernels.backward_queries,
+    fn=backward.backward_queries,
     key=("longest",),
     configs=_configs(
         {
@@ -86,7 +93,7 @@ BACKWARD_QUERIES = Kernel(
     ),
 )
 BACKWARD_KEYS = Kernel(
-    fn=attention_kernels.backward_keys,
+    fn=backward.backward_keys,
     key=("longest",),
     configs=_configs(
         {
@@ -107,9 +114,9 @@ BACKWARD_KEYS = Kernel(
 def _short_configs(target: str, meta: dict[str, Any]) -> list[triton.Config]:
     if meta["BLOCK"] > _longest_short(target):
         return []
-    # two stages keep the next head's loads in flight; with dropout there are no registers left for them
-    pipelined = target == "sm_90" and meta["ITEMSIZE"] == 2 and meta["THRESHOLD"] == 0
-    stages = (1, 2) if pipelined else (1,)
+    # two stages keep the next head's loads in flight; with dropout later Tritons than 3.6 spill 24 to 40 bytes for it
+    registers_left = meta["THRESHOLD"] == 0 or triton.__version__.startswith("3.6.") or meta["BLOCK"] < 128
+    stages = (1, 2) if target == "sm_90" and meta["ITEMSIZE"] == 2 and registers_left else (1,)
     return [triton.Config({"STAGES": stage}, num_warps=8 if meta["BLOCK"] == 128 else 4) for stage in stages]
 
 
@@ -118,7 +125,26 @@ def _longest_short(target: str) -> int:
     return {"sm_90": 128, "gfx942": 0}.get(target, 64)  # elsewhere larger tiles spill registers
 
 
-BACKWARD_SHORT = Kernel(fn=attention_kernels.backward_short, configs=_short_configs)
+def _heads_configs(target: str, meta: dict[str, Any]) -> list[triton.Config]:
+    if target != "sm_90":
+        return []
+    # 128 keys, since each tile of keys adds to all of dQ; more than 32 queries at a time spill registers
+    return [triton.Config({"BLOCK_M": 32, "BLOCK_N": 128}, num_warps=8, num_stages=2)]
+
+
+BACKWARD_HEADS = Kernel(fn=heads_kernel.backward_heads, key=("longest",), configs=_heads_configs)
+BACKWARD_SHORT = Kernel(fn=backward.backward_short, configs=_short_configs)
+
+
+def whole_heads(target: str, longest: int, pairs: int, size: int, itemsize: int, processors: int) -> bool:
+    """Whether one program should differentiate a whole head: five products instead of seven, but fewer programs.
+
+    Each head takes about 0.7 of its seven products' time (docs/kernels.md). `pairs` heads of all sequences keep
+    `processors` busy for whole rounds, the last one perhaps in part. Above 1,024 tokens the scratch of all programs
+    exceeds the L2 cache.
+    """
+    fits = target == "sm_90" and longest <= 1024 and size <= 64 and itemsize == 2
+    return fits and pairs > 0.7 * processors * -(-pairs // processors)
 
 
 @triton_op("ds_stacking::attention", mutates_args=())
@@ -192,6 +218,15 @@ def _attention_backward(
             BLOCK=block, **shape,
         )  # fmt: skip
         return dqkv
+    processors = multiprocessors(qkv.device)
+    if whole_heads(target_of(qkv.device), longest, pairs, size, qkv.element_size(), processors):
+        programs, room = min(pairs, processors), -(-longest // 64) * 64
+        scratch = torch.empty(programs, room * (shape["BLOCK_D"] + 4), dtype=torch.float32, device=qkv.device)
+        launch(
+            BACKWARD_HEADS, (programs,), qkv, starts, seed, out, lse, dout, scratch, dqkv, longest, tokens, pairs,
+            programs, room, *scales, **shape,
+        )  # fmt: skip
+        return dqkv
     delta = torch.empty_like(lse)
     launch(
         BACKWARD_QUERIES, lambda meta: (triton.cdiv(longest, meta["BLOCK_M"]) * pairs,), qkv, starts, seed, out, lse,
@@ -263,6 +298,7 @@ def _backward_reference(dout, qkv, starts, seed, lse, longest, padded, causal, s
 
 
 def _save(ctx, inputs, output):
+    ctx.set_materialize_grads(False)  # lse has no gradient: no zeros are made for it
     qkv, starts, seed, ctx.longest, ctx.padded, ctx.causal, ctx.scale, ctx.p = inputs
     ctx.save_for_backward(qkv, starts, seed, *output)
 

@@ -93,11 +93,20 @@ def _gather() -> None:
 
 
 CASES = {
+    "attention/16-dropout": Case(run=lambda: _attention(16, dropout=0.1), targets=HOPPER),
+    "attention/32-dropout": Case(run=lambda: _attention(32, dropout=0.1), targets=HOPPER),
+    "attention/64-dropout": Case(run=lambda: _attention(64, dropout=0.1), targets=HOPPER),
     "attention/64-causal-dropout": Case(run=lambda: _attention(64, causal=True, dropout=0.1)),
     "attention/128": Case(run=lambda: _attention(128), targets=HOPPER),
+    "attention/128-dropout": Case(run=lambda: _attention(128, dropout=0.1), targets=HOPPER),
     "attention/128-causal-dropout": Case(run=lambda: _attention(128, causal=True, dropout=0.1), targets=HOPPER),
     "attention/512": Case(run=lambda: _attention(512), targets=HOPPER),
-    "attention/512-causal-dropout": Case(run=lambda: _attention(512, causal=True, dropout=0.1)),
+    "attention/512-dropout": Case(run=lambda: _attention(512, dropout=0.1), targets=HOPPER),
+    "attention/512-causal-dropout": Case(run=lambda: _attention(512, causal=True, dropout=0.1), targets=HOPPER),
+    # beyond 1,024 tokens the backward pass is in two kernels on Hopper too
+    "attention/2048": Case(run=lambda: _attention(2048), targets=HOPPER),
+    "attention/2048-dropout": Case(run=lambda: _attention(2048, dropout=0.1), targets=HOPPER),
+    "attention/2048-causal-dropout": Case(run=lambda: _attention(2048, causal=True, dropout=0.1)),
     "attention/512-d128-causal-dropout": Case(run=lambda: _attention(512, size=128, causal=True, dropout=0.1)),
     "attention/512-fp32": Case(run=lambda: _attention(512, dtype=torch.float32), targets=HOPPER),
     "add_layer_norm/768": Case(run=lambda: _norm(768, 0.0, False), targets=HOPPER),

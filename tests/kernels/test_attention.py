@@ -1,10 +1,12 @@
 """attention: the kernels in the interpreter against fp64 autograd of the textbook formula, sequence by sequence."""
 
+import importlib
+
 import pytest
 import torch
 
 from ds_stacking.kernels._dropout import keep_mask
-from ds_stacking.kernels.attention import attention, attention_padded
+from ds_stacking.kernels.attention import attention, attention_padded, whole_heads
 
 SEED = torch.tensor([987654321])
 
@@ -60,6 +62,32 @@ def test_unpadded(kernels, assert_close, lengths, heads, size, causal, p, dtype)
     with kernels(BLOCK_M=64, BLOCK_N=64, STAGES=1):
         actual = with_gradient(attention(qkv, starts, max(lengths), causal=causal, dropout=p, seed=SEED), qkv)
     assert_close(actual, expected(qkv, starts[:-1], lengths, causal, p, dtype), dtype)
+
+
+@pytest.mark.parametrize("whole", [True, False])
+@pytest.mark.parametrize("causal, p, size", [(False, 0.1, 64), (True, 0.0, 48)])
+def test_both_forms_of_the_backward_pass(kernels, assert_close, monkeypatch, whole, causal, p, size):
+    """Whole heads with five products, and tiles with seven; one program takes all heads, so its scratch is reused."""
+    lengths = [150, 0, 193, 1]
+    starts = cumulative(lengths)
+    qkv = torch.randn(sum(lengths), 3, 2, size).half().requires_grad_()
+    asked = []
+    module = importlib.import_module("ds_stacking.kernels.attention")  # the package gives the operator of this name
+    monkeypatch.setattr(module, "whole_heads", lambda *_: asked.append(whole) or whole)
+    with kernels(BLOCK_M=64, BLOCK_N=64):
+        actual = with_gradient(attention(qkv, starts, max(lengths), causal=causal, dropout=p, seed=SEED), qkv)
+    assert asked == [whole]
+    assert_close(actual, expected(qkv, starts[:-1], lengths, causal, p, torch.float16), torch.float16)
+
+
+def test_whole_heads_where_they_fill_the_device():
+    def chosen(longest, pairs, target="sm_90", size=64, itemsize=2):
+        return whole_heads(target, longest, pairs, size, itemsize, 132)
+
+    assert chosen(512, 768) and chosen(512, 256) and chosen(1024, 384)
+    assert not chosen(512, 48) and not chosen(512, 140)  # most of the device would have nothing to do
+    assert not chosen(2048, 768)  # no room in the L2 cache
+    assert not chosen(512, 768, target="sm_80") and not chosen(512, 768, size=128) and not chosen(512, 768, itemsize=4)
 
 
 @pytest.mark.parametrize("dtype, longest", [(torch.float32, 70), (torch.float16, 70), (torch.float16, 150)])

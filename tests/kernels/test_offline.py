@@ -19,6 +19,7 @@ MATRIX_KERNELS = {
     "backward_queries",
     "backward_keys",
     "backward_short",
+    "backward_heads",
     "_statistics",
     "_gradient",
     "_linear",
