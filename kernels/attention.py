@@ -164,20 +164,13 @@ def _attention(
     tokens, _, heads, size = qkv.shape
     out = torch.empty(tokens, heads, size, dtype=qkv.dtype, device=qkv.device)
     lse = torch.empty(heads, tokens, dtype=torch.float32, device=qkv.device)
-    pairs, longest = _grid(starts, heads, longest, padded)
+    pairs = (starts.numel() - (not padded)) * heads
     launch(
         FORWARD, lambda meta: (triton.cdiv(longest, meta["BLOCK_M"]) * pairs,), qkv, starts,
         starts if seed is None else seed, out, lse, longest, tokens, scale * LOG2_E, 1 / (1 - p),
         **_shape(heads, size, padded, causal, p),
     )  # fmt: skip
     return out, lse
-
-
-def _grid(starts: torch.Tensor, heads: int, longest: int, padded: bool) -> tuple[int, int]:
-    """Heads of all sequences, and the longest sequence, rounded up so that few lengths are tuned for."""
-    if padded:
-        return starts.numel() * heads, longest
-    return (starts.numel() - 1) * heads, triton.next_power_of_2(longest)
 
 
 def _shape(heads: int, size: int, padded: bool, causal: bool, p: float) -> dict[str, Any]:
@@ -206,7 +199,7 @@ def _attention_backward(
         return _backward_reference(dout, qkv, starts, seed, lse, longest, padded, causal, scale, p)
     tokens, _, heads, size = qkv.shape
     dqkv = torch.empty_like(qkv)
-    pairs, longest = _grid(starts, heads, longest, padded)
+    pairs = (starts.numel() - (not padded)) * heads
     seed = starts if seed is None else seed
     scales = (scale * LOG2_E, 1 / (1 - p), scale)
     shape = _shape(heads, size, padded, causal, p)
@@ -329,7 +322,8 @@ def attention(
     Args:
         qkv: [T, 3, H, D], contiguous; bf16, fp16 or fp32.
         cu_seqlens: int32 [B + 1], cumulative lengths from 0 to T; empty sequences are allowed.
-        max_seqlen: length of the longest sequence, or more.
+        max_seqlen: length of the longest sequence, or more; it is rounded up to a power of two, so that kernels are
+            tuned and models compiled for few lengths.
         causal: tokens see themselves and what precedes them.
         dropout: rate in [0, 1) of the probabilities.
         seed: int64 [1] on qkv's device; drawn from the device's default generator where it is needed and absent.
@@ -341,12 +335,13 @@ def attention(
     Raises:
         ValueError: shapes, dtypes or rate do not fit.
     """
+    longest = _power_of_two(max_seqlen)
     check(qkv.dim() == 4 and qkv.shape[1] == 3, f"qkv has shape {tuple(qkv.shape)}; it must be [T, 3, H, D].")
-    _check(qkv, cu_seqlens, "cu_seqlens", max_seqlen, dropout)
+    _check(qkv, cu_seqlens, "cu_seqlens", longest, dropout)
     if readable(cu_seqlens):
         last = int(cu_seqlens[-1])
         check(last == qkv.shape[0], f"cu_seqlens ends at {last}, but qkv holds {qkv.shape[0]} tokens.")
-    return _apply(qkv, cu_seqlens, max_seqlen, False, causal, dropout, seed, softmax_scale)
+    return _apply(qkv, cu_seqlens, longest, False, causal, dropout, seed, softmax_scale)
 
 
 def attention_padded(
@@ -375,6 +370,14 @@ def attention_padded(
     _check(qkv, lengths, "lengths", longest, dropout)
     out = _apply(qkv.flatten(0, 1), lengths, longest, True, causal, dropout, seed, softmax_scale)
     return out.unflatten(0, (batch, longest))
+
+
+def _power_of_two(length: int) -> int:
+    """The next power of two, at least 16: by comparisons, so that code compiled for any length serves all up to it."""
+    power = 16
+    while power < length:
+        power *= 2
+    return power
 
 
 def _apply(qkv, starts, longest, padded, causal, dropout, seed, softmax_scale):

@@ -4,8 +4,10 @@ import importlib
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from ds_stacking.kernels._dropout import keep_mask
+from ds_stacking.kernels._launch import recording
 from ds_stacking.kernels.attention import attention, attention_padded, whole_heads
 
 SEED = torch.tensor([987654321])
@@ -108,6 +110,42 @@ def test_reference_agrees_with_formula(assert_close):
     qkv = torch.randn(sum(lengths), 3, 2, 16, requires_grad=True)
     actual = with_gradient(attention(qkv, starts, 70, causal=True, dropout=0.3, seed=SEED), qkv)
     assert_close(actual, expected(qkv, starts[:-1], lengths, True, 0.3, torch.float32))
+
+
+def test_lengths_are_compiled_by_powers_of_two():
+    """A symbolic length would end in guards on every value."""
+    graphs = []
+
+    def backend(graph, _):
+        graphs.append(graph)
+        return graph.forward
+
+    torch.compiler.reset()
+    compiled = torch.compile(attention, backend=backend, fullgraph=True)
+    qkv, starts = torch.randn(60, 3, 1, 16), cumulative([60])
+    for length in (64, 60, 61, 62, 63, 64):
+        torch.testing.assert_close(compiled(qkv, starts, length), attention(qkv, starts, length))
+    assert len(graphs) <= 2, "one for the first length, one for any other up to 64"
+
+
+def test_no_gradient_of_the_statistics_is_made():
+    """lse is kept for the backward pass and has no gradient: nothing of its size is allocated for one."""
+
+    class Zeros(TorchDispatchMode):
+        found: list = []
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            if "zeros" in str(func) or "full" in str(func):
+                self.found.append(func)
+            return func(*args, **(kwargs or {}))
+
+    qkv = torch.empty(32, 3, 1, 16, device="meta", dtype=torch.bfloat16, requires_grad=True)
+    with recording() as launches, Zeros() as zeros:
+        attention(qkv, torch.empty(3, dtype=torch.int32, device="meta"), 16).backward(
+            torch.empty(32, 1, 16, device="meta", dtype=torch.bfloat16)
+        )
+    assert [launch.kernel.fn.__name__ for launch in launches] == ["forward", "backward_short"]
+    assert not zeros.found
 
 
 def test_extreme_scores_stay_finite(kernels, assert_close):
