@@ -160,7 +160,7 @@ def _attention(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(O [T, H, D], log2-sum-exp2 of the scaled scores [H, T] fp32)."""
     if not runs_kernels(qkv):
-        return _forward_reference(qkv, starts, seed, longest, padded, causal, scale, p)
+        return forward_reference(qkv, starts, seed, longest, padded, causal, scale, p)
     tokens, _, heads, size = qkv.shape
     out = torch.empty(tokens, heads, size, dtype=qkv.dtype, device=qkv.device)
     lse = torch.empty(heads, tokens, dtype=torch.float32, device=qkv.device)
@@ -168,12 +168,12 @@ def _attention(
     launch(
         FORWARD, lambda meta: (triton.cdiv(longest, meta["BLOCK_M"]) * pairs,), qkv, starts,
         starts if seed is None else seed, out, lse, longest, tokens, scale * LOG2_E, 1 / (1 - p),
-        **_shape(heads, size, padded, causal, p),
+        **kernel_shape(heads, size, padded, causal, p),
     )  # fmt: skip
     return out, lse
 
 
-def _shape(heads: int, size: int, padded: bool, causal: bool, p: float) -> dict[str, Any]:
+def kernel_shape(heads: int, size: int, padded: bool, causal: bool, p: float) -> dict[str, Any]:
     block = max(16, triton.next_power_of_2(size))
     return {
         "H": heads, "D": size, "BLOCK_D": block, "PADDED": padded, "CAUSAL": causal, "THRESHOLD": threshold(p),
@@ -196,13 +196,13 @@ def _attention_backward(
 ) -> torch.Tensor:
     """dQKV [T, 3, H, D]."""
     if not runs_kernels(qkv):
-        return _backward_reference(dout, qkv, starts, seed, lse, longest, padded, causal, scale, p)
+        return backward_reference(dout, qkv, starts, seed, lse, longest, padded, causal, scale, p)
     tokens, _, heads, size = qkv.shape
     dqkv = torch.empty_like(qkv)
     pairs = (starts.numel() - (not padded)) * heads
     seed = starts if seed is None else seed
     scales = (scale * LOG2_E, 1 / (1 - p), scale)
-    shape = _shape(heads, size, padded, causal, p)
+    shape = kernel_shape(heads, size, padded, causal, p)
     if longest <= _longest_short(target_of(qkv.device)) and size <= 64 and qkv.element_size() == 2:
         block = max(16, triton.next_power_of_2(longest))
         programs = min(pairs, 2 * multiprocessors(qkv.device))
@@ -265,7 +265,7 @@ class _Padded:
         return keep_mask(seed, rows[..., None], self.position, p)
 
 
-def _forward_reference(qkv, starts, seed, longest, padded, causal, scale, p):
+def forward_reference(qkv, starts, seed, longest, padded, causal, scale, p):
     batch, tokens = _Padded(len(qkv), starts, longest, padded), len(qkv)
     q, k, v = (batch.pad(part) for part in qkv.unbind(1))  # [B, H, S, D]
     scores = (q @ k.mT * scale).masked_fill_(batch.hidden(causal), -torch.inf)
@@ -277,7 +277,7 @@ def _forward_reference(qkv, starts, seed, longest, padded, causal, scale, p):
     return out.contiguous(), batch.unpad(lse * LOG2_E, tokens, lse.dtype)[..., 0].mT.contiguous()
 
 
-def _backward_reference(dout, qkv, starts, seed, lse, longest, padded, causal, scale, p):
+def backward_reference(dout, qkv, starts, seed, lse, longest, padded, causal, scale, p):
     batch, tokens = _Padded(len(qkv), starts, longest, padded), len(qkv)
     q, k, v = (batch.pad(part) for part in qkv.unbind(1))  # [B, H, S, D]
     do, lse = batch.pad(dout), batch.pad(lse.mT[..., None])
@@ -335,9 +335,9 @@ def attention(
     Raises:
         ValueError: shapes, dtypes or rate do not fit.
     """
-    longest = _power_of_two(max_seqlen)
+    longest = power_of_two(max_seqlen)
     check(qkv.dim() == 4 and qkv.shape[1] == 3, f"qkv has shape {tuple(qkv.shape)}; it must be [T, 3, H, D].")
-    _check(qkv, cu_seqlens, "cu_seqlens", longest, dropout)
+    check_sequences(qkv, cu_seqlens, "qkv", "cu_seqlens", longest, dropout)
     if readable(cu_seqlens):
         last = int(cu_seqlens[-1])
         check(last == qkv.shape[0], f"cu_seqlens ends at {last}, but qkv holds {qkv.shape[0]} tokens.")
@@ -367,12 +367,12 @@ def attention_padded(
     if lengths is None:
         lengths = torch.full((batch,), longest, dtype=torch.int32, device=qkv.device)
     check(lengths.numel() == batch, f"lengths has {lengths.numel()} entries for {batch} sequences.")
-    _check(qkv, lengths, "lengths", longest, dropout)
+    check_sequences(qkv, lengths, "qkv", "lengths", longest, dropout)
     out = _apply(qkv.flatten(0, 1), lengths, longest, True, causal, dropout, seed, softmax_scale)
     return out.unflatten(0, (batch, longest))
 
 
-def _power_of_two(length: int) -> int:
+def power_of_two(length: int) -> int:
     """The next power of two, at least 16: by comparisons, so that code compiled for any length serves all up to it."""
     power = 16
     while power < length:
@@ -387,11 +387,20 @@ def _apply(qkv, starts, longest, padded, causal, dropout, seed, softmax_scale):
     return _attention(qkv, starts, seed if dropout > 0 else None, longest, padded, causal, scale, dropout)[0]
 
 
-def _check(qkv, starts, name, longest, dropout):
-    check(qkv.is_contiguous(), f"qkv has strides {qkv.stride()} for shape {tuple(qkv.shape)}; make it contiguous.")
+def check_sequences(
+    packed: torch.Tensor, starts: torch.Tensor, packed_name: str, name: str, longest: int, dropout: float
+) -> None:
+    """Raise ValueError unless the tensor of tokens `packed` [..., H, D] and the sequences' `starts` fit together."""
+    shape = tuple(packed.shape)
+    check(
+        packed.is_contiguous(), f"{packed_name} has strides {packed.stride()} for shape {shape}; make it contiguous."
+    )
     check(starts.dtype == torch.int32, f"{name} has dtype {starts.dtype}; it must be torch.int32.")
-    check(starts.device == qkv.device, f"{name} is on {starts.device} and qkv on {qkv.device}; move the one.")
+    check(
+        starts.device == packed.device,
+        f"{name} is on {starts.device} and {packed_name} on {packed.device}; move the one.",
+    )
     check(starts.dim() == 1, f"{name} has shape {tuple(starts.shape)}; it must have one dimension.")
     check(0 <= dropout < 1, f"dropout is {dropout}; it must lie in [0, 1).")
-    elements = longest * 3 * qkv.shape[-1] * qkv.shape[-2]
+    elements = longest * 3 * packed.shape[-1] * packed.shape[-2]
     check(elements < 2**31, f"a sequence of {longest} tokens spans {elements} elements; the limit is {2**31 - 1}.")

@@ -30,14 +30,14 @@ def _probabilities(
 @triton.jit
 def _query_tiles(
     dq, q, do, lse, delta, K, V, begin, end, length, rows, hashes, key, scale, keep_scale,
-    D: tl.constexpr, H: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, CAUSAL: tl.constexpr,
+    D: tl.constexpr, STRIDE: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, CAUSAL: tl.constexpr,
     THRESHOLD: tl.constexpr, MASKED: tl.constexpr, UPCAST_DOT: tl.constexpr,
 ):  # fmt: skip
     cols = tl.arange(0, BLOCK_D)
     for n in tl.range(begin, end, BLOCK_N, num_stages=1 if MASKED else None):
         keys = n + tl.arange(0, BLOCK_N)
-        k = _load(K, keys, length, cols, 3 * H * D, D, BLOCK_D, MASKED)
-        v = _load(V, keys, length, cols, 3 * H * D, D, BLOCK_D, MASKED)
+        k = _load(K, keys, length, cols, STRIDE, D, BLOCK_D, MASKED)
+        v = _load(V, keys, length, cols, STRIDE, D, BLOCK_D, MASKED)
         scores = _dot(q, tl.trans(k), UPCAST_DOT)  # [M, N]
         p = _probabilities(scores, lse[:, None], rows[:, None], keys[None, :], length, scale, CAUSAL, MASKED)
         dp = _dot(do, tl.trans(v), UPCAST_DOT)  # [M, N]
@@ -84,11 +84,11 @@ def backward_queries(
     dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     dq = _query_tiles(
         dq, q, do, lse, delta, base + H * D, base + 2 * H * D, 0, whole, length, rows, hashes, key, scale,
-        keep_scale, D, H, BLOCK_D, BLOCK_N, CAUSAL, THRESHOLD, False, UPCAST_DOT,
+        keep_scale, D, 3 * H * D, BLOCK_D, BLOCK_N, CAUSAL, THRESHOLD, False, UPCAST_DOT,
     )  # fmt: skip
     dq = _query_tiles(
         dq, q, do, lse, delta, base + H * D, base + 2 * H * D, whole, end, length, rows, hashes, key, scale,
-        keep_scale, D, H, BLOCK_D, BLOCK_N, CAUSAL, THRESHOLD, True, UPCAST_DOT,
+        keep_scale, D, 3 * H * D, BLOCK_D, BLOCK_N, CAUSAL, THRESHOLD, True, UPCAST_DOT,
     )  # fmt: skip
     _store(DQKV + start * (3 * H * D) + head * D, dq * softmax_scale, rows, limit, cols, 3 * H * D, D)
 

@@ -51,14 +51,14 @@ def _store(X, values, rows, limit, cols, STRIDE: tl.constexpr, D: tl.constexpr):
 @triton.jit
 def _forward_tiles(
     acc, peak, total, q, K, V, begin, end, length, rows, hashes, key, scale,
-    D: tl.constexpr, H: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, CAUSAL: tl.constexpr,
+    D: tl.constexpr, STRIDE: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, CAUSAL: tl.constexpr,
     THRESHOLD: tl.constexpr, MASKED: tl.constexpr, UPCAST_DOT: tl.constexpr,
 ):  # fmt: skip
     """Online softmax over keys [begin, end); MASKED tiles may reach beyond the sequence or the diagonal."""
     cols = tl.arange(0, BLOCK_D)
     for n in tl.range(begin, end, BLOCK_N, num_stages=1 if MASKED else None):
         keys = n + tl.arange(0, BLOCK_N)
-        k = _load(K, keys, length, cols, 3 * H * D, D, BLOCK_D, MASKED)
+        k = _load(K, keys, length, cols, STRIDE, D, BLOCK_D, MASKED)
         scores = _dot(q, tl.trans(k), UPCAST_DOT)  # [M, N]
         if MASKED:
             visible = keys[None, :] < length
@@ -70,7 +70,7 @@ def _forward_tiles(
         rescale = tl.math.exp2(peak - new_peak)
         total = total * rescale + tl.sum(p, axis=1)
         acc = acc * rescale[:, None]
-        v = _load(V, keys, length, cols, 3 * H * D, D, BLOCK_D, MASKED)
+        v = _load(V, keys, length, cols, STRIDE, D, BLOCK_D, MASKED)
         if THRESHOLD > 0:
             p = tl.where(hashes[:, None] * column_hash(key, keys)[None, :] >= THRESHOLD, p, 0.0)
         acc += _dot(p.to(v.dtype), v, UPCAST_DOT)
@@ -110,11 +110,11 @@ def forward(
     whole = (tl.minimum(length, block * BLOCK_M) if CAUSAL else length) // BLOCK_N * BLOCK_N
     acc, peak, total = _forward_tiles(
         acc, peak, total, q, base + H * D, base + 2 * H * D, 0, whole, length, rows, hashes, key, scale,
-        D, H, BLOCK_D, BLOCK_N, CAUSAL, THRESHOLD, False, UPCAST_DOT,
+        D, 3 * H * D, BLOCK_D, BLOCK_N, CAUSAL, THRESHOLD, False, UPCAST_DOT,
     )  # fmt: skip
     acc, peak, total = _forward_tiles(
         acc, peak, total, q, base + H * D, base + 2 * H * D, whole, end, length, rows, hashes, key, scale,
-        D, H, BLOCK_D, BLOCK_N, CAUSAL, THRESHOLD, True, UPCAST_DOT,
+        D, 3 * H * D, BLOCK_D, BLOCK_N, CAUSAL, THRESHOLD, True, UPCAST_DOT,
     )  # fmt: skip
     valid = rows < length
     total = tl.where(valid & (total > 0.0), total, 1.0)  # padding sees no key

@@ -20,6 +20,7 @@ from ds_stacking.kernels import (
     gather_rows,
     linear_cross_entropy,
     linear_gelu,
+    selected_attention,
 )
 from ds_stacking.kernels._launch import TARGETS, Launch, recording
 
@@ -58,6 +59,11 @@ def _attention(
     qkv = _tensor(4096, 3, 768 // size, size, dtype=dtype)
     starts = _tensor(4096 // longest + 1, dtype=torch.int32)
     _backward(attention(qkv, starts, longest, causal=causal, dropout=dropout, seed=_index(1)))
+
+
+def _selected_attention(longest: int, dropout: float) -> None:
+    q, kv, starts = _tensor(600, 12, 64), _tensor(4096, 2, 12, 64), _tensor(4096 // longest + 1, dtype=torch.int32)
+    _backward(selected_attention(q, kv, starts, longest, _index(600), dropout=dropout, seed=_index(1)))
 
 
 def _norm(width: int, dropout: float, prenorm: bool) -> None:
@@ -109,6 +115,8 @@ CASES = {
     "attention/2048-causal-dropout": Case(run=lambda: _attention(2048, causal=True, dropout=0.1)),
     "attention/512-d128-causal-dropout": Case(run=lambda: _attention(512, size=128, causal=True, dropout=0.1)),
     "attention/512-fp32": Case(run=lambda: _attention(512, dtype=torch.float32), targets=HOPPER),
+    "selected_attention/128": Case(run=lambda: _selected_attention(128, 0.0), targets=HOPPER),
+    "selected_attention/512-dropout": Case(run=lambda: _selected_attention(512, 0.1)),
     "add_layer_norm/768": Case(run=lambda: _norm(768, 0.0, False), targets=HOPPER),
     "add_layer_norm/768-dropout": Case(run=lambda: _norm(768, 0.1, False)),
     "add_layer_norm/1024-prenorm-dropout": Case(run=lambda: _norm(1024, 0.1, True), targets=HOPPER),
