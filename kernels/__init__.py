@@ -12,6 +12,7 @@ from ds_stacking.kernels.bias_gelu import bias_gelu, linear_gelu
 from ds_stacking.kernels.embedding_norm import embedding_norm
 from ds_stacking.kernels.gather_rows import gather_rows, inverse_index, scatter_rows
 from ds_stacking.kernels.linear_cross_entropy import linear_cross_entropy
+from ds_stacking.kernels.selected_attention import selected_attention
 from ds_stacking.kernels.small_tables import look_up
 
 __all__ = [
@@ -29,4 +30,5 @@ __all__ = [
     "new_seeds",
     "runs_kernels",
     "scatter_rows",
+    "selected_attention",
 ]

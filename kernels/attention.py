@@ -5,9 +5,14 @@
     dS = P * (dP - rowsum(dO * O))          dQ = scale * dS K            dK = scale * dS^T Q
 
 Only O and the rows' log-sum-exp are kept; the backward pass computes P again (Dao et al. 2022, FlashAttention; Dao
-2023). Softmax runs in base 2 with fp32 statistics. dQ has a kernel of its own, so nothing is added atomically and
-every result is deterministic. In 16 bits, heads of up to 64 channels in short sequences (up to 128 tokens on sm_90,
-64 on sm_80 and sm_100) are differentiated whole, in one program each.
+2023). Softmax runs in base 2 with fp32 statistics. Every result is deterministic. The backward pass has three forms:
+
+    backward_short      a whole head in registers: up to 128 tokens (64 on sm_80 and sm_100), 64 channels, 16 bits
+    backward_heads      a whole head, dQ summed in the L2 cache: on sm_90, where `whole_heads` finds that it pays
+    backward_queries    dQ, and backward_keys dK and dV: seven products instead of five, no sums between programs
+
+Rotary positions would enter where q and k are loaded, and turn dQ and dK back where these are stored; a local window
+where `begin`, `whole` and `end` bound the loops over tiles, as CAUSAL does, and the masked tiles' `visible`.
 
 Legend: T tokens of all sequences, B sequences, S longest sequence (or padded length), H heads, D head size.
 """
@@ -20,6 +25,8 @@ import torch
 import triton
 from torch.library import triton_op
 
+import ds_stacking.kernels.attention_backward_kernels as backward
+import ds_stacking.kernels.attention_heads_kernel as heads_kernel
 import ds_stacking.kernels.attention_kernels as attention_kernels
 from ds_stacking.kernels._dropout import keep_mask, new_seed, threshold
 from ds_stacking.kernels._launch import (
@@ -69,7 +76,7 @@ FORWARD = Kernel(
     ),
 )
 BACKWARD_QUERIES = Kernel(
-    fn=attention_kernels.backward_queries,
+    fn=backward.backward_queries,
     key=("longest", "tokens"),
     configs=_configs(
         {
@@ -86,7 +93,7 @@ BACKWARD_QUERIES = Kernel(
     ),
 )
 BACKWARD_KEYS = Kernel(
-    fn=attention_kernels.backward_keys,
+    fn=backward.backward_keys,
     key=("longest", "tokens"),
     configs=_configs(
         {
@@ -107,9 +114,9 @@ BACKWARD_KEYS = Kernel(
 def _short_configs(target: str, meta: dict[str, Any]) -> list[triton.Config]:
     if meta["BLOCK"] > _longest_short(target):
         return []
-    # two stages keep the next head's loads in flight; with dropout there are no registers left for them
-    pipelined = target == "sm_90" and meta["ITEMSIZE"] == 2 and meta["THRESHOLD"] == 0
-    stages = (1, 2) if pipelined else (1,)
+    # two stages keep the next head's loads in flight; with dropout later Tritons than 3.6 spill 24 to 40 bytes for it
+    registers_left = meta["THRESHOLD"] == 0 or triton.__version__.startswith("3.6.") or meta["BLOCK"] < 128
+    stages = (1, 2) if target == "sm_90" and meta["ITEMSIZE"] == 2 and registers_left else (1,)
     return [triton.Config({"STAGES": stage}, num_warps=8 if meta["BLOCK"] == 128 else 4) for stage in stages]
 
 
@@ -118,7 +125,26 @@ def _longest_short(target: str) -> int:
     return {"sm_90": 128, "gfx942": 0}.get(target, 64)  # elsewhere larger tiles spill registers
 
 
-BACKWARD_SHORT = Kernel(fn=attention_kernels.backward_short, configs=_short_configs, key=("tokens",))
+def _heads_configs(target: str, meta: dict[str, Any]) -> list[triton.Config]:
+    if target != "sm_90":
+        return []
+    # 128 keys, since each tile of keys adds to all of dQ; more than 32 queries at a time spill registers
+    return [triton.Config({"BLOCK_M": 32, "BLOCK_N": 128}, num_warps=8, num_stages=2)]
+
+
+BACKWARD_HEADS = Kernel(fn=heads_kernel.backward_heads, key=("longest", "tokens"), configs=_heads_configs)
+BACKWARD_SHORT = Kernel(fn=backward.backward_short, configs=_short_configs, key=("tokens",))
+
+
+def whole_heads(target: str, longest: int, pairs: int, size: int, itemsize: int, processors: int) -> bool:
+    """Whether one program should differentiate a whole head: five products instead of seven, but fewer programs.
+
+    Each head takes about 0.7 of its seven products' time (docs/kernels.md). `pairs` heads of all sequences keep
+    `processors` busy for whole rounds, the last one perhaps in part. Above 1,024 tokens the scratch of all programs
+    exceeds the L2 cache.
+    """
+    fits = target == "sm_90" and longest <= 1024 and size <= 64 and itemsize == 2
+    return fits and pairs > 0.7 * processors * -(-pairs // processors)
 
 
 @triton_op("ds_stacking::attention", mutates_args=())
@@ -134,27 +160,20 @@ def _attention(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(O [T, H, D], log2-sum-exp2 of the scaled scores [H, T] fp32)."""
     if not runs_kernels(qkv):
-        return _forward_reference(qkv, starts, seed, longest, padded, causal, scale, p)
+        return forward_reference(qkv, starts, seed, longest, padded, causal, scale, p)
     tokens, _, heads, size = qkv.shape
     out = torch.empty(tokens, heads, size, dtype=qkv.dtype, device=qkv.device)
     lse = torch.empty(heads, tokens, dtype=torch.float32, device=qkv.device)
-    pairs, longest = _grid(starts, heads, longest, padded)
+    pairs = (starts.numel() - (not padded)) * heads
     launch(
         FORWARD, lambda meta: (triton.cdiv(longest, meta["BLOCK_M"]) * pairs,), qkv, starts,
         starts if seed is None else seed, out, lse, longest, tokens, scale * LOG2_E, 1 / (1 - p),
-        **_shape(heads, size, padded, causal, p),
+        **kernel_shape(heads, size, padded, causal, p),
     )  # fmt: skip
     return out, lse
 
 
-def _grid(starts: torch.Tensor, heads: int, longest: int, padded: bool) -> tuple[int, int]:
-    """Heads of all sequences, and the longest sequence, rounded up so that few lengths are tuned for."""
-    if padded:
-        return starts.numel() * heads, longest
-    return (starts.numel() - 1) * heads, triton.next_power_of_2(longest)
-
-
-def _shape(heads: int, size: int, padded: bool, causal: bool, p: float) -> dict[str, Any]:
+def kernel_shape(heads: int, size: int, padded: bool, causal: bool, p: float) -> dict[str, Any]:
     block = max(16, triton.next_power_of_2(size))
     return {
         "H": heads, "D": size, "BLOCK_D": block, "PADDED": padded, "CAUSAL": causal, "THRESHOLD": threshold(p),
@@ -177,19 +196,28 @@ def _attention_backward(
 ) -> torch.Tensor:
     """dQKV [T, 3, H, D]."""
     if not runs_kernels(qkv):
-        return _backward_reference(dout, qkv, starts, seed, lse, longest, padded, causal, scale, p)
+        return backward_reference(dout, qkv, starts, seed, lse, longest, padded, causal, scale, p)
     tokens, _, heads, size = qkv.shape
     dqkv = torch.empty_like(qkv)
-    pairs, longest = _grid(starts, heads, longest, padded)
+    pairs = (starts.numel() - (not padded)) * heads
     seed = starts if seed is None else seed
     scales = (scale * LOG2_E, 1 / (1 - p), scale)
-    shape = _shape(heads, size, padded, causal, p)
+    shape = kernel_shape(heads, size, padded, causal, p)
     if longest <= _longest_short(target_of(qkv.device)) and size <= 64 and qkv.element_size() == 2:
         block = max(16, triton.next_power_of_2(longest))
         programs = min(pairs, 2 * multiprocessors(qkv.device))
         launch(
             BACKWARD_SHORT, (programs,), qkv, starts, seed, lse, dout, dqkv, longest, tokens, pairs, programs, *scales,
             BLOCK=block, **shape,
+        )  # fmt: skip
+        return dqkv
+    processors = multiprocessors(qkv.device)
+    if whole_heads(target_of(qkv.device), longest, pairs, size, qkv.element_size(), processors):
+        programs, room = min(pairs, processors), -(-longest // 64) * 64
+        scratch = torch.empty(programs, room * (shape["BLOCK_D"] + 4), dtype=torch.float32, device=qkv.device)
+        launch(
+            BACKWARD_HEADS, (programs,), qkv, starts, seed, out, lse, dout, scratch, dqkv, longest, tokens, pairs,
+            programs, room, *scales, **shape,
         )  # fmt: skip
         return dqkv
     delta = torch.empty_like(lse)
@@ -237,7 +265,7 @@ class _Padded:
         return keep_mask(seed, rows[..., None], self.position, p)
 
 
-def _forward_reference(qkv, starts, seed, longest, padded, causal, scale, p):
+def forward_reference(qkv, starts, seed, longest, padded, causal, scale, p):
     batch, tokens = _Padded(len(qkv), starts, longest, padded), len(qkv)
     q, k, v = (batch.pad(part) for part in qkv.unbind(1))  # [B, H, S, D]
     scores = (q @ k.mT * scale).masked_fill_(batch.hidden(causal), -torch.inf)
@@ -249,7 +277,7 @@ def _forward_reference(qkv, starts, seed, longest, padded, causal, scale, p):
     return out.contiguous(), batch.unpad(lse * LOG2_E, tokens, lse.dtype)[..., 0].mT.contiguous()
 
 
-def _backward_reference(dout, qkv, starts, seed, lse, longest, padded, causal, scale, p):
+def backward_reference(dout, qkv, starts, seed, lse, longest, padded, causal, scale, p):
     batch, tokens = _Padded(len(qkv), starts, longest, padded), len(qkv)
     q, k, v = (batch.pad(part) for part in qkv.unbind(1))  # [B, H, S, D]
     do, lse = batch.pad(dout), batch.pad(lse.mT[..., None])
@@ -263,6 +291,7 @@ def _backward_reference(dout, qkv, starts, seed, lse, longest, padded, causal, s
 
 
 def _save(ctx, inputs, output):
+    ctx.set_materialize_grads(False)  # lse has no gradient: no zeros are made for it
     qkv, starts, seed, ctx.longest, ctx.padded, ctx.causal, ctx.scale, ctx.p = inputs
     ctx.save_for_backward(qkv, starts, seed, *output)
 
@@ -293,7 +322,8 @@ def attention(
     Args:
         qkv: [T, 3, H, D], contiguous; bf16, fp16 or fp32.
         cu_seqlens: int32 [B + 1], cumulative lengths from 0 to T; empty sequences are allowed.
-        max_seqlen: length of the longest sequence, or more.
+        max_seqlen: length of the longest sequence, or more; it is rounded up to a power of two, so that kernels are
+            tuned and models compiled for few lengths.
         causal: tokens see themselves and what precedes them.
         dropout: rate in [0, 1) of the probabilities.
         seed: int64 [1] on qkv's device; drawn from the device's default generator where it is needed and absent.
@@ -305,12 +335,13 @@ def attention(
     Raises:
         ValueError: shapes, dtypes or rate do not fit.
     """
+    longest = power_of_two(max_seqlen)
     check(qkv.dim() == 4 and qkv.shape[1] == 3, f"qkv has shape {tuple(qkv.shape)}; it must be [T, 3, H, D].")
-    _check(qkv, cu_seqlens, "cu_seqlens", max_seqlen, dropout)
+    check_sequences(qkv, cu_seqlens, "qkv", "cu_seqlens", longest, dropout)
     if readable(cu_seqlens):
         last = int(cu_seqlens[-1])
         check(last == qkv.shape[0], f"cu_seqlens ends at {last}, but qkv holds {qkv.shape[0]} tokens.")
-    return _apply(qkv, cu_seqlens, max_seqlen, False, causal, dropout, seed, softmax_scale)
+    return _apply(qkv, cu_seqlens, longest, False, causal, dropout, seed, softmax_scale)
 
 
 def attention_padded(
@@ -336,9 +367,17 @@ def attention_padded(
     if lengths is None:
         lengths = torch.full((batch,), longest, dtype=torch.int32, device=qkv.device)
     check(lengths.numel() == batch, f"lengths has {lengths.numel()} entries for {batch} sequences.")
-    _check(qkv, lengths, "lengths", longest, dropout)
+    check_sequences(qkv, lengths, "qkv", "lengths", longest, dropout)
     out = _apply(qkv.flatten(0, 1), lengths, longest, True, causal, dropout, seed, softmax_scale)
     return out.unflatten(0, (batch, longest))
+
+
+def power_of_two(length: int) -> int:
+    """The next power of two, at least 16: by comparisons, so that code compiled for any length serves all up to it."""
+    power = 16
+    while power < length:
+        power *= 2
+    return power
 
 
 def _apply(qkv, starts, longest, padded, causal, dropout, seed, softmax_scale):
@@ -348,11 +387,20 @@ def _apply(qkv, starts, longest, padded, causal, dropout, seed, softmax_scale):
     return _attention(qkv, starts, seed if dropout > 0 else None, longest, padded, causal, scale, dropout)[0]
 
 
-def _check(qkv, starts, name, longest, dropout):
-    check(qkv.is_contiguous(), f"qkv has strides {qkv.stride()} for shape {tuple(qkv.shape)}; make it contiguous.")
+def check_sequences(
+    packed: torch.Tensor, starts: torch.Tensor, packed_name: str, name: str, longest: int, dropout: float
+) -> None:
+    """Raise ValueError unless the tensor of tokens `packed` [..., H, D] and the sequences' `starts` fit together."""
+    shape = tuple(packed.shape)
+    check(
+        packed.is_contiguous(), f"{packed_name} has strides {packed.stride()} for shape {shape}; make it contiguous."
+    )
     check(starts.dtype == torch.int32, f"{name} has dtype {starts.dtype}; it must be torch.int32.")
-    check(starts.device == qkv.device, f"{name} is on {starts.device} and qkv on {qkv.device}; move the one.")
+    check(
+        starts.device == packed.device,
+        f"{name} is on {starts.device} and {packed_name} on {packed.device}; move the one.",
+    )
     check(starts.dim() == 1, f"{name} has shape {tuple(starts.shape)}; it must have one dimension.")
     check(0 <= dropout < 1, f"dropout is {dropout}; it must lie in [0, 1).")
-    elements = longest * 3 * qkv.shape[-1] * qkv.shape[-2]
+    elements = longest * 3 * packed.shape[-1] * packed.shape[-2]
     check(elements < 2**31, f"a sequence of {longest} tokens spans {elements} elements; the limit is {2**31 - 1}.")

@@ -1,7 +1,7 @@
-"""Triton kernels of attention: forward, backward in two kernels, backward in one for short sequences.
+"""Triton kernels of attention: what they share, and the forward pass.
 
 Legend: S longest sequence, D head size, M queries and N keys of a tile. `lse` is the row's log2-sum-exp2 of scaled
-scores, so that P = exp2(scores * scale - lse). No kernel uses atomics; every result is deterministic.
+scores, so that P = exp2(scores * scale - lse).
 """
 
 from __future__ import annotations
@@ -51,14 +51,14 @@ def _store(X, values, rows, limit, cols, STRIDE: tl.constexpr, D: tl.constexpr):
 @triton.jit
 def _forward_tiles(
     acc, peak, total, q, K, V, begin, end, length, rows, hashes, key, scale,
-    D: tl.constexpr, H: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, CAUSAL: tl.constexpr,
+    D: tl.constexpr, STRIDE: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, CAUSAL: tl.constexpr,
     THRESHOLD: tl.constexpr, MASKED: tl.constexpr, UPCAST_DOT: tl.constexpr,
 ):  # fmt: skip
     """Online softmax over keys [begin, end); MASKED tiles may reach beyond the sequence or the diagonal."""
     cols = tl.arange(0, BLOCK_D)
     for n in tl.range(begin, end, BLOCK_N, num_stages=1 if MASKED else None):
         keys = n + tl.arange(0, BLOCK_N)
-        k = _load(K, keys, length, cols, 3 * H * D, D, BLOCK_D, MASKED)
+        k = _load(K, keys, length, cols, STRIDE, D, BLOCK_D, MASKED)
         scores = _dot(q, tl.trans(k), UPCAST_DOT)  # [M, N]
         if MASKED:
             visible = keys[None, :] < length
@@ -70,8 +70,7 @@ def _forward_tiles(
         rescale = tl.math.exp2(peak - new_peak)
         total = total * rescale + tl.sum(p, axis=1)
         acc = acc * rescale[:, None]
-        v = _load(V, keys, length, cols, 3 * H * D, D, BLOCK_D, MASKED)
-        p = p.to(v.dtype)
+        v = _load(V, keys, length, cols, STRIDE, D, BLOCK_D, MASKED)
         if THRESHOLD > 0:
             p = tl.where(hashes[:, None] * column_hash(key, keys)[None, :] >= THRESHOLD, p, 0.0)
         acc += _dot(p.to(v.dtype), v, UPCAST_DOT)
@@ -111,216 +110,14 @@ def forward(
     whole = (tl.minimum(length, block * BLOCK_M) if CAUSAL else length) // BLOCK_N * BLOCK_N
     acc, peak, total = _forward_tiles(
         acc, peak, total, q, base + H * D, base + 2 * H * D, 0, whole, length, rows, hashes, key, scale,
-        D, H, BLOCK_D, BLOCK_N, CAUSAL, THRESHOLD, False, UPCAST_DOT,
+        D, 3 * H * D, BLOCK_D, BLOCK_N, CAUSAL, THRESHOLD, False, UPCAST_DOT,
     )  # fmt: skip
     acc, peak, total = _forward_tiles(
         acc, peak, total, q, base + H * D, base + 2 * H * D, whole, end, length, rows, hashes, key, scale,
-        D, H, BLOCK_D, BLOCK_N, CAUSAL, THRESHOLD, True, UPCAST_DOT,
+        D, 3 * H * D, BLOCK_D, BLOCK_N, CAUSAL, THRESHOLD, True, UPCAST_DOT,
     )  # fmt: skip
     valid = rows < length
     total = tl.where(valid & (total > 0.0), total, 1.0)  # padding sees no key
     acc = tl.where(valid[:, None], acc * (keep_scale / total)[:, None], 0.0)
     _store(OUT + start * (H * D) + head * D, acc, rows, limit, cols, H * D, D)
     tl.store(LSE + head.to(tl.int64) * tokens + start + rows, peak + tl.math.log2(total), mask=valid)
-
-
-@triton.jit
-def _probabilities(
-    scores, lse, rows, keys, length, scale, CAUSAL: tl.constexpr, MASKED: tl.constexpr,
-):  # fmt: skip
-    """P from raw scores; `rows`, `keys` and `lse` are broadcast to the scores' shape."""
-    p = tl.math.exp2(scores * scale - lse)
-    if MASKED:
-        visible = keys < length
-        if CAUSAL:
-            visible = visible & (keys <= rows)
-        p = tl.where(visible, p, 0.0)
-    return p
-
-
-@triton.jit
-def _query_tiles(
-    dq, q, do, lse, delta, K, V, begin, end, length, rows, hashes, key, scale, keep_scale,
-    D: tl.constexpr, H: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, CAUSAL: tl.constexpr,
-    THRESHOLD: tl.constexpr, MASKED: tl.constexpr, UPCAST_DOT: tl.constexpr,
-):  # fmt: skip
-    cols = tl.arange(0, BLOCK_D)
-    for n in tl.range(begin, end, BLOCK_N, num_stages=1 if MASKED else None):
-        keys = n + tl.arange(0, BLOCK_N)
-        k = _load(K, keys, length, cols, 3 * H * D, D, BLOCK_D, MASKED)
-        v = _load(V, keys, length, cols, 3 * H * D, D, BLOCK_D, MASKED)
-        scores = _dot(q, tl.trans(k), UPCAST_DOT)  # [M, N]
-        p = _probabilities(scores, lse[:, None], rows[:, None], keys[None, :], length, scale, CAUSAL, MASKED)
-        dp = _dot(do, tl.trans(v), UPCAST_DOT)  # [M, N]
-        if THRESHOLD > 0:
-            dp = tl.where(hashes[:, None] * column_hash(key, keys)[None, :] >= THRESHOLD, dp * keep_scale, 0.0)
-        ds = p * (dp - delta[:, None])
-        dq += _dot(ds.to(k.dtype), k, UPCAST_DOT)
-    return dq
-
-
-@triton.jit(do_not_specialize=["longest"])
-def backward_queries(
-    QKV, STARTS, SEED, OUT, LSE, DOUT, DELTA, DQKV, longest, tokens, scale, keep_scale, softmax_scale,
-    H: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, PADDED: tl.constexpr, CAUSAL: tl.constexpr,
-    THRESHOLD: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, UPCAST_DOT: tl.constexpr,
-):  # fmt: skip
-    """dQ of one tile of queries of one head; also delta = rowsum(dO * O), which the other kernel reads."""
-    blocks = tl.cdiv(longest, BLOCK_M)
-    block = tl.program_id(0) % blocks
-    if CAUSAL:
-        block = blocks - 1 - block
-    head = tl.program_id(0) // blocks % H
-    start, length = _sequence(STARTS, tl.program_id(0) // blocks // H, longest, PADDED)
-    limit = longest if PADDED else length
-    if block * BLOCK_M >= limit:
-        return
-    rows = block * BLOCK_M + tl.arange(0, BLOCK_M)
-    cols = tl.arange(0, BLOCK_D)
-    base = QKV + start * (3 * H * D) + head * D
-    slot = head.to(tl.int64) * tokens + start + rows
-    q = _load(base, rows, length, cols, 3 * H * D, D, BLOCK_D, True)
-    do = _load(DOUT + start * (H * D) + head * D, rows, length, cols, H * D, D, BLOCK_D, True)
-    o = _load(OUT + start * (H * D) + head * D, rows, length, cols, H * D, D, BLOCK_D, True)
-    delta = tl.sum(o.to(tl.float32) * do.to(tl.float32), axis=1)
-    tl.store(DELTA + slot, delta, mask=rows < length)
-    lse = tl.load(LSE + slot, mask=rows < length, other=float("inf"))
-    hashes = rows.to(tl.uint32)
-    key = hashes
-    if THRESHOLD > 0:
-        key = seed_key(SEED)
-        hashes = row_hash(key, (start + rows) * H + head)
-    end = tl.minimum(length, (block + 1) * BLOCK_M) if CAUSAL else length
-    whole = (tl.minimum(length, block * BLOCK_M) if CAUSAL else length) // BLOCK_N * BLOCK_N
-    dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-    dq = _query_tiles(
-        dq, q, do, lse, delta, base + H * D, base + 2 * H * D, 0, whole, length, rows, hashes, key, scale,
-        keep_scale, D, H, BLOCK_D, BLOCK_N, CAUSAL, THRESHOLD, False, UPCAST_DOT,
-    )  # fmt: skip
-    dq = _query_tiles(
-        dq, q, do, lse, delta, base + H * D, base + 2 * H * D, whole, end, length, rows, hashes, key, scale,
-        keep_scale, D, H, BLOCK_D, BLOCK_N, CAUSAL, THRESHOLD, True, UPCAST_DOT,
-    )  # fmt: skip
-    _store(DQKV + start * (3 * H * D) + head * D, dq * softmax_scale, rows, limit, cols, 3 * H * D, D)
-
-
-@triton.jit
-def _key_tiles(
-    dk, dv, k, v, Q, DO, LSE, DELTA, begin, end, length, keys, start, head, key, scale, keep_scale,
-    D: tl.constexpr, H: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, THRESHOLD: tl.constexpr,
-    DIAGONAL: tl.constexpr, UPCAST_DOT: tl.constexpr,
-):  # fmt: skip
-    """In transposed form, so that P^T and dS^T enter their products from registers."""
-    cols = tl.arange(0, BLOCK_D)
-    for m in tl.range(begin, end, BLOCK_M, num_stages=1 if DIAGONAL else None):
-        rows = m + tl.arange(0, BLOCK_M)
-        q = _load(Q, rows, length, cols, 3 * H * D, D, BLOCK_D, True)
-        do = _load(DO, rows, length, cols, H * D, D, BLOCK_D, True)
-        # rows beyond the sequence get lse = inf and with it P = 0
-        lse = tl.load(LSE + rows, mask=rows < length, other=float("inf"))
-        delta = tl.load(DELTA + rows, mask=rows < length, other=0.0)
-        scores = _dot(k, tl.trans(q), UPCAST_DOT)  # [N, M]
-        p = tl.math.exp2(scores * scale - lse[None, :])
-        if DIAGONAL:
-            p = tl.where(keys[:, None] <= rows[None, :], p, 0.0)
-        dp = _dot(v, tl.trans(do), UPCAST_DOT)  # [N, M]
-        if THRESHOLD > 0:
-            hashes = row_hash(key, (start + rows) * H + head)
-            keep = column_hash(key, keys)[:, None] * hashes[None, :] >= THRESHOLD
-            dp = tl.where(keep, dp * keep_scale, 0.0)
-            dv += _dot(tl.where(keep, p, 0.0).to(do.dtype), do, UPCAST_DOT)
-        else:
-            dv += _dot(p.to(do.dtype), do, UPCAST_DOT)
-        ds = p * (dp - delta[None, :])
-        dk += _dot(ds.to(q.dtype), q, UPCAST_DOT)
-    return dk, dv
-
-
-@triton.jit(do_not_specialize=["longest"])
-def backward_keys(
-    QKV, STARTS, SEED, LSE, DOUT, DELTA, DQKV, longest, tokens, scale, keep_scale, softmax_scale,
-    H: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, PADDED: tl.constexpr, CAUSAL: tl.constexpr,
-    THRESHOLD: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, UPCAST_DOT: tl.constexpr,
-):  # fmt: skip
-    """dK and dV of one tile of keys of one head."""
-    blocks = tl.cdiv(longest, BLOCK_N)
-    block = tl.program_id(0) % blocks
-    head = tl.program_id(0) // blocks % H
-    start, length = _sequence(STARTS, tl.program_id(0) // blocks // H, longest, PADDED)
-    limit = longest if PADDED else length
-    if block * BLOCK_N >= limit:
-        return
-    keys = block * BLOCK_N + tl.arange(0, BLOCK_N)
-    cols = tl.arange(0, BLOCK_D)
-    base = QKV + start * (3 * H * D) + head * D
-    do = DOUT + start * (H * D) + head * D
-    slot = head.to(tl.int64) * tokens + start
-    k = _load(base + H * D, keys, length, cols, 3 * H * D, D, BLOCK_D, True)
-    v = _load(base + 2 * H * D, keys, length, cols, 3 * H * D, D, BLOCK_D, True)
-    key = seed_key(SEED) if THRESHOLD > 0 else 0
-    dk = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
-    dv = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
-    begin = 0
-    if CAUSAL:
-        tl.static_assert(BLOCK_N % BLOCK_M == 0, "tiles of queries must end where the tile of keys ends")
-        begin = block * BLOCK_N
-        diagonal = tl.minimum(length, begin + BLOCK_N)
-        dk, dv = _key_tiles(
-            dk, dv, k, v, base, do, LSE + slot, DELTA + slot, begin, diagonal, length, keys, start, head, key, scale,
-            keep_scale, D, H, BLOCK_D, BLOCK_M, THRESHOLD, True, UPCAST_DOT,
-        )  # fmt: skip
-        begin += BLOCK_N
-    dk, dv = _key_tiles(
-        dk, dv, k, v, base, do, LSE + slot, DELTA + slot, begin, length, length, keys, start, head, key, scale,
-        keep_scale, D, H, BLOCK_D, BLOCK_M, THRESHOLD, False, UPCAST_DOT,
-    )  # fmt: skip
-    valid = keys[:, None] < length
-    out = DQKV + start * (3 * H * D) + head * D
-    _store(out + H * D, tl.where(valid, dk * softmax_scale, 0.0), keys, limit, cols, 3 * H * D, D)
-    _store(out + 2 * H * D, tl.where(valid, dv * keep_scale, 0.0), keys, limit, cols, 3 * H * D, D)
-
-
-@triton.jit(do_not_specialize=["longest", "heads", "programs"])
-def backward_short(
-    QKV, STARTS, SEED, LSE, DOUT, DQKV, longest, tokens, heads, programs, scale, keep_scale, softmax_scale,
-    H: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, PADDED: tl.constexpr, CAUSAL: tl.constexpr,
-    THRESHOLD: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr, UPCAST_DOT: tl.constexpr,
-):  # fmt: skip
-    """dQ, dK and dV of whole heads of sequences up to BLOCK tokens: five products, every input read once.
-
-    Each program walks heads with a stride, and STAGES of their loads are in flight at once. delta is the row sum of
-    P * dP, so O is not read.
-    """
-    rows = tl.arange(0, BLOCK)
-    cols = tl.arange(0, BLOCK_D)
-    for index in tl.range(tl.program_id(0), heads, programs, num_stages=STAGES):
-        one = tl.full([], index, tl.int32)
-        head = one % H
-        start, length = _sequence(STARTS, one // H, longest, PADDED)
-        limit = longest if PADDED else length
-        base = QKV + start * (3 * H * D) + head * D
-        q = _load(base, rows, length, cols, 3 * H * D, D, BLOCK_D, True)
-        k = _load(base + H * D, rows, length, cols, 3 * H * D, D, BLOCK_D, True)
-        v = _load(base + 2 * H * D, rows, length, cols, 3 * H * D, D, BLOCK_D, True)
-        do = _load(DOUT + start * (H * D) + head * D, rows, length, cols, H * D, D, BLOCK_D, True)
-        slot = head.to(tl.int64) * tokens + start
-        lse = tl.load(LSE + slot + rows, mask=rows < length, other=float("inf"))
-        scores = _dot(q, tl.trans(k), UPCAST_DOT)  # [M, N]
-        p = _probabilities(scores, lse[:, None], rows[:, None], rows[None, :], length, scale, CAUSAL, True)
-        dp = _dot(do, tl.trans(v), UPCAST_DOT)  # [M, N]
-        kept = p
-        if THRESHOLD > 0:
-            key = seed_key(SEED)
-            hashes = row_hash(key, (start + rows) * H + head)
-            keep = hashes[:, None] * column_hash(key, rows)[None, :] >= THRESHOLD
-            dp = tl.where(keep, dp * keep_scale, 0.0)
-            kept = tl.where(keep, p * keep_scale, 0.0)
-        dv = _dot(tl.trans(kept.to(do.dtype)), do, UPCAST_DOT)
-        delta = tl.sum(p * dp, axis=1)
-        ds = (p * (dp - delta[:, None]) * softmax_scale).to(q.dtype)
-        dq = _dot(ds, k, UPCAST_DOT)
-        dk = _dot(tl.trans(ds), q, UPCAST_DOT)
-        out = DQKV + start * (3 * H * D) + head * D
-        _store(out, dq, rows, limit, cols, 3 * H * D, D)
-        _store(out + H * D, dk, rows, limit, cols, 3 * H * D, D)
-        _store(out + 2 * H * D, dv, rows, limit, cols, 3 * H * D, D)

@@ -20,6 +20,7 @@ from ds_stacking.kernels import (
     gather_rows,
     linear_cross_entropy,
     linear_gelu,
+    selected_attention,
 )
 from ds_stacking.kernels._launch import TARGETS, Launch, recording
 
@@ -60,6 +61,11 @@ def _attention(
     _backward(attention(qkv, starts, longest, causal=causal, dropout=dropout, seed=_index(1)))
 
 
+def _selected_attention(longest: int, dropout: float) -> None:
+    q, kv, starts = _tensor(600, 12, 64), _tensor(4096, 2, 12, 64), _tensor(4096 // longest + 1, dtype=torch.int32)
+    _backward(selected_attention(q, kv, starts, longest, _index(600), dropout=dropout, seed=_index(1)))
+
+
 def _norm(width: int, dropout: float, prenorm: bool) -> None:
     x, residual = _tensor(4096, width), _tensor(4096, width)
     weight, shift, bias = (_tensor(width) for _ in range(3))
@@ -97,13 +103,24 @@ def _gather() -> None:
 
 
 CASES = {
+    "attention/16-dropout": Case(run=lambda: _attention(16, dropout=0.1), targets=HOPPER),
+    "attention/32-dropout": Case(run=lambda: _attention(32, dropout=0.1), targets=HOPPER),
+    "attention/64-dropout": Case(run=lambda: _attention(64, dropout=0.1), targets=HOPPER),
     "attention/64-causal-dropout": Case(run=lambda: _attention(64, causal=True, dropout=0.1)),
     "attention/128": Case(run=lambda: _attention(128), targets=HOPPER),
+    "attention/128-dropout": Case(run=lambda: _attention(128, dropout=0.1), targets=HOPPER),
     "attention/128-causal-dropout": Case(run=lambda: _attention(128, causal=True, dropout=0.1), targets=HOPPER),
     "attention/512": Case(run=lambda: _attention(512), targets=HOPPER),
-    "attention/512-causal-dropout": Case(run=lambda: _attention(512, causal=True, dropout=0.1)),
+    "attention/512-dropout": Case(run=lambda: _attention(512, dropout=0.1), targets=HOPPER),
+    "attention/512-causal-dropout": Case(run=lambda: _attention(512, causal=True, dropout=0.1), targets=HOPPER),
+    # beyond 1,024 tokens the backward pass is in two kernels on Hopper too
+    "attention/2048": Case(run=lambda: _attention(2048), targets=HOPPER),
+    "attention/2048-dropout": Case(run=lambda: _attention(2048, dropout=0.1), targets=HOPPER),
+    "attention/2048-causal-dropout": Case(run=lambda: _attention(2048, causal=True, dropout=0.1)),
     "attention/512-d128-causal-dropout": Case(run=lambda: _attention(512, size=128, causal=True, dropout=0.1)),
     "attention/512-fp32": Case(run=lambda: _attention(512, dtype=torch.float32), targets=HOPPER),
+    "selected_attention/128": Case(run=lambda: _selected_attention(128, 0.0), targets=HOPPER),
+    "selected_attention/512-dropout": Case(run=lambda: _selected_attention(512, 0.1)),
     "add_layer_norm/768": Case(run=lambda: _norm(768, 0.0, False), targets=HOPPER),
     "add_layer_norm/768-dropout": Case(run=lambda: _norm(768, 0.1, False)),
     "add_layer_norm/1024-prenorm-dropout": Case(run=lambda: _norm(1024, 0.1, True), targets=HOPPER),

@@ -48,9 +48,11 @@ class Batch:
     """[B] int64: 0 where segment B follows A, else 1; None for plain sequences."""
     cu_seqlens: torch.Tensor | None = None
     """Bounds of documents among the B*T tokens, [S + 1] int32; None where a sequence is attended to whole."""
+    max_seqlen: int | None = None
+    """Tokens of the longest document, known on the host, which need not ask the device; None where `cu_seqlens` is."""
 
     @property
-    def inputs(self) -> dict[str, torch.Tensor | None]:
+    def inputs(self) -> dict[str, torch.Tensor | int | None]:
         """The arguments of `Bert.forward`."""
         return {field.name: getattr(self, field.name) for field in fields(self) if field.name != "is_mask"}
 
@@ -73,8 +75,10 @@ class Batch:
         return self._map(torch.Tensor.pin_memory)
 
     def _map(self, function: Callable[[torch.Tensor], torch.Tensor]) -> Batch:
-        tensors = ((field.name, getattr(self, field.name)) for field in fields(self))
-        mapped: dict[str, Any] = {name: None if value is None else function(value) for name, value in tensors}
+        values = ((field.name, getattr(self, field.name)) for field in fields(self))
+        mapped: dict[str, Any] = {
+            name: function(value) if isinstance(value, torch.Tensor) else value for name, value in values
+        }
         return Batch(**mapped)
 
 
@@ -253,4 +257,5 @@ def _masked(sequences: Sequences, masker: Masker, keys: np.ndarray, rates: np.nd
         token_type_ids=token_type_ids,
         next_sentence_labels=next_sentence_labels,
         cu_seqlens=cu_seqlens,
+        max_seqlen=None if cu_seqlens is None else int(cu_seqlens.diff().max()),
     )

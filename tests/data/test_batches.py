@@ -204,3 +204,12 @@ def test_the_test_of_lengths_sees_one_count_for_all():
     """As it was before: the epoch of the new length is over too early, or begins in its middle."""
     long = make(900, 32)
     assert max(Counter(unmask(long.batch(np.arange(17, 17 + len(long)))).flatten().tolist()).values()) > 1
+
+
+def test_the_longest_document_is_known_on_the_host() -> None:
+    batches = make(600, separate_documents=True)
+    batch = batches.batch(np.arange(8))
+    assert batch.cu_seqlens is not None and batch.max_seqlen == int(batch.cu_seqlens.diff().max()) == 16
+    moved = batch.to("meta")  # a device that cannot be asked
+    assert moved.max_seqlen == 16 and moved.inputs["max_seqlen"] == 16
+    assert make(600).batch(np.arange(8)).inputs["max_seqlen"] is None

@@ -1,10 +1,14 @@
 """attention: the kernels in the interpreter against fp64 autograd of the textbook formula, sequence by sequence."""
 
+import importlib
+
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from ds_stacking.kernels._dropout import keep_mask
-from ds_stacking.kernels.attention import attention, attention_padded
+from ds_stacking.kernels._launch import recording
+from ds_stacking.kernels.attention import attention, attention_padded, whole_heads
 
 SEED = torch.tensor([987654321])
 
@@ -62,6 +66,32 @@ def test_unpadded(kernels, assert_close, lengths, heads, size, causal, p, dtype)
     assert_close(actual, expected(qkv, starts[:-1], lengths, causal, p, dtype), dtype)
 
 
+@pytest.mark.parametrize("whole", [True, False])
+@pytest.mark.parametrize("causal, p, size", [(False, 0.1, 64), (True, 0.0, 48)])
+def test_both_forms_of_the_backward_pass(kernels, assert_close, monkeypatch, whole, causal, p, size):
+    """Whole heads with five products, and tiles with seven; one program takes all heads, so its scratch is reused."""
+    lengths = [150, 0, 193, 1]
+    starts = cumulative(lengths)
+    qkv = torch.randn(sum(lengths), 3, 2, size).half().requires_grad_()
+    asked = []
+    module = importlib.import_module("ds_stacking.kernels.attention")  # the package gives the operator of this name
+    monkeypatch.setattr(module, "whole_heads", lambda *_: asked.append(whole) or whole)
+    with kernels(BLOCK_M=64, BLOCK_N=64):
+        actual = with_gradient(attention(qkv, starts, max(lengths), causal=causal, dropout=p, seed=SEED), qkv)
+    assert asked == [whole]
+    assert_close(actual, expected(qkv, starts[:-1], lengths, causal, p, torch.float16), torch.float16)
+
+
+def test_whole_heads_where_they_fill_the_device():
+    def chosen(longest, pairs, target="sm_90", size=64, itemsize=2):
+        return whole_heads(target, longest, pairs, size, itemsize, 132)
+
+    assert chosen(512, 768) and chosen(512, 256) and chosen(1024, 384)
+    assert not chosen(512, 48) and not chosen(512, 140)  # most of the device would have nothing to do
+    assert not chosen(2048, 768)  # no room in the L2 cache
+    assert not chosen(512, 768, target="sm_80") and not chosen(512, 768, size=128) and not chosen(512, 768, itemsize=4)
+
+
 @pytest.mark.parametrize("dtype, longest", [(torch.float32, 70), (torch.float16, 70), (torch.float16, 150)])
 def test_padded(kernels, assert_close, dtype, longest):
     lengths = [longest, 0, 1, 33]
@@ -80,6 +110,42 @@ def test_reference_agrees_with_formula(assert_close):
     qkv = torch.randn(sum(lengths), 3, 2, 16, requires_grad=True)
     actual = with_gradient(attention(qkv, starts, 70, causal=True, dropout=0.3, seed=SEED), qkv)
     assert_close(actual, expected(qkv, starts[:-1], lengths, True, 0.3, torch.float32))
+
+
+def test_lengths_are_compiled_by_powers_of_two():
+    """A symbolic length would end in guards on every value."""
+    graphs = []
+
+    def backend(graph, _):
+        graphs.append(graph)
+        return graph.forward
+
+    torch.compiler.reset()
+    compiled = torch.compile(attention, backend=backend, fullgraph=True)
+    qkv, starts = torch.randn(60, 3, 1, 16), cumulative([60])
+    for length in (64, 60, 61, 62, 63, 64):
+        torch.testing.assert_close(compiled(qkv, starts, length), attention(qkv, starts, length))
+    assert len(graphs) <= 2, "one for the first length, one for any other up to 64"
+
+
+def test_no_gradient_of_the_statistics_is_made():
+    """lse is kept for the backward pass and has no gradient: nothing of its size is allocated for one."""
+
+    class Zeros(TorchDispatchMode):
+        found: list = []
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            if "zeros" in str(func) or "full" in str(func):
+                self.found.append(func)
+            return func(*args, **(kwargs or {}))
+
+    qkv = torch.empty(32, 3, 1, 16, device="meta", dtype=torch.bfloat16, requires_grad=True)
+    with recording() as launches, Zeros() as zeros:
+        attention(qkv, torch.empty(3, dtype=torch.int32, device="meta"), 16).backward(
+            torch.empty(32, 1, 16, device="meta", dtype=torch.bfloat16)
+        )
+    assert [launch.kernel.fn.__name__ for launch in launches] == ["forward", "backward_short"]
+    assert not zeros.found
 
 
 def test_extreme_scores_stay_finite(kernels, assert_close):

@@ -19,6 +19,10 @@ MATRIX_KERNELS = {
     "backward_queries",
     "backward_keys",
     "backward_short",
+    "backward_heads",
+    "selected_forward",
+    "selected_backward_queries",
+    "selected_backward_keys",
     "_statistics",
     "_gradient",
     "_linear",
@@ -45,7 +49,7 @@ def test_everything_was_compiled(todo, rows):
     assert {row.target for row in rows} == set(SHARED_LIMIT)
     assert {row.kernel for row in rows} >= MATRIX_KERNELS
     assert {row.case.split("/")[0] for row in rows} == MEMORY_KERNELS | {
-        "attention", "linear_cross_entropy", "linear_gelu",
+        "attention", "selected_attention", "linear_cross_entropy", "linear_gelu",
     }  # fmt: skip
 
 
