@@ -94,20 +94,29 @@ class FusedAttention(Attention):
         if spans.cu_seqlens is None:
             context = self.masked_context(x, spans.mask, p)
         elif selection is not None:
-            return self.out(self._selected(x, spans.cu_seqlens, spans.max_seqlen, selection, p), biased=False)
+            context = self._selected(x, spans.cu_seqlens, spans.max_seqlen, selection, p, seed)
+            return self.out(context, biased=False)
         else:
             packed = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).flatten(0, 1)  # [N, 3, H, E]
             context = kernels.attention(packed, spans.cu_seqlens, spans.max_seqlen, dropout=p, seed=seed).view_as(x)
         return self.out(_select_tokens(context, selection), biased=False)
 
     def _selected(
-        self, x: Tensor, cu_seqlens: Tensor, max_seqlen: int, selection: TokenSelection, p: float
+        self,
+        x: Tensor,
+        cu_seqlens: Tensor,
+        max_seqlen: int,
+        selection: TokenSelection,
+        p: float,
+        seed: Tensor | None,
     ) -> Tensor:  # [B, T, D] -> [R, D]
         """What attention gathers for the selected tokens: only keys and values are computed for the others."""
         width = x.shape[-1]
         queries = self.qkv(_select_tokens(x, selection), outputs=(0, width)).unflatten(-1, (self.num_heads, -1))
         packed = self.qkv(x, outputs=(width, 2 * width)).unflatten(-1, (2, self.num_heads, -1)).flatten(0, 1)
-        context = kernels.selected_attention(queries, packed, cu_seqlens, max_seqlen, selection.indices, dropout=p)
+        context = kernels.selected_attention(
+            queries, packed, cu_seqlens, max_seqlen, selection.indices, dropout=p, seed=seed
+        )
         return context.flatten(1)
 
 

@@ -84,7 +84,7 @@ def test_every_dropout_has_a_seed_of_its_own(norm: str, monkeypatch: pytest.Monk
     from ds_stacking import kernels
 
     seen: list[Tensor] = []
-    for name in ("attention", "add_layer_norm", "embedding_norm"):
+    for name in ("attention", "selected_attention", "add_layer_norm", "embedding_norm"):
         real = getattr(kernels, name)
 
         def spy(*args: Any, real: Any = real, **kwargs: Any) -> Any:
