@@ -94,12 +94,14 @@ def waits_by_step(folder: str, zero: int) -> dict[int, list[str]]:
 
 
 @pytest.mark.parametrize("zero", [2, pytest.param(3, marks=pytest.mark.slow)])
-def test_no_step_of_ours_waits_for_the_device(zero: int, tmp_path: Path) -> None:
-    """But for the counts of the step before, which the device has long made when they are read."""
+def test_a_step_waits_for_the_device_once(zero: int, tmp_path: Path) -> None:
+    """To know whether it is taken; the counts of the step before the device has long made when they are read."""
     write_corpus(tmp_path / "corpus")
     for waits in run_ranks(2, waits_by_step, str(tmp_path), zero):
         for step, where in waits.items():
+            decided = [what for what in where if "in optimizers" in what]
             ours = [
                 what for what in where if what.startswith("ours: ") and "event synchronized in preemption" not in what
             ]
-            assert bool(ours) == (step % 4 == 0), (step, ours)
+            assert len(decided) == (0 if zero == 3 else 1), (step, where)  # in ZeRO 3 DeepSpeed asks
+            assert (len(ours) > len(decided)) == (step % 4 == 0), (step, ours)
