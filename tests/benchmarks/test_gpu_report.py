@@ -89,3 +89,5 @@ def test_a_whole_session_fits_into_a_reply(report: Any) -> None:
     text = report.table(records, [])
     assert "[FLASH 1.00/1.15 MISSED]" in text and "[tokens/s 912345/900000 must]" in text
     assert len(text) < 12_000
+    dry = report.table({**records, "environment": {"row": "environment", "device": "CPU, dry run"}}, [])
+    assert "MISSED" not in dry and "must]" not in dry and "FLASH" in dry
