@@ -234,20 +234,34 @@ def compare_depths(at: Machine) -> dict[str, Any]:
             code = process.wait(max(1.0, min(at.left - STOPPING, DRY_SECONDS if at.dry else at.left)))
             state = "finished" if code == 0 else f"ended with {code}"
         except subprocess.TimeoutExpired:
-            process.send_signal(signal.SIGTERM)  # it saves what runs
-            process.wait(30)
             state = "cut short"
-        finally:
-            process.kill()
+            _stop(process)
     pack(folder, out / TARBALL)
     words = (work() / "comparison.log").read_text(errors="replace")[-600:]
     if state not in ("finished", "cut short"):
         raise RuntimeError(f"{state}: {words}")
     if not (folder / "comparison.json").exists():
         return {"state": "cut short before there was a plan", "report": "", "unfinished": True}
-    report = subprocess.run([*command, "--report_only"], capture_output=True, text=True, timeout=60)
     unfinished = {} if state == "finished" else {"unfinished": True}
-    return {"state": state, "report": report.stdout[-2500:], **unfinished}
+    return {"state": state, "report": _report(command)[-2500:], **unfinished}
+
+
+def _stop(process: subprocess.Popen[bytes]) -> None:
+    """Ask the comparison to end, upon which it saves what runs, and end it if it does not."""
+    process.send_signal(signal.SIGTERM)
+    try:
+        process.wait(40)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
+
+
+def _report(command: list[str]) -> str:
+    """What the comparison says of the runs that are finished."""
+    try:
+        return subprocess.run([*command, "--report_only"], capture_output=True, text=True, timeout=30).stdout
+    except subprocess.TimeoutExpired:
+        return "no report within 30 s"
 
 
 def pack(folder: Path, tarball: Path) -> None:
