@@ -20,6 +20,8 @@ from benchmarks.gpu_check.peers import compiled, eager_head
 from ds_stacking.kernels import add_layer_norm, attention_padded, bias_gelu, linear_cross_entropy
 
 PACKAGES = ("transformers", "deepspeed", "liger-kernel", "cut-cross-entropy", "nvidia-ml-py", "zstandard", "pydantic")
+DRY = "CPU, dry run"
+"""The device of a dry run, whose times mean nothing."""
 PRODUCTS = [(n, k) for d in (768, 1024) for n, k in ((3 * d, d), (d, d), (4 * d, d), (d, 4 * d))]
 """(columns, depth) of a block's matrix products."""
 
@@ -49,7 +51,7 @@ def environment(at: Machine) -> dict[str, Any]:
         "packages": {name: _version(name) for name in PACKAGES},
     }  # fmt: skip
     if at.dry:
-        return {"device": "CPU, dry run", **found}
+        return {"device": DRY, **found}
     properties = torch.cuda.get_device_properties(0)
     return {
         "device": properties.name, "multiprocessors": properties.multi_processor_count,

@@ -53,14 +53,20 @@ def launches(row: Row, at: Machine) -> list[Launch]:
     return found
 
 
-def tasks(wanted: Iterable[Row], at: Machine) -> list[tuple[Launch, Any]]:
-    """(launch, configuration) of all compilations, the same one once."""
+def tasks(wanted: Iterable[Row], at: Machine) -> tuple[list[tuple[Launch, Any]], list[str]]:
+    """(launch, configuration) of all compilations, the same one once; and why rows could not be recorded."""
     found: dict[str, tuple[Launch, Any]] = {}
+    failed = []
     for row in wanted:
-        for launch in launches(row, at):
+        try:
+            recorded = launches(row, at)
+        except Exception as error:  # the row itself will say so again
+            failed.append(f"{row.name}: {type(error).__name__}: {str(error)[:200]}")
+            continue
+        for launch in recorded:
             for config in launch.candidates(TARGET):
                 found.setdefault(_name(launch, config), (launch, config))
-    return list(found.values())
+    return list(found.values()), failed
 
 
 def _name(launch: Launch, config: Any) -> str:
@@ -103,17 +109,18 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     names = {line.strip() for line in sys.stdin}
     begin = time.monotonic()
-    wanted = [row for row in rows() if row.name in names and row.ours is not None]
-    todo = tasks(wanted, on_meta(dry=options.dry))
-    if any(row.part == "sanitizer" for row in rows() if row.name in names):
+    wanted = [row for row in rows() if row.name in names]
+    todo, unrecorded = tasks([row for row in wanted if row.ours is not None], on_meta(dry=options.dry))
+    if any(row.part == "sanitizer" for row in wanted):
         from benchmarks.gpu_check.sanitizer import small_rows
 
-        todo += tasks(small_rows(), on_meta(dry=options.dry, small=True))
+        more, unrecorded_too = tasks(small_rows(), on_meta(dry=options.dry, small=True))
+        todo, unrecorded = todo + more, unrecorded + unrecorded_too
     recorded = time.monotonic()
     todo = todo[:3] if options.dry else todo
     failed = compile_all(todo, options.processes)
     done = {
-        "compilations": len(todo), "failed": failed, "seconds_to_record": round(recorded - begin, 1),
+        "compilations": len(todo), "failed": unrecorded + failed, "seconds_to_record": round(recorded - begin, 1),
         "seconds_to_compile": round(time.monotonic() - recorded, 1),
     }  # fmt: skip
     print(json.dumps(done))

@@ -75,11 +75,10 @@ class Goal(NamedTuple):
 
 RATIOS = [Goal("peer", 1.8, 2.5), Goal("peer compiled", 1.2, 1.5), Goal("memory", 0.6, 0.45)]
 GOALS: dict[str, list[Goal]] = {
-    "base S=128": [Goal("tokens/s", 500e3, 900e3), *RATIOS],
+    "base S=128": [Goal("tokens/s", 500e3, 900e3), *RATIOS, Goal("bare", 0.95, 0.95)],
     "base S=512": [Goal("tokens/s", 450e3, 800e3), *RATIOS],
     "large S=128": [Goal("tokens/s", 170e3, 285e3), *RATIOS],
     "large S=512": [Goal("tokens/s", 150e3, 255e3), *RATIOS],
-    "base S=128 engine": [Goal("bare", 0.95, 0.95)],
     "base S=512 documents": [Goal("peer", 1.7 * 1.8, 1.9 * 2.5)],
 }
 """By the name of a row of model.py."""

@@ -208,6 +208,8 @@ DRY = (
     "--micro_batch_size=8", "--tokens_per_step=1024", "--corpus.max_documents=300", "--corpus.vocab_size=1024",
     "--corpus.sequence_length=64", "--eval_sequences=32", "--warmup_steps=4", "--kernels=torch",
 )  # fmt: skip
+STOPPING = 75.0
+"""Seconds before the end at which the comparison is stopped: a checkpoint, packing and the report take some."""
 DRY_SECONDS = 120.0
 """After which it is stopped there: seven runs take long on a CPU."""
 TARBALL = "comparison.tar.gz"
@@ -221,7 +223,7 @@ def compare_depths(at: Machine) -> dict[str, Any]:
         with tarfile.open(out / TARBALL) as tar:
             tar.extractall(work(), filter="data")
     minutes = (
-        [] if (folder / "comparison.json").exists() or at.dry else [f"--minutes={max(3.0, at.left / 60 - 2):.1f}"]
+        [] if (folder / "comparison.json").exists() or at.dry else [f"--minutes={max(3.0, at.left / 60 - 3):.1f}"]
     )
     options = [*COMPARISON, *(DRY if at.dry else ()), f"--output_dir={folder}"]
     command = [sys.executable, str(LAUNCHERS / "compare.py"), *options]
@@ -229,23 +231,37 @@ def compare_depths(at: Machine) -> dict[str, Any]:
     with (_made(work()) / "comparison.log").open("ab") as log:
         process = subprocess.Popen([*command, *minutes], stdout=log, stderr=subprocess.STDOUT)
         try:
-            code = process.wait(max(1.0, min(at.left - 45, DRY_SECONDS) if at.dry else at.left - 45))
+            code = process.wait(max(1.0, min(at.left - STOPPING, DRY_SECONDS if at.dry else at.left)))
             state = "finished" if code == 0 else f"ended with {code}"
         except subprocess.TimeoutExpired:
-            process.send_signal(signal.SIGTERM)  # it saves what runs
-            process.wait(30)
             state = "cut short"
-        finally:
-            process.kill()
+            _stop(process)
     pack(folder, out / TARBALL)
     words = (work() / "comparison.log").read_text(errors="replace")[-600:]
     if state not in ("finished", "cut short"):
         raise RuntimeError(f"{state}: {words}")
     if not (folder / "comparison.json").exists():
         return {"state": "cut short before there was a plan", "report": "", "unfinished": True}
-    report = subprocess.run([*command, "--report_only"], capture_output=True, text=True, timeout=60)
     unfinished = {} if state == "finished" else {"unfinished": True}
-    return {"state": state, "report": report.stdout[-2500:], **unfinished}
+    return {"state": state, "report": _report(command)[-2500:], **unfinished}
+
+
+def _stop(process: subprocess.Popen[bytes]) -> None:
+    """Ask the comparison to end, upon which it saves what runs, and end it if it does not."""
+    process.send_signal(signal.SIGTERM)
+    try:
+        process.wait(40)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
+
+
+def _report(command: list[str]) -> str:
+    """What the comparison says of the runs that are finished."""
+    try:
+        return subprocess.run([*command, "--report_only"], capture_output=True, text=True, timeout=30).stdout
+    except subprocess.TimeoutExpired:
+        return "no report within 30 s"
 
 
 def pack(folder: Path, tarball: Path) -> None:

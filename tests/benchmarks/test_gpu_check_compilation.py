@@ -73,7 +73,8 @@ def launch_all() -> None:
 if sys.argv[1] == "launch":
     launch_all()
 else:
-    todo = precompile.tasks(chosen, catalogue.on_meta(dry=False, small=True))
+    todo, failed = precompile.tasks(chosen, catalogue.on_meta(dry=False, small=True))
+    assert not failed, failed
     failed = precompile.compile_all(todo[: len(todo) - int(sys.argv[2])], 2)
     assert not failed, failed
     print(len(todo))

@@ -46,6 +46,8 @@ def test_model_goals(report: Any) -> None:
     assert [report.goal_value(goal, found) for goal in goals] == [1200, 2.0, 1.5, 0.5]  # the better of ours
     bare = {name.replace("peer", "peer bare").replace("ours", "bare"): entry for name, entry in found.items()}
     assert [report.goal_value(goal, bare) for goal in goals] == [1200, 2.0, 1.5, 0.5]
+    engine = Goal("bare", 0.95, 0.95)
+    assert report.goal_value(engine, bare) is None and report.goal_value(engine, {**found, **bare}) == 2.0
     found["peer compiled"] = {"absent": "OutOfMemoryError"}
     assert report.goal_value(goals[2], found) is None
     assert report.goal_value(goals[0], {"ours": {"absent": "x"}}) is None
@@ -68,3 +70,24 @@ def test_what_is_wrong_and_what_failed(report: Any) -> None:
         "ERROR rates : RuntimeError: no", "skipped model: x: deepspeed absent", "no time for 1 rows: model: y",
     ):  # fmt: skip
         assert words in text, text
+
+
+def test_a_whole_session_fits_into_a_reply(report: Any) -> None:
+    from benchmarks.gpu_check import model, speed
+    from benchmarks.gpu_check.targets import GOALS, TARGETS
+
+    assert set(TARGETS) <= set(speed.CASES) and set(GOALS) <= set(model.CHECKS)
+    peers = ("ours", "FLASH", "CUDNN", "EFFICIENT", "flex")
+    times = {"times": {who: [1.234e-3] * 3 for who in peers}}
+    row = {"modes": dict.fromkeys(("forward", "backward", "both"), times), "absent": {"liger": ""}}
+    work = {"bytes": dict.fromkeys(row["modes"], 1e9), "flops": dict.fromkeys(row["modes"], 1e12)}
+    records: dict[str, Any] = {"rates": {"row": "rates", "rates": {f"matmul 32768 x {n}": 8e14 for n in range(11)}}}
+    records |= {f"speed: {name}": {"row": name, **row, **work} for name in speed.CASES}
+    figures = {"seconds": 0.3, "tokens_per_second": 912_345, "bytes": 12e9, "mfu": 0.412}
+    contenders = {"row": "model", "contenders": dict.fromkeys(model.ENGINE, figures)}
+    records |= {f"model: {name}": contenders for name in model.CHECKS}
+    text = report.table(records, [])
+    assert "[FLASH 1.00/1.15 MISSED]" in text and "[tokens/s 912345/900000 must]" in text
+    assert len(text) < 12_000
+    dry = report.table({**records, "environment": {"row": "environment", "device": "CPU, dry run"}}, [])
+    assert "MISSED" not in dry and "must]" not in dry and "FLASH" in dry
