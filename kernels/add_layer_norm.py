@@ -29,9 +29,9 @@ from ds_stacking.kernels._readers import read_twice, second_reader
 # T rows (tokens), N columns (hidden size)
 
 
-@triton.jit(do_not_specialize=["rows", "programs"])
+@triton.jit(do_not_specialize=["rows"])
 def _forward(
-    X, RESIDUAL, BIAS, WEIGHT, SHIFT, SEED, Y, Z, MEAN, RSTD, rows, programs, eps, scale,
+    X, RESIDUAL, BIAS, WEIGHT, SHIFT, SEED, Y, Z, MEAN, RSTD, rows, eps, scale,
     N: tl.constexpr, BLOCK_N: tl.constexpr, ROWS: tl.constexpr, STAGES: tl.constexpr, HAS_BIAS: tl.constexpr,
     HAS_RESIDUAL: tl.constexpr, STORE_SUM: tl.constexpr, THRESHOLD: tl.constexpr,
 ):  # fmt: skip
@@ -46,7 +46,7 @@ def _forward(
         column = column_hash(key, cols)
     stride = tl.full([], ROWS * N, tl.int64)  # one 64-bit base per tile, 32-bit offsets within it
     at = tl.arange(0, ROWS)[:, None] * N + cols[None, :]
-    for tile in tl.range(tl.program_id(0), tl.cdiv(rows, ROWS), programs, num_stages=STAGES):
+    for tile in tl.range(tl.program_id(0), tl.cdiv(rows, ROWS), tl.num_programs(0), num_stages=STAGES):
         row = tile * ROWS + tl.arange(0, ROWS)
         mask = (row[:, None] < rows) & inside[None, :]
         start = tile * stride
@@ -120,14 +120,30 @@ def _backward(
         tl.store(at + 2 * N, dbias, mask=inside)
 
 
+FORWARD_WARPS, BACKWARD_WARPS = 24, 16
+"""Warps that stay resident on a multiprocessor of sm_90 in every configuration, by kernels/compiled: a persistent
+kernel of more programs runs the rest when the first are through, and of fewer leaves loads out of flight."""
+WARP = 512
+"""Elements of a tensor that a warp has at a time: 16 per thread, two loads of 16 bytes. 16 warps keep 32 kB in flight
+on a multiprocessor, twice what latency times bandwidth asks for."""
+
+
+def resident_rows(width: int, warps: int, device: torch.device) -> int:
+    """Rows of `width` elements, a power of two, that so many warps per multiprocessor of `device` have at a time."""
+    return max(1, warps * WARP // width) * multiprocessors(device)
+
+
+def tile_rows(width: int) -> int:
+    """Rows that a program of four warps has at a time, or more warps where one row takes them."""
+    return max(1, min(32, 4 * WARP // width))
+
+
 def row_tiles(target: str, meta: dict) -> list[triton.Config]:
     """Configurations of kernels that walk whole rows."""
-    # 16 elements of each tensor per thread: at two 16-byte loads in flight per tensor, four programs of four warps
-    # keep 32 kB in flight on a multiprocessor, twice what latency times bandwidth asks for
     width = meta["BLOCK_N"]
-    if width > 2048:
-        return [triton.Config({"ROWS": 1, "STAGES": 1}, num_warps=min(16, width // 512))]
-    rows = min(32, 2048 // width)
+    if width > 4 * WARP:
+        return [triton.Config({"ROWS": 1, "STAGES": 1}, num_warps=min(16, width // WARP))]
+    rows = tile_rows(width)
     small = triton.Config({"ROWS": rows, "STAGES": 1}, num_warps=4)
     pipelined = triton.Config({"ROWS": rows, "STAGES": 3}, num_warps=4)
     large = triton.Config({"ROWS": 2 * rows, "STAGES": 1}, num_warps=8)
@@ -135,7 +151,8 @@ def row_tiles(target: str, meta: dict) -> list[triton.Config]:
 
 
 FORWARD = Kernel(fn=_forward, configs=row_tiles, key=("rows",))
-BACKWARD = Kernel(fn=_backward, configs=row_tiles, key=("rows",))
+# of the same number of programs each, since that is the length of the partial sums
+BACKWARD = Kernel(fn=_backward, configs=lambda target, meta: row_tiles(target, meta)[:2], key=("rows",))
 
 
 @triton_op("ds_stacking::add_layer_norm", mutates_args=())
@@ -156,11 +173,12 @@ def _add_layer_norm(
     rows, width = x.shape
     y, z = torch.empty_like(x), torch.empty_like(x) if store_sum else x.new_empty(0)
     mean, rstd = (torch.empty(rows, dtype=torch.float32, device=x.device) for _ in range(2))
-    programs = min(triton.cdiv(rows, 8), 8 * multiprocessors(x.device))
+    block = triton.next_power_of_2(width)
+    walked = min(rows, resident_rows(block, FORWARD_WARPS, x.device))
     launch(
-        FORWARD, (programs,), x, x if residual is None else residual, weight if bias is None else bias, weight, shift,
-        mean if seed is None else seed, y, z, mean, rstd, rows, programs, eps, 1 / (1 - p),
-        N=width, BLOCK_N=triton.next_power_of_2(width), HAS_BIAS=bias is not None, HAS_RESIDUAL=residual is not None,
+        FORWARD, lambda meta: (triton.cdiv(walked, meta["ROWS"]),), x, x if residual is None else residual,
+        weight if bias is None else bias, weight, shift, mean if seed is None else seed, y, z, mean, rstd, rows, eps,
+        1 / (1 - p), N=width, BLOCK_N=block, HAS_BIAS=bias is not None, HAS_RESIDUAL=residual is not None,
         STORE_SUM=store_sum, THRESHOLD=threshold(p),
     )  # fmt: skip
     return y, z, mean, rstd, second_reader(y)
@@ -185,12 +203,13 @@ def _add_layer_norm_backward(
     rows, width = dy.shape
     kinds = 3 if has_bias else 2
     dz, dx = torch.empty_like(z), torch.empty_like(z) if p > 0 else z.new_empty(0)
-    programs = min(triton.cdiv(rows, 8), 4 * multiprocessors(dy.device))
+    block = triton.next_power_of_2(width)
+    programs = triton.cdiv(min(rows, resident_rows(block, BACKWARD_WARPS, dy.device)), tile_rows(block))
     partials = torch.empty(programs, kinds, width, dtype=torch.float32, device=dy.device)
     launch(
         BACKWARD, (programs,), dy, dy if dy2 is None else dy2, dy if dsum is None else dsum, z, weight, mean, rstd,
         mean if seed is None else seed, dz, dx, partials, rows, programs, 1 / (1 - p),
-        N=width, BLOCK_N=triton.next_power_of_2(width), HAS_SECOND=dy2 is not None, HAS_SUM=dsum is not None,
+        N=width, BLOCK_N=block, HAS_SECOND=dy2 is not None, HAS_SUM=dsum is not None,
         HAS_BIAS=has_bias, KINDS=kinds, THRESHOLD=threshold(p),
     )  # fmt: skip
     return dz, dx, sum_partials(partials, weight.dtype)

@@ -136,8 +136,14 @@ def _linear(
     tl.store(Y + at, _gelu(u, TANH, X.dtype.element_ty == tl.float32).to(Y.dtype.element_ty), mask=mask)
 
 
+COLUMNS = 512
+"""Columns of a tile."""
+BACKWARD_PROGRAMS = 7
+"""Those of the backward kernel that stay resident on a multiprocessor of sm_90, by kernels/compiled."""
+
+
 def _tiles(target: str, meta: dict[str, Any]) -> list[triton.Config]:
-    return [triton.Config({"ROWS": 4, "BLOCK_N": 512}, num_warps=4)]
+    return [triton.Config({"ROWS": 4, "BLOCK_N": COLUMNS}, num_warps=4)]
 
 
 FORWARD = Kernel(fn=_forward, configs=_tiles, key=("rows",))
@@ -167,8 +173,9 @@ def _gelu_backward(
         dx = torch.ops.aten.gelu_backward(dy, x if bias is None else x + bias, approximate="tanh" if tanh else "none")
         return dx, dx.sum(0)
     rows, width = dy.shape
-    # enough programs to fill the device when every chunk of 512 columns has as many
-    programs = max(1, min(triton.cdiv(rows, 8), 4 * multiprocessors(dy.device) // triton.cdiv(width, 512)))
+    # as many for every chunk of columns, all of them resident
+    chunks = triton.cdiv(width, COLUMNS)
+    programs = max(1, min(triton.cdiv(rows, 8), BACKWARD_PROGRAMS * multiprocessors(dy.device) // chunks))
     dx = torch.empty_like(dy)
     partials = torch.empty(programs, 1, width, dtype=torch.float32, device=dy.device)
     launch(

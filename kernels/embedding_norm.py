@@ -20,9 +20,9 @@ from torch.library import triton_op
 
 from ds_stacking.kernels._columns import sum_partials
 from ds_stacking.kernels._dropout import column_hash, keep_mask, new_seed, row_hash, seed_key, threshold
-from ds_stacking.kernels._launch import Kernel, check, launch, multiprocessors, runs_kernels
+from ds_stacking.kernels._launch import Kernel, check, launch, runs_kernels
 from ds_stacking.kernels._readers import read_twice, second_reader
-from ds_stacking.kernels.add_layer_norm import row_tiles
+from ds_stacking.kernels.add_layer_norm import BACKWARD_WARPS, resident_rows, row_tiles, tile_rows
 from ds_stacking.kernels.small_tables import table_gradient
 
 # T tokens, N hidden size
@@ -177,13 +177,14 @@ def _embedding_norm_backward(
         return _backward_reference(dy, dy2, word, position, segment, weight, ids, places, kinds, seed, mean, rstd, p)
     rows, width = dy.shape
     dz = torch.empty_like(dy)
-    programs = min(triton.cdiv(rows, 8), 4 * multiprocessors(dy.device))
+    block = triton.next_power_of_2(width)
+    programs = triton.cdiv(min(rows, resident_rows(block, BACKWARD_WARPS, dy.device)), tile_rows(block))
     sums = 3 if segment is not None and kinds is None else 2
     partials = torch.empty(programs, sums, width, dtype=torch.float32, device=dy.device)
     launch(
         BACKWARD, (programs,), dy, dy if dy2 is None else dy2, word, ids, places, ids if kinds is None else kinds,
         position, word if segment is None else segment, weight, ids if seed is None else seed, mean, rstd, dz,
-        partials, rows, len(places), programs, 1 / (1 - p), N=width, BLOCK_N=triton.next_power_of_2(width),
+        partials, rows, len(places), programs, 1 / (1 - p), N=width, BLOCK_N=block,
         HAS_SECOND=dy2 is not None, HAS_SEGMENT=segment is not None, HAS_KINDS=kinds is not None, SUMS=sums,
         THRESHOLD=threshold(p),
     )  # fmt: skip
