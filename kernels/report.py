@@ -41,6 +41,8 @@ SHARES = {
 """Targets as a share of the limit."""
 RATES = {"forward": 1.3 * 282e12, "backward_heads": 266e12}
 """Targets of attention at 512 tokens, operations per second: 1.3 times FlashAttention-2, and cuDNN, both published."""
+IN_PLACE = ("kept_logits.cross_entropy",)
+"""Kernels that read and write their first tensor."""
 BEGIN, END = "<!-- kernels-report -->\n", "<!-- end of kernels-report -->\n"
 
 
@@ -64,11 +66,14 @@ def work(launch: Launch, config: triton.Config) -> Work:
     meta = {**launch.constexprs, **config.kwargs}
     total = _bytes(launch, sizes.get("rows", 0))
     room, _, kernel = launch.kernel.name.rpartition(".")
-    if room.startswith("attention") and kernel in PRODUCTS:
+    if "attention" in room:
         tile = meta["BLOCK"] ** 2 if "BLOCK" in meta else meta["BLOCK_M"] * meta["BLOCK_N"]
-        scores = sizes["tokens"] * sizes["longest"] * meta["H"] * (0.5 if meta["CAUSAL"] else 1)
-        elements = max(scores, sizes["tokens"] * meta["H"] * tile / max(sizes["longest"], 1))
-        return Work(bytes=total, operations=2 * PRODUCTS[kernel] * meta["D"] * scores, elements=elements, tile=tile)
+        rows, longest = sizes.get("selected", sizes.get("tokens", 0)) * meta["H"], sizes["longest"]
+        scores = rows * longest * (0.5 if meta.get("CAUSAL") else 1)
+        products = PRODUCTS[kernel.removeprefix("selected_")]
+        # a tile that reaches beyond a short sequence costs a whole one
+        elements = max(scores, rows * tile / longest)
+        return Work(bytes=total, operations=2 * products * meta["D"] * scores, elements=elements, tile=tile)
     if "K" in meta:
         columns = sizes.get("columns") or meta["N"]
         return Work(bytes=total, operations=2 * sizes["rows"] * columns * meta["K"], elements=0, tile=1)
@@ -80,11 +85,13 @@ def work(launch: Launch, config: triton.Config) -> Work:
 
 def _bytes(launch: Launch, rows: int) -> int:
     """Of all tensors; of a table that rows are gathered from, as many rows as there are."""
-    gathers = launch.kernel.name.split(".")[0] in ("embedding_norm", "gather_rows")
+    gathers = launch.kernel.name.rpartition(".")[0] in ("embedding_norm", "gather_rows")
     tensors = {id(x): x for x in launch.args if isinstance(x, torch.Tensor)}.values()
-    return sum(
-        x.numel() * x.element_size() // (max(1, len(x) // rows) if gathers and x.dim() == 2 else 1) for x in tensors
-    )
+    sizes = [
+        (x.numel() * x.element_size(), max(1, len(x) // rows) if gathers and x.dim() == 2 else 1) for x in tensors
+    ]
+    in_place = sizes[0][0] if launch.kernel.name in IN_PLACE else 0
+    return sum(size // part for size, part in sizes) + in_place
 
 
 @dataclass(frozen=True, kw_only=True)
