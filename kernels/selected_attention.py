@@ -19,14 +19,8 @@ from torch.library import triton_op
 import ds_stacking.kernels.selected_attention_kernels as selected_kernels
 from ds_stacking.kernels._dropout import new_seed
 from ds_stacking.kernels._launch import Kernel, check, launch, runs_kernels
-from ds_stacking.kernels.attention import (
-    LOG2_E,
-    backward_reference,
-    check_sequences,
-    forward_reference,
-    kernel_shape,
-    power_of_two,
-)
+from ds_stacking.kernels.attention import check_sequences, kernel_shape, power_of_two
+from ds_stacking.kernels.attention_reference import LOG2_E, backward_reference, forward_reference
 
 
 def _configs(target: str, meta: dict[str, Any]) -> list[triton.Config]:
