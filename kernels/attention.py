@@ -28,7 +28,7 @@ from torch.library import triton_op
 import ds_stacking.kernels.attention_backward_kernels as backward
 import ds_stacking.kernels.attention_heads_kernel as heads_kernel
 import ds_stacking.kernels.attention_kernels as attention_kernels
-from ds_stacking.kernels._dropout import keep_mask, new_seed, threshold
+from ds_stacking.kernels._dropout import new_seed, threshold
 from ds_stacking.kernels._launch import (
     Configs,
     Kernel,
@@ -39,8 +39,7 @@ from ds_stacking.kernels._launch import (
     runs_kernels,
     target_of,
 )
-
-LOG2_E = 1.4426950408889634
+from ds_stacking.kernels.attention_reference import LOG2_E, backward_reference, forward_reference
 
 Tile = tuple[int, int, int, int]
 
@@ -139,12 +138,12 @@ BACKWARD_SHORT = Kernel(fn=backward.backward_short, configs=_short_configs, key=
 def whole_heads(target: str, longest: int, pairs: int, size: int, itemsize: int, processors: int) -> bool:
     """Whether one program should differentiate a whole head: five products instead of seven, but fewer programs.
 
-    Each head takes about 0.7 of its seven products' time (docs/kernels.md). `pairs` heads of all sequences keep
-    `processors` busy for whole rounds, the last one perhaps in part. Above 1,024 tokens the scratch of all programs
-    exceeds the L2 cache.
+    Each head takes about three quarters of its time with seven products, by arithmetic (docs/kernels.md). The `pairs`
+    heads of all sequences keep `processors` busy for whole rounds, the last one perhaps in part. Above 1,024 tokens
+    the scratch of all programs exceeds the L2 cache.
     """
     fits = target == "sm_90" and longest <= 1024 and size <= 64 and itemsize == 2
-    return fits and pairs > 0.7 * processors * -(-pairs // processors)
+    return fits and pairs > 0.75 * processors * -(-pairs // processors)
 
 
 @triton_op("ds_stacking::attention", mutates_args=())
@@ -230,64 +229,6 @@ def _attention_backward(
         delta, dqkv, longest, tokens, *scales, **shape,
     )  # fmt: skip
     return dqkv
-
-
-class _Padded:
-    """Views of a packed batch as [B, S, ...] for the reference, with the masks that go with it."""
-
-    def __init__(self, tokens: int, starts: torch.Tensor, longest: int, padded: bool) -> None:
-        first = torch.arange(starts.numel(), device=starts.device) * longest if padded else starts[:-1].long()
-        lengths = starts if padded else starts.diff()
-        self.position = torch.arange(longest, device=starts.device)
-        self.real = self.position < lengths[:, None]  # [B, S]
-        # padding is read from and written to one row more than there are tokens
-        self.rows = torch.where(self.real, first[:, None] + self.position, tokens)  # [B, S]
-
-    def pad(self, x: torch.Tensor) -> torch.Tensor:
-        """[T, H, D] -> [B, H, S, D], zeros beyond each sequence, at least fp32."""
-        x = torch.cat([x, x.new_zeros(1, *x.shape[1:])])[self.rows]
-        return x.transpose(1, 2).to(torch.promote_types(x.dtype, torch.float32))
-
-    def unpad(self, x: torch.Tensor, tokens: int, dtype: torch.dtype) -> torch.Tensor:
-        """[B, H, S, D] -> [T, H, D], zeros on tokens of no sequence."""
-        out = x.new_zeros(tokens + 1, x.shape[1], x.shape[3], dtype=dtype)
-        out[self.rows] = torch.where(self.real[..., None, None], x.transpose(1, 2), 0).to(dtype)
-        return out[:tokens]
-
-    def hidden(self, causal: bool) -> torch.Tensor:
-        """True where a query may not see a key, [B, 1, S or 1, S]."""
-        hidden = ~self.real[:, None, None, :]
-        return hidden | (self.position[None, :] > self.position[:, None]) if causal else hidden
-
-    def keep(self, seed: torch.Tensor, heads: int, p: float) -> torch.Tensor:
-        """The dropout mask, [B, H, S, S]."""
-        rows = self.rows[:, None, :] * heads + torch.arange(heads, device=self.rows.device)[:, None]
-        return keep_mask(seed, rows[..., None], self.position, p)
-
-
-def forward_reference(qkv, starts, seed, longest, padded, causal, scale, p):
-    batch, tokens = _Padded(len(qkv), starts, longest, padded), len(qkv)
-    q, k, v = (batch.pad(part) for part in qkv.unbind(1))  # [B, H, S, D]
-    scores = (q @ k.mT * scale).masked_fill_(batch.hidden(causal), -torch.inf)
-    lse = scores.logsumexp(-1, keepdim=True)
-    probabilities = (scores - lse).exp_().nan_to_num_(0.0)  # rows of empty sequences see no key
-    if p > 0:
-        probabilities = torch.where(batch.keep(seed, q.shape[1], p), probabilities / (1 - p), 0.0)
-    out = batch.unpad(probabilities @ v, tokens, qkv.dtype)
-    return out.contiguous(), batch.unpad(lse * LOG2_E, tokens, lse.dtype)[..., 0].mT.contiguous()
-
-
-def backward_reference(dout, qkv, starts, seed, lse, longest, padded, causal, scale, p):
-    batch, tokens = _Padded(len(qkv), starts, longest, padded), len(qkv)
-    q, k, v = (batch.pad(part) for part in qkv.unbind(1))  # [B, H, S, D]
-    do, lse = batch.pad(dout), batch.pad(lse.mT[..., None])
-    probabilities = (q @ k.mT * scale - lse / LOG2_E).exp_().masked_fill_(batch.hidden(causal), 0.0)
-    dp, kept = do @ v.mT, probabilities
-    if p > 0:
-        keep = batch.keep(seed, q.shape[1], p)
-        dp, kept = (torch.where(keep, x / (1 - p), 0.0) for x in (dp, probabilities))
-    ds = probabilities * (dp - (probabilities * dp).sum(-1, keepdim=True)) * scale
-    return torch.stack([batch.unpad(x, tokens, qkv.dtype) for x in (ds @ k, ds.mT @ q, kept.mT @ do)], dim=1)
 
 
 def _save(ctx, inputs, output):

@@ -72,7 +72,8 @@ def _forward_tiles(
         acc = acc * rescale[:, None]
         v = _load(V, keys, length, cols, STRIDE, D, BLOCK_D, MASKED)
         if THRESHOLD > 0:
-            p = tl.where(hashes[:, None] * column_hash(key, keys)[None, :] >= THRESHOLD, p, 0.0)
+            # a factor, not a selection, which would be made after rounding, one 16-bit half at a time
+            p = p * tl.where(hashes[:, None] * column_hash(key, keys)[None, :] >= THRESHOLD, 1.0, 0.0)
         acc += _dot(p.to(v.dtype), v, UPCAST_DOT)
         peak = new_peak
     return acc, peak, total
