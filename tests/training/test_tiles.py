@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable, Sequence
 from hashlib import sha256
 from pathlib import Path
@@ -13,6 +14,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from ds_stacking.command_line import parse_run
 from ds_stacking.common.errors import OtherRankFailed, UserError
 from ds_stacking.config import ModelConfig, RunConfig
 from ds_stacking.data.batches import Batch
@@ -22,6 +24,7 @@ from ds_stacking.kernels.interpreter import interpreted
 from ds_stacking.models import tiles as model_tiles
 from ds_stacking.models.fused import FusedBert
 from ds_stacking.training import tiles
+from tests.corpus import small_options, write_corpus
 from tests.ranks import run_ranks
 
 CPU = torch.device("cpu")
@@ -204,3 +207,38 @@ def test_compiled_code_of_other_tiles_is_forgotten(tmp_path: Path, monkeypatch: 
     assert len(tags) == 3 and tags[0] == tags[2] != tags[1]
     settle(config(str(tmp_path / "a")), Clock(0))
     assert len(tags) == 3
+
+
+def whole_run(folder: str, candidate: int, *options: str) -> tuple[list[float], str, int]:
+    """A run with kernels in the interpreter: losses, digest of its last state, and how often its clock was asked."""
+    from ds_stacking.training import run
+
+    compare = Clock(candidate)
+    run.has_kernels = lambda _: True  # type: ignore[assignment]
+    kernel_tiles.compare_on_device = compare
+    given = [*small_options(Path(folder)), "--tracking=none", "--deepspeed_config=ds_configs/zero2.json"]
+    given += ["--stages=1:4", "--tokens_per_step=64", "--micro_batch_size=2", "--eval_sequences=2", "--eval_every=0"]
+    with interpreted():
+        run.pretrain(parse_run([*given, "--checkpoint_every=2", "--checkpoint_async=false", *options]))
+    lines = [json.loads(line) for line in Path(folder, "run/metrics.jsonl").read_text().splitlines()]
+    state = sha256()
+    for path in sorted(Path(folder, "run/checkpoints/step-4").glob("*.safetensors")):
+        state.update(path.read_bytes())
+    return [line["loss"] for line in lines if line["kind"] == "train"], state.hexdigest(), compare.asked
+
+
+@pytest.mark.distributed
+def test_a_run_measures_once_and_goes_on_to_the_bit(tmp_path: Path) -> None:
+    """And not where its tiles are lost and the clock, today, prefers others: the comparison sees that."""
+    write_corpus(tmp_path / "corpus")
+    (whole, state, asked), *_ = run_ranks(1, whole_run, str(tmp_path), 2)
+    assert len(whole) == 4 and asked == len(next(iter(saved(tmp_path / "run").values())))
+    resume = f"--resume={tmp_path / 'run' / 'checkpoints' / 'step-2'}"
+    (tmp_path / "run/summary.json").unlink()
+    shutil.rmtree(tmp_path / "run/checkpoints/step-4")
+    assert run_ranks(1, whole_run, str(tmp_path), 0, resume) == [(whole, state, 0)]
+    for name in ("summary.json", "tiles.json"):
+        (tmp_path / "run" / name).unlink()
+    shutil.rmtree(tmp_path / "run/checkpoints/step-4")
+    (_, other, asked), *_ = run_ranks(1, whole_run, str(tmp_path), 0, resume)
+    assert other != state and asked
