@@ -76,6 +76,9 @@ RUNS = {
     "0": Run(zero={"stage": 0}, top=TOP),
     "1": Run(zero={"stage": 1, **LAYOUT}, top=TOP),
     "2": Run(zero={"stage": 2, **LAYOUT, "ignore_unused_parameters": False}, top=TOP),
+    # without overlap_comm the optimizer step is ours
+    "1 ours": Run(zero={"stage": 1, **LAYOUT, "overlap_comm": False}, top=TOP),
+    "2 ours": Run(zero={"stage": 2, **LAYOUT, "overlap_comm": False}, top=TOP),
     "3": Run(zero={"stage": 3, **FETCH}, top=TOP),
     "1 offloaded": Run(zero={"stage": 1, **OFFLOAD, "round_robin_gradients": True}),
     "2 offloaded": Run(
