@@ -182,7 +182,14 @@ def _sliced_backward(
 _linear_cross_entropy_backward = custom_op(
     "ds_stacking::linear_cross_entropy_backward", _sliced_backward, mutates_args=()
 )
-_linear_cross_entropy_backward.register_fake(_sliced_backward)
+
+
+@_linear_cross_entropy_backward.register_fake
+def _(dloss, h, weight, bias, *rest):
+    # torch 2.11 cannot tell the shape of addmm with out_dtype; what is recorded on meta tensors has no need of it
+    if h.is_meta:
+        return _sliced_backward(dloss, h, weight, bias, *rest)
+    return torch.empty_like(h), torch.empty_like(weight), torch.empty_like(bias)
 
 
 def _add_product(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
