@@ -247,10 +247,13 @@ def _multiprocessors(index: int) -> int:
     return torch.cuda.get_device_properties(index).multi_processor_count
 
 
-def check(condition: object, message: str) -> None:
-    """Raise ValueError(message) unless `condition` holds."""
+def check(condition: object, message: str | Callable[[], str]) -> None:
+    """Raise ValueError(message) unless `condition` holds.
+
+    A message that names sizes is a function: formatting it while a graph is traced would bind the graph to them.
+    """
     if not condition:
-        raise ValueError(message)
+        raise ValueError(message if isinstance(message, str) else message())
 
 
 def readable(x: torch.Tensor) -> bool:

@@ -321,17 +321,21 @@ def add_layer_norm(
 
 
 def _check(x, weight, shift, residual, bias, dropout):
-    check(x.is_contiguous(), f"x has strides {x.stride()} for shape {tuple(x.shape)}; make it contiguous.")
+    check(x.is_contiguous(), lambda: f"x has strides {x.stride()} for shape {tuple(x.shape)}; make it contiguous.")
     for name, vector in (("weight", weight), ("shift", shift), ("bias", bias)):
         check(
             vector is None or vector.shape == x.shape[-1:],
-            f"{name} has shape {tuple(vector.shape) if vector is not None else ()}; x of shape {tuple(x.shape)} "
-            f"needs [{x.shape[-1]}].",
+            lambda: (
+                f"{name} has shape {tuple(vector.shape) if vector is not None else ()}; x of shape {tuple(x.shape)} "
+                f"needs [{x.shape[-1]}]."
+            ),
         )
     if residual is not None:
         check(
             residual.shape == x.shape and residual.dtype == x.dtype and residual.is_contiguous(),
-            f"residual is {residual.dtype} {tuple(residual.shape)}; it must be contiguous and like x, "
-            f"{x.dtype} {tuple(x.shape)}.",
+            lambda: (
+                f"residual is {residual.dtype} {tuple(residual.shape)}; it must be contiguous and like x, "
+                f"{x.dtype} {tuple(x.shape)}."
+            ),
         )
-    check(0 <= dropout < 1, f"dropout is {dropout}; it must lie in [0, 1).")
+    check(0 <= dropout < 1, lambda: f"dropout is {dropout}; it must lie in [0, 1).")

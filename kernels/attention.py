@@ -277,11 +277,11 @@ def attention(
         ValueError: shapes, dtypes or rate do not fit.
     """
     longest = power_of_two(max_seqlen)
-    check(qkv.dim() == 4 and qkv.shape[1] == 3, f"qkv has shape {tuple(qkv.shape)}; it must be [T, 3, H, D].")
+    check(qkv.dim() == 4 and qkv.shape[1] == 3, lambda: f"qkv has shape {tuple(qkv.shape)}; it must be [T, 3, H, D].")
     check_sequences(qkv, cu_seqlens, "qkv", "cu_seqlens", longest, dropout)
     if readable(cu_seqlens):
         last = int(cu_seqlens[-1])
-        check(last == qkv.shape[0], f"cu_seqlens ends at {last}, but qkv holds {qkv.shape[0]} tokens.")
+        check(last == qkv.shape[0], lambda: f"cu_seqlens ends at {last}, but qkv holds {qkv.shape[0]} tokens.")
     return _apply(qkv, cu_seqlens, longest, False, causal, dropout, seed, softmax_scale)
 
 
@@ -303,11 +303,13 @@ def attention_padded(
     Returns:
         [B, S, H, D]; zeros, in the gradient too, on padding.
     """
-    check(qkv.dim() == 5 and qkv.shape[2] == 3, f"qkv has shape {tuple(qkv.shape)}; it must be [B, S, 3, H, D].")
+    check(
+        qkv.dim() == 5 and qkv.shape[2] == 3, lambda: f"qkv has shape {tuple(qkv.shape)}; it must be [B, S, 3, H, D]."
+    )
     batch, longest = qkv.shape[:2]
     if lengths is None:
         lengths = torch.full((batch,), longest, dtype=torch.int32, device=qkv.device)
-    check(lengths.numel() == batch, f"lengths has {lengths.numel()} entries for {batch} sequences.")
+    check(lengths.numel() == batch, lambda: f"lengths has {lengths.numel()} entries for {batch} sequences.")
     check_sequences(qkv, lengths, "qkv", "lengths", longest, dropout)
     out = _apply(qkv.flatten(0, 1), lengths, longest, True, causal, dropout, seed, softmax_scale)
     return out.unflatten(0, (batch, longest))
@@ -334,14 +336,18 @@ def check_sequences(
     """Raise ValueError unless the tensor of tokens `packed` [..., H, D] and the sequences' `starts` fit together."""
     shape = tuple(packed.shape)
     check(
-        packed.is_contiguous(), f"{packed_name} has strides {packed.stride()} for shape {shape}; make it contiguous."
+        packed.is_contiguous(),
+        lambda: f"{packed_name} has strides {packed.stride()} for shape {shape}; make it contiguous.",
     )
-    check(starts.dtype == torch.int32, f"{name} has dtype {starts.dtype}; it must be torch.int32.")
+    check(starts.dtype == torch.int32, lambda: f"{name} has dtype {starts.dtype}; it must be torch.int32.")
     check(
         starts.device == packed.device,
-        f"{name} is on {starts.device} and {packed_name} on {packed.device}; move the one.",
+        lambda: f"{name} is on {starts.device} and {packed_name} on {packed.device}; move the one.",
     )
-    check(starts.dim() == 1, f"{name} has shape {tuple(starts.shape)}; it must have one dimension.")
-    check(0 <= dropout < 1, f"dropout is {dropout}; it must lie in [0, 1).")
+    check(starts.dim() == 1, lambda: f"{name} has shape {tuple(starts.shape)}; it must have one dimension.")
+    check(0 <= dropout < 1, lambda: f"dropout is {dropout}; it must lie in [0, 1).")
     elements = longest * 3 * packed.shape[-1] * packed.shape[-2]
-    check(elements < 2**31, f"a sequence of {longest} tokens spans {elements} elements; the limit is {2**31 - 1}.")
+    check(
+        elements < 2**31,
+        lambda: f"a sequence of {longest} tokens spans {elements} elements; the limit is {2**31 - 1}.",
+    )

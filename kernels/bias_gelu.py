@@ -256,7 +256,9 @@ def linear_gelu(
     """GELU(x @ weight.T + bias) in one kernel; arguments as for `bias_gelu`, x [..., K], weight [N, K]."""
     check(
         weight.dim() == 2 and weight.shape[1] == x.shape[-1] and weight.is_contiguous(),
-        f"weight has shape {tuple(weight.shape)}; x of shape {tuple(x.shape)} needs contiguous [N, {x.shape[-1]}].",
+        lambda: (
+            f"weight has shape {tuple(weight.shape)}; x of shape {tuple(x.shape)} needs contiguous [N, {x.shape[-1]}]."
+        ),
     )
     _check(x, bias, weight.shape[0], approximate)
     y = _linear_gelu(x.view(-1, x.shape[-1]), weight, bias, approximate == "tanh")[0]
@@ -264,9 +266,9 @@ def linear_gelu(
 
 
 def _check(x, bias, width, approximate):
-    check(x.is_contiguous(), f"x has strides {x.stride()} for shape {tuple(x.shape)}; make it contiguous.")
+    check(x.is_contiguous(), lambda: f"x has strides {x.stride()} for shape {tuple(x.shape)}; make it contiguous.")
     check(
         bias.shape == (width,) and bias.dtype == x.dtype,
-        f"bias is {bias.dtype} {tuple(bias.shape)}; it must be {x.dtype} [{width}].",
+        lambda: f"bias is {bias.dtype} {tuple(bias.shape)}; it must be {x.dtype} [{width}].",
     )
-    check(approximate in ("none", "tanh"), f"approximate is {approximate!r}; it must be 'none' or 'tanh'.")
+    check(approximate in ("none", "tanh"), lambda: f"approximate is {approximate!r}; it must be 'none' or 'tanh'.")

@@ -286,22 +286,29 @@ def embedding_norm(
         check(
             table is None
             or (table.shape[1:] == word.shape[1:] and table.is_contiguous() and table.dtype == word.dtype),
-            f"{name} must be a contiguous {word.dtype} table of {word.shape[1]} columns, like word.",
+            lambda: f"{name} must be a contiguous {word.dtype} table of {word.shape[1]} columns, like word.",
         )
     for name, index in (("ids", ids), ("places", places), ("kinds", kinds)):
         check(
             index is None
             or (index.dim() == 1 and index.dtype == torch.int64 and (name == "places" or index.shape == ids.shape)),
-            f"{name} is {index.dtype if index is not None else ''} of shape "
-            f"{tuple(index.shape) if index is not None else ()}; it must be torch.int64 {list(ids.shape)}.",
+            lambda: (
+                f"{name} is {index.dtype if index is not None else ''} of shape "
+                f"{tuple(index.shape) if index is not None else ()}; it must be torch.int64 {list(ids.shape)}."
+            ),
         )
     check(
         len(ids) == len(places) or (len(places) and len(ids) % len(places) == 0),
-        f"places has {len(places)} entries for {len(ids)} tokens; it must be as long, or its length divide theirs.",
+        lambda: (
+            f"places has {len(places)} entries for {len(ids)} tokens; it must be as long, or its length divide theirs."
+        ),
     )
     for name, vector in (("weight", weight), ("shift", shift)):
-        check(vector.shape == word.shape[1:], f"{name} has shape {tuple(vector.shape)}; word needs [{word.shape[1]}].")
-    check(0 <= dropout < 1, f"dropout is {dropout}; it must lie in [0, 1).")
+        check(
+            vector.shape == word.shape[1:],
+            lambda: f"{name} has shape {tuple(vector.shape)}; word needs [{word.shape[1]}].",
+        )
+    check(0 <= dropout < 1, lambda: f"dropout is {dropout}; it must lie in [0, 1).")
     if dropout > 0 and seed is None:
         seed = new_seed(word.device)
     seed = seed if dropout > 0 else None

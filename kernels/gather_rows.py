@@ -45,7 +45,7 @@ def _select_rows(
     """[len(index), N]; `inverse` is for the gradient."""
     if not runs_kernels(x):
         found = (index >= 0)[:, None]
-        return torch.where(found, x[index.clamp(min=0)] if len(x) else 0, 0 if base is None else base)
+        return torch.where(found, x[index.clamp(min=0)] if x.shape[0] else 0, 0 if base is None else base)
     rows, width = index.numel(), x.shape[1]
     out = torch.empty(rows, width, dtype=x.dtype, device=x.device)
     launch(
@@ -90,7 +90,7 @@ def gather_rows(x: torch.Tensor, indices: torch.Tensor, inverse: torch.Tensor) -
     Raises:
         ValueError: shapes or dtypes do not fit.
     """
-    _check(x, indices, inverse, len(inverse))
+    _check(x, indices, inverse, inverse.shape[0])
     return _select_rows(x, indices, inverse, None)
 
 
@@ -102,23 +102,28 @@ def scatter_rows(
     Returns:
         [T, N]; the gradient of `base` is zero on replaced rows.
     """
-    _check(x, indices, inverse, len(indices))
+    _check(x, indices, inverse, indices.shape[0])
     check(
-        base is None or (base.shape == (len(inverse), x.shape[1]) and base.dtype == x.dtype and base.is_contiguous()),
-        f"base is {base.dtype if base is not None else ''} {tuple(base.shape) if base is not None else ()}; "
-        f"it must be contiguous {x.dtype} [{len(inverse)}, {x.shape[1]}].",
+        base is None
+        or (base.shape == (inverse.shape[0], x.shape[1]) and base.dtype == x.dtype and base.is_contiguous()),
+        lambda: (
+            f"base is {base.dtype if base is not None else ''} {tuple(base.shape) if base is not None else ()}; "
+            f"it must be contiguous {x.dtype} [{inverse.shape[0]}, {x.shape[1]}]."
+        ),
     )
     return _select_rows(x, inverse, indices, base)
 
 
 def _check(x, indices, inverse, rows):
     check(
-        x.dim() == 2 and x.is_contiguous() and len(x) == rows,
-        f"x has shape {tuple(x.shape)} and strides {x.stride()}; it must be contiguous [{rows}, N].",
+        x.dim() == 2 and x.is_contiguous() and x.shape[0] == rows,
+        lambda: f"x has shape {tuple(x.shape)} and strides {x.stride()}; it must be contiguous [{rows}, N].",
     )
     for name, index in (("indices", indices), ("inverse", inverse)):
         check(
             index.dtype == torch.int64 and index.dim() == 1 and index.device == x.device,
-            f"{name} is {index.dtype} {tuple(index.shape)} on {index.device}; "
-            f"it must be torch.int64 of one dimension on {x.device}.",
+            lambda: (
+                f"{name} is {index.dtype} {tuple(index.shape)} on {index.device}; "
+                f"it must be torch.int64 of one dimension on {x.device}."
+            ),
         )

@@ -76,7 +76,7 @@ def _forward(
     z_loss: float,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(sum of the losses, fp32; dx [M, V rounded up to 64], zero beyond V)."""
-    rows, columns = len(h), len(weight)
+    rows, columns = h.shape[0], weight.shape[0]
     stride = triton.cdiv(columns, 64) * 64  # of unaligned rows a product would be slow
     dx = torch.empty(rows, stride, dtype=h.dtype, device=h.device)
     torch.mm(h, weight.mT, out=dx.narrow(1, 0, columns))
@@ -96,7 +96,7 @@ def _backward(
     dloss: torch.Tensor, h: torch.Tensor, weight: torch.Tensor, dx: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """(dh [M, K], dW [V, K], db [V]) for the scalar `dloss`, fp32."""
-    dx = dx.narrow(1, 0, len(weight))
+    dx = dx.narrow(1, 0, weight.shape[0])
     dh = (dx @ weight).mul_(dloss)
     dweight = dx.mT @ (h * dloss)
     dbias = dx.sum(0, dtype=torch.promote_types(h.dtype, torch.float32)) * dloss

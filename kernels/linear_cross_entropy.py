@@ -265,7 +265,7 @@ def linear_cross_entropy(
     _check(h, weight, bias, target, ignore_index, label_smoothing)
     bias = weight.new_zeros(weight.shape[0]) if bias is None else bias
     if keep_logits is None:
-        keep_logits = keeps_logits(len(h), weight.shape[0], h.dtype)
+        keep_logits = keeps_logits(h.shape[0], weight.shape[0], h.dtype)
     if keep_logits:
         return kept_cross_entropy(h, weight, bias, target, ignore_index, label_smoothing, z_loss)
     return _linear_cross_entropy(h, weight, bias, target, ignore_index, label_smoothing, z_loss)[0].sum()
@@ -277,26 +277,30 @@ def keeps_logits(rows: int, vocabulary: int, dtype: torch.dtype) -> bool:
 
 
 def _check(h, weight, bias, target, ignore_index, label_smoothing):
-    check(h.dim() == 2 and h.is_contiguous(), f"h has shape {tuple(h.shape)}; it must be contiguous [M, K].")
+    check(h.dim() == 2 and h.is_contiguous(), lambda: f"h has shape {tuple(h.shape)}; it must be contiguous [M, K].")
     check(
         weight.dim() == 2 and weight.shape[1] == h.shape[1] and weight.is_contiguous(),
-        f"weight has shape {tuple(weight.shape)}; h of shape {tuple(h.shape)} needs contiguous [V, {h.shape[1]}].",
+        lambda: (
+            f"weight has shape {tuple(weight.shape)}; h of shape {tuple(h.shape)} needs contiguous [V, {h.shape[1]}]."
+        ),
     )
-    check(weight.dtype == h.dtype, f"weight is {weight.dtype} and h {h.dtype}; cast the one.")
+    check(weight.dtype == h.dtype, lambda: f"weight is {weight.dtype} and h {h.dtype}; cast the one.")
     if bias is not None:
         check(
             bias.shape == weight.shape[:1] and bias.dtype == h.dtype,
-            f"bias is {bias.dtype} {tuple(bias.shape)}; it must be {h.dtype} [{weight.shape[0]}].",
+            lambda: f"bias is {bias.dtype} {tuple(bias.shape)}; it must be {h.dtype} [{weight.shape[0]}].",
         )
     check(
         target.shape == h.shape[:1] and target.dtype == torch.int64,
-        f"target is {target.dtype} {tuple(target.shape)}; it must be torch.int64 [{h.shape[0]}].",
+        lambda: f"target is {target.dtype} {tuple(target.shape)}; it must be torch.int64 [{h.shape[0]}].",
     )
-    check(0 <= label_smoothing < 1, f"label_smoothing is {label_smoothing}; it must lie in [0, 1).")
+    check(0 <= label_smoothing < 1, lambda: f"label_smoothing is {label_smoothing}; it must lie in [0, 1).")
     if readable(target) and target.numel():
         real = target[target != ignore_index]
         check(
             real.numel() == 0 or 0 <= int(real.min()) <= int(real.max()) < weight.shape[0],
-            f"target reaches from {int(target.min())} to {int(target.max())}; "
-            f"it must lie in [0, {weight.shape[0]}) or be {ignore_index}.",
+            lambda: (
+                f"target reaches from {int(target.min())} to {int(target.max())}; "
+                f"it must lie in [0, {weight.shape[0]}) or be {ignore_index}."
+            ),
         )

@@ -84,7 +84,7 @@ def _selected_backward(
     (selected, heads, size), pairs = q.shape, (starts.numel() - 1) * q.shape[1]
     if not runs_kernels(q):
         places = _places(order, tokens)
-        every = [x.new_zeros(len(kv), *x.shape[1:]).index_copy(0, places, x) for x in (dout, lse.mT)]
+        every = [x.new_zeros(kv.shape[0], *x.shape[1:]).index_copy(0, places, x) for x in (dout, lse.mT)]
         dqkv = backward_reference(
             every[0], _packed(q, kv, places), starts, seed, every[1].mT.contiguous(), longest, False, False, scale, p
         )
@@ -115,7 +115,7 @@ def _places(order: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
 
 def _packed(q: torch.Tensor, kv: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
     """[T, 3, H, D] with zeros for the queries of other tokens."""
-    every = q.new_zeros(len(kv), *q.shape[1:]).index_copy(0, places, q)
+    every = q.new_zeros(kv.shape[0], *q.shape[1:]).index_copy(0, places, q)
     return torch.cat([every[:, None], kv], dim=1)
 
 
@@ -161,15 +161,19 @@ def selected_attention(
     longest = power_of_two(max_seqlen)
     check(
         q.dim() == 3 and kv.dim() == 4 and kv.shape[1:] == (2, *q.shape[1:]) and kv.dtype == q.dtype,
-        f"q is {q.dtype} {tuple(q.shape)} and kv {kv.dtype} {tuple(kv.shape)}; "
-        f"they must be [R, H, D] and [T, 2, H, D] of one dtype.",
+        lambda: (
+            f"q is {q.dtype} {tuple(q.shape)} and kv {kv.dtype} {tuple(kv.shape)}; "
+            f"they must be [R, H, D] and [T, 2, H, D] of one dtype."
+        ),
     )
     check(
         indices.dtype == torch.int64 and indices.shape == q.shape[:1] and indices.device == q.device,
-        f"indices is {indices.dtype} {tuple(indices.shape)} on {indices.device}; "
-        f"it must be torch.int64 [{len(q)}] on {q.device}.",
+        lambda: (
+            f"indices is {indices.dtype} {tuple(indices.shape)} on {indices.device}; "
+            f"it must be torch.int64 [{q.shape[0]}] on {q.device}."
+        ),
     )
-    check(q.is_contiguous(), f"q has strides {q.stride()} for shape {tuple(q.shape)}; make it contiguous.")
+    check(q.is_contiguous(), lambda: f"q has strides {q.stride()} for shape {tuple(q.shape)}; make it contiguous.")
     check_sequences(kv, cu_seqlens, "kv", "cu_seqlens", longest, dropout)
     tokens, order = indices.sort()
     bounds = torch.searchsorted(tokens, cu_seqlens.long(), out_int32=True)

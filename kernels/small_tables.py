@@ -23,8 +23,8 @@ def table_gradient(dout: torch.Tensor, index: torch.Tensor, rows: int) -> torch.
 
     Sums are fp32, rounded to dout's dtype: over periods, where there are several, and over a row's indices.
     """
-    if len(index) < len(dout):
-        dout = dout.view(-1, len(index), dout.shape[1]).sum(0)
+    if index.shape[0] < dout.shape[0]:
+        dout = dout.view(-1, index.shape[0], dout.shape[1]).sum(0)
     onehot = (torch.arange(rows, device=index.device)[:, None] == index).to(dout.dtype)  # [rows, P]
     if dout.is_cuda and dout.dtype != torch.float32:
         # not in 16 bits: cuBLAS may add the parts of a long sum in the type of the result
@@ -36,7 +36,7 @@ class _LookUp(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, table: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
         ctx.save_for_backward(index)
-        ctx.rows = len(table)
+        ctx.rows = table.shape[0]
         return F.embedding(index, table)
 
     @staticmethod
@@ -58,6 +58,6 @@ def look_up(table: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
     Raises:
         ValueError: dtypes or shapes do not fit.
     """
-    check(table.dim() == 2, f"table has shape {tuple(table.shape)}; it must be [R, N].")
-    check(index.dtype == torch.int64, f"index is {index.dtype}; it must be torch.int64.")
+    check(table.dim() == 2, lambda: f"table has shape {tuple(table.shape)}; it must be [R, N].")
+    check(index.dtype == torch.int64, lambda: f"index is {index.dtype}; it must be torch.int64.")
     return _LookUp.apply(table, index)

@@ -135,3 +135,17 @@ def test_all_blocks_share_one_graph(norm: str) -> None:
             torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
         graphs[layers] = compilations().graphs - start
     assert graphs == {2: 4, 4: 4, 8: 4}  # embeddings, a block, the last block, the head
+
+
+@NORMS
+def test_the_number_of_predicted_tokens_compiles_nothing_anew(norm: str) -> None:
+    """Almost every batch has another; the last block and the head see it."""
+    torch.compiler.reset()
+    model = FusedBert(replace(CONFIG, norm=norm), 2).train()
+    compile_parts(model, backend="aot_eager")
+    graphs = []
+    for predicted in (5, 7, 6, 4, 8, 3):
+        model(**inputs(predicted)).loss_sum.backward()
+        graphs.append(compilations().graphs)
+    assert graphs[1] - graphs[0] <= 2, "the last block and the head, once for any number"
+    assert len(set(graphs[1:])) == 1
