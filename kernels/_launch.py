@@ -112,7 +112,14 @@ def use(choices: Mapping[str, str]) -> None:
 
 @functools.cache
 def _measured() -> dict[str, str]:
-    return {key: config for choices in json.loads(MEASURED.read_text()).values() for key, config in choices.items()}
+    by_device = json.loads(MEASURED.read_text())
+    own = _device_name()  # what was measured on a device of this name replaces what was on others
+    order = sorted(by_device, key=lambda name: name.partition(",")[0] == own)
+    return {key: config for name in order for key, config in by_device[name].items()}
+
+
+def _device_name() -> str:
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else ""
 
 
 def known(key: str) -> str | None:
@@ -147,6 +154,8 @@ class Executor:
 
     everywhere = False
     """Whether tensors of any device are served."""
+    one_by_one = False
+    """Whether programs run one after another."""
 
     def __call__(self, launch: Launch) -> None:
         """Launch in the configuration that is chosen for it."""
@@ -159,7 +168,10 @@ class Executor:
     def run(self, launch: Launch, config: triton.Config) -> None:
         """Launch in this configuration."""
         options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
-        wrap_triton(launch.kernel.fn)[launch.grid](*launch.args, **launch.constexprs, **config.kwargs, **options)
+        # only what is being traced has to be seen by torch; by that way a launch costs the host twenty times as much
+        real = type(launch.args[0]) in (torch.Tensor, torch.nn.Parameter) and not torch.compiler.is_compiling()
+        kernel = launch.kernel.fn if real else wrap_triton(launch.kernel.fn)
+        kernel[launch.grid](*launch.args, **launch.constexprs, **config.kwargs, **options)
 
 
 class _Record(Executor):
@@ -234,8 +246,8 @@ def _target(index: int) -> str:
 
 
 def multiprocessors(device: torch.device) -> int:
-    """Streaming multiprocessors of `device`; 1 in the interpreter, where programs run one after another."""
-    if _executor.everywhere:
+    """Streaming multiprocessors of `device`; 1 where programs run one after another; an H100's without a GPU."""
+    if _executor.one_by_one:
         return 1
     if not torch.cuda.is_available():
         return 132

@@ -25,6 +25,8 @@ from ds_stacking.kernels import (
 from ds_stacking.kernels._launch import TARGETS, Launch, recording
 
 HOPPER = ("sm_90",)
+TOKENS, PREDICTED = 32_768, 4_915
+"""Of a micro-batch."""
 
 
 @dataclass(kw_only=True)
@@ -56,18 +58,22 @@ def _backward(*outputs: torch.Tensor) -> None:
 def _attention(
     longest: int, size: int = 64, causal: bool = False, dropout: float = 0.0, dtype: torch.dtype = torch.bfloat16
 ) -> None:
-    qkv = _tensor(4096, 3, 768 // size, size, dtype=dtype)
-    starts = _tensor(4096 // longest + 1, dtype=torch.int32)
+    qkv = _tensor(TOKENS, 3, 768 // size, size, dtype=dtype)
+    starts = _tensor(TOKENS // longest + 1, dtype=torch.int32)
     _backward(attention(qkv, starts, longest, causal=causal, dropout=dropout, seed=_index(1)))
 
 
 def _selected_attention(longest: int, dropout: float) -> None:
-    q, kv, starts = _tensor(600, 12, 64), _tensor(4096, 2, 12, 64), _tensor(4096 // longest + 1, dtype=torch.int32)
-    _backward(selected_attention(q, kv, starts, longest, _index(600), dropout=dropout, seed=_index(1)))
+    q, kv, starts = (
+        _tensor(PREDICTED, 12, 64),
+        _tensor(TOKENS, 2, 12, 64),
+        _tensor(TOKENS // longest + 1, dtype=torch.int32),
+    )
+    _backward(selected_attention(q, kv, starts, longest, _index(PREDICTED), dropout=dropout, seed=_index(1)))
 
 
 def _norm(width: int, dropout: float, prenorm: bool) -> None:
-    x, residual = _tensor(4096, width), _tensor(4096, width)
+    x, residual = _tensor(TOKENS, width), _tensor(TOKENS, width)
     weight, shift, bias = (_tensor(width) for _ in range(3))
     _backward(
         *add_layer_norm(
@@ -78,27 +84,27 @@ def _norm(width: int, dropout: float, prenorm: bool) -> None:
 
 
 def _cross_entropy(keep: bool) -> None:
-    h, weight, bias = _tensor(4915, 768), _tensor(30522, 768), _tensor(30522)
-    _backward(linear_cross_entropy(h, weight, bias, _index(4915), keep_logits=keep))
+    h, weight, bias = _tensor(PREDICTED, 768), _tensor(30522, 768), _tensor(30522)
+    _backward(linear_cross_entropy(h, weight, bias, _index(PREDICTED), keep_logits=keep))
 
 
 def _gelu() -> None:
-    _backward(bias_gelu(_tensor(4096, 3072), _tensor(3072)))
+    _backward(bias_gelu(_tensor(TOKENS, 3072), _tensor(3072)))
 
 
 def _linear_gelu() -> None:
-    linear_gelu(_tensor(4096, 768), _tensor(3072, 768), _tensor(3072))
+    linear_gelu(_tensor(TOKENS, 768), _tensor(3072, 768), _tensor(3072))
 
 
 def _embedding(documents: bool) -> None:
     tables = {"word": _tensor(30522, 768), "position": _tensor(512, 768), "segment": _tensor(2, 768)}
     norm: dict[str, Any] = {"weight": _tensor(768), "shift": _tensor(768), "dropout": 0.1, "seed": _index(1)}
-    places, kinds = (_index(4096), _index(4096)) if documents else (_index(512), None)
-    _backward(*embedding_norm(_index(4096), places, kinds, twice=True, **tables | norm))
+    places, kinds = (_index(TOKENS), _index(TOKENS)) if documents else (_index(512), None)
+    _backward(*embedding_norm(_index(TOKENS), places, kinds, twice=True, **tables | norm))
 
 
 def _gather() -> None:
-    _backward(gather_rows(_tensor(4096, 768), _index(600), _index(4096)))
+    _backward(gather_rows(_tensor(TOKENS, 768), _index(PREDICTED), _index(TOKENS)))
 
 
 CASES = {

@@ -39,7 +39,7 @@ class _Helper(InterpretedFunction):
 class _Interpret(Executor):
     """Executes launches in the interpreter, in the configurations of the target tuned for."""
 
-    everywhere = True
+    everywhere = one_by_one = True
 
     def __init__(self, blocks: dict[str, Any]) -> None:
         self.blocks = blocks

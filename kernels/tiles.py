@@ -48,7 +48,8 @@ class _Measure(Executor):
     """Carries launches out by another executor, in the fastest configuration."""
 
     def __init__(self, inner: Executor, compare: Compare, found: dict[str, str]) -> None:
-        self.inner, self.compare, self.found, self.everywhere = inner, compare, found, inner.everywhere
+        self.inner, self.compare, self.found = inner, compare, found
+        self.everywhere, self.one_by_one = inner.everywhere, inner.one_by_one
 
     def __call__(self, launch: Launch) -> None:
         target = self.inner.target(launch)

@@ -47,6 +47,12 @@ class GradientSums:
         else:
             self._sum = self._sum.to(self.dtype).add_(flat)
 
+    def forget(self) -> None:
+        """Drop the sum and the gradients that the parameters have."""
+        self._sum = None
+        for parameter in self.parameters:
+            parameter.grad = None
+
     def take(self) -> Tensor:
         """The sum, [numel], in the parameters' type, rounded once; it is forgotten here."""
         if self._sum is None or any(parameter.grad is not None for parameter in self.parameters):

@@ -41,6 +41,11 @@ class FlatGradients:
         for group in self.sums:
             group.add()
 
+    def forget_gradients(self) -> None:
+        """Drop what has been taken, and what the parameters still have."""
+        for group in self.sums:
+            group.forget()
+
     def reduce_gradients(self) -> None:
         """Average the sums over ranks, after a step's last backward pass. Collective."""
         raise NotImplementedError

@@ -38,12 +38,16 @@ def _step(engine: DeepSpeedEngine, losses: Iterable[torch.Tensor]) -> bool:
             taken = step_if_finite(engine)
         return taken
     sums: Any = engine.optimizer if flat else HandedOver(engine)
-    with _reduced_once(engine):
-        for loss in losses:
-            engine.backward(loss, scale_wrt_gas=False)
-            sums.add_gradients()
-        if not flat:
-            sums.hand_over()
+    try:
+        with _reduced_once(engine):
+            for loss in losses:
+                engine.backward(loss, scale_wrt_gas=False)
+                sums.add_gradients()
+            if not flat:
+                sums.hand_over()
+    except BaseException:  # whoever goes on with this engine shall not add to half a step
+        sums.forget_gradients()
+        raise
     for _ in range(steps):  # all but the last only count
         taken = step_if_finite(engine)
     return taken
@@ -75,6 +79,11 @@ class HandedOver:
         """Take what a backward pass has left in the parameters; without such sums it stays there, and torch adds."""
         for group in self.groups:
             group.add()
+
+    def forget_gradients(self) -> None:
+        """Drop them."""
+        for group in self.groups:
+            group.forget()
 
     def hand_over(self) -> None:
         """Put the sums where DeepSpeed looks for gradients."""

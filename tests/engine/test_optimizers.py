@@ -155,6 +155,38 @@ def test_all_ranks_skip_what_is_not_finite_on_one() -> None:
         }  # fmt: skip
 
 
+def aborted(stage: int, bf16: bool) -> bool:
+    """Whether a step after one that ended in its second micro-batch is as the same step without that."""
+    states = []
+    for abort in (False, True):
+        manager = StageManager(factory(stage, bf16=bf16), seed=SEED)
+        engine = manager.start(spec(2, 3))
+        train(manager, 0, 1)
+        tokens, predicted = torch.arange(16)[None] % 60 + 5, torch.arange(16)[None] % 4 == 0
+
+        def losses(most: int, engine: Any = engine, tokens: Tensor = tokens, predicted: Tensor = predicted) -> Any:
+            for number in range(3):
+                if number == most:
+                    raise torch.OutOfMemoryError("injected")
+                yield part_loss(engine, tokens, predicted, 12)
+
+        if abort:
+            with pytest.raises(torch.OutOfMemoryError):
+                stepping.optimizer_step(engine, losses(1))
+        stepping.optimizer_step(engine, losses(3))
+        states.append(state_of(engine))
+    return all(torch.equal(a, b) for a, b in zip(*states, strict=True))
+
+
+def aborts() -> list[bool]:
+    return [aborted(stage, bf16) for stage, bf16 in CASES if stage < 3]
+
+
+@distributed
+def test_half_a_step_leaves_nothing_behind() -> None:
+    assert run_ranks(1, aborts)[0] == [True] * 6
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_norm_is_as_exact_as_its_rounding(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     generator = torch.Generator().manual_seed(1)

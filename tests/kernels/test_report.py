@@ -57,14 +57,14 @@ def first(case, kernel):
 
 def test_work_is_counted_by_hand():
     done = work(*first("attention/512", "attention_kernels.forward"))
-    tokens, heads, size, longest = 4096, 12, 64, 512
+    tokens, heads, size, longest = 32768, 12, 64, 512
     assert done.operations == 4 * tokens * heads * size * longest
     assert done.elements == tokens * heads * longest and done.tile == 128 * 64
     tensors = 2 * tokens * heads * size * 4 + 4 * tokens * heads + 4 * (tokens // longest + 1)  # QKV, O, lse, starts
     assert done.bytes == tensors
 
     done = work(*first("add_layer_norm/768", "add_layer_norm.backward"))
-    assert done.operations == 0 and done.elements == 4096 * 768 and done.tile == 2 * 768
+    assert done.operations == 0 and done.elements == 32768 * 768 and done.tile == 2 * 768
 
 
 def test_the_causal_half_is_not_counted():
@@ -78,7 +78,7 @@ def test_what_holds_a_launch_up():
     launch, config = first("bias_gelu/3072", "bias_gelu.forward")
     row = next(row for key, row in rows.items() if key[:3] == ("bias_gelu/3072", "_forward", "sm_90"))
     found = predict(launch, config, row)
-    elements, warps = 4096 * 3072, config.num_warps
+    elements, warps = 32768 * 3072, config.num_warps
     assert found.times["bytes"] == pytest.approx((4 * elements + 2 * 3072) / COPY)
     issue = elements / 2048 * warps * row.instructions / (4 * MULTIPROCESSORS * CLOCK)
     assert found.times["issue"] == pytest.approx(issue)
@@ -88,8 +88,10 @@ def test_what_holds_a_launch_up():
 def test_every_kernel_with_products_has_them_counted():
     found = predictions(read_table(TABLE.with_name(f"{VERSION}.json")))
     assert len(found) > 20
-    forgotten = {p.compiled.kernel for p in found if (p.compiled.wgmma > 0) != (p.work.operations > 0)}
-    assert forgotten == set()
+    # tiles of fewer than 64 rows have products without warp groups
+    assert {p.compiled.kernel for p in found if p.compiled.wgmma} == {
+        p.compiled.kernel for p in found if p.work.operations
+    }
     assert all(p.limit >= p.work.operations / MATMUL for p in found)
 
 

@@ -88,12 +88,17 @@ def test_a_choice_comes_from_what_was_given_then_the_table_then_the_prediction(t
         found[0]
     )
     table = tmp_path / "measured.json"
-    table.write_text(json.dumps({"A GPU, Triton 3": {key: describe(found[1])}}))
+    by_device = {"Z GPU, Triton 3": {key: describe(found[1])}, "A GPU, Triton 3": {key: describe(found[0])}}
+    table.write_text(json.dumps(by_device))
     monkeypatch.setattr(_launch, "MEASURED", table)
     _launch._measured.cache_clear()
     try:
         use({})
-        assert describe(_launch.choose(launch, "sm_90")) == describe(found[1])
+        for device in ("Z GPU", "A GPU"):  # what was measured on a device of this name goes before that of others
+            monkeypatch.setattr(_launch, "_device_name", lambda device=device: device)
+            _launch._measured.cache_clear()
+            use({})
+            assert describe(_launch.choose(launch, "sm_90")) == by_device[f"{device}, Triton 3"][key]
         use({key: describe(found[2])})
         assert describe(_launch.choose(launch, "sm_90")) == describe(found[2])
         assert describe(_launch.choose(launch, "sm_80")) == describe(launch.candidates("sm_80")[0])  # another target
@@ -313,3 +318,10 @@ def test_candidates_are_timed_behind_a_spin_in_turns(monkeypatch):
     assert times == pytest.approx([0.002, 0.003])
     turn = ["read", "spin", "record", "a", "record", "read", "spin", "record", "b", "record"]
     assert device.asked == turn * (len(device.asked) // len(turn)) and len(device.asked) > 5 * len(turn)
+
+
+def test_what_is_recorded_without_a_gpu_is_what_an_h100_launches():
+    """Whole heads where these are many, not where one multiprocessor would be busy with them."""
+    names = {tokens: [launch.kernel.name for launch in attend(tokens, 512)] for tokens in (512, 32768)}
+    assert any("backward_queries" in name for name in names[512]), names
+    assert any("backward_heads" in name for name in names[32768]), names
