@@ -43,7 +43,8 @@ class Nth(Executor):
     """Launches every kernel in its candidate number n, or in its last one."""
 
     def __init__(self, inner: Executor, n: int) -> None:
-        self.inner, self.n, self.everywhere = inner, n, inner.everywhere
+        self.inner, self.n = inner, n
+        self.everywhere, self.one_by_one = inner.everywhere, inner.one_by_one
         self.most = 0
         """Candidates of the kernel that has most."""
 

@@ -154,7 +154,8 @@ class Runs(Executor):
     """Carries launches out by another executor, and keeps in which configuration each ran."""
 
     def __init__(self, inner, refused=()):
-        self.inner, self.everywhere, self.refused = inner, inner.everywhere, refused
+        self.inner, self.everywhere, self.one_by_one = inner, inner.everywhere, inner.one_by_one
+        self.refused = refused
         self.ran = []
 
     def target(self, launch):
@@ -233,7 +234,7 @@ class Repeating(Executor):
     """Makes each launch that has a choice three times, as a measurement does."""
 
     def __init__(self, inner):
-        self.inner, self.everywhere = inner, inner.everywhere
+        self.inner, self.everywhere, self.one_by_one = inner, inner.everywhere, inner.one_by_one
 
     def target(self, launch):
         return self.inner.target(launch)
