@@ -4,6 +4,8 @@
     dV = drop(P)^T dO                       dP = drop(dO V^T)
     dS = P * (dP - rowsum(dO * O))          dQ = scale * dS K            dK = scale * dS^T Q
 
+A bias that was added to QKV gets its gradient, dQKV's sum over tokens, from the same backward pass.
+
 Only O and the rows' log-sum-exp are kept; the backward pass computes P again (Dao et al. 2022, FlashAttention; Dao
 2023). Softmax runs in base 2 with fp32 statistics. Every result is deterministic. The backward pass has three forms:
 
@@ -28,6 +30,7 @@ from torch.library import triton_op
 import ds_stacking.kernels.attention_backward_kernels as backward
 import ds_stacking.kernels.attention_heads_kernel as heads_kernel
 import ds_stacking.kernels.attention_kernels as attention_kernels
+from ds_stacking.kernels._columns import sum_partials
 from ds_stacking.kernels._dropout import new_seed, threshold
 from ds_stacking.kernels._launch import (
     Configs,
@@ -113,8 +116,8 @@ BACKWARD_KEYS = Kernel(
 def _short_configs(target: str, meta: dict[str, Any]) -> list[triton.Config]:
     if meta["BLOCK"] > _longest_short(target):
         return []
-    # two stages keep the next head's loads in flight; with dropout later Tritons than 3.6 spill 24 to 40 bytes for it
-    registers_left = meta["THRESHOLD"] == 0 or triton.__version__.startswith("3.6.") or meta["BLOCK"] < 128
+    # two stages keep the next head's loads in flight; at 128 tokens later Tritons than 3.6 spill registers for it
+    registers_left = triton.__version__.startswith("3.6.") or meta["BLOCK"] < 128
     stages = (1, 2) if target == "sm_90" and meta["ITEMSIZE"] == 2 and registers_left else (1,)
     return [triton.Config({"STAGES": stage}, num_warps=8 if meta["BLOCK"] == 128 else 4) for stage in stages]
 
@@ -151,13 +154,14 @@ def _attention(
     qkv: torch.Tensor,
     starts: torch.Tensor,
     seed: torch.Tensor | None,
+    bias: torch.Tensor | None,
     longest: int,
     padded: bool,
     causal: bool,
     scale: float,
     p: float,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """(O [T, H, D], log2-sum-exp2 of the scaled scores [H, T] fp32)."""
+    """(O [T, H, D], log2-sum-exp2 of the scaled scores [H, T] fp32); `bias` is in qkv and not read."""
     if not runs_kernels(qkv):
         return forward_reference(qkv, starts, seed, longest, padded, causal, scale, p)
     tokens, _, heads, size = qkv.shape
@@ -192,57 +196,75 @@ def _attention_backward(
     causal: bool,
     scale: float,
     p: float,
-) -> torch.Tensor:
-    """dQKV [T, 3, H, D]."""
+    biased: bool,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(dQKV [T, 3, H, D], its column sums [3 * H * D] if `biased`, else nothing)."""
     if not runs_kernels(qkv):
-        return backward_reference(dout, qkv, starts, seed, lse, longest, padded, causal, scale, p)
+        return backward_reference(dout, qkv, starts, seed, lse, longest, padded, causal, scale, p, biased)
     tokens, _, heads, size = qkv.shape
     dqkv = torch.empty_like(qkv)
-    pairs = (starts.numel() - (not padded)) * heads
+    sequences = starts.numel() - (not padded)
+    pairs = sequences * heads
     seed = starts if seed is None else seed
     scales = (scale * LOG2_E, 1 / (1 - p), scale)
-    shape = kernel_shape(heads, size, padded, causal, p)
+    shape = kernel_shape(heads, size, padded, causal, p) | {"HAS_BIAS": biased}
+    partials = lse  # in place of what is not written
     if longest <= _longest_short(target_of(qkv.device)) and size <= 64 and qkv.element_size() == 2:
         block = max(16, triton.next_power_of_2(longest))
         programs = min(pairs, 2 * multiprocessors(qkv.device))
+        if biased:
+            partials = lse.new_empty(sequences, 3, heads * size)
         launch(
-            BACKWARD_SHORT, (programs,), qkv, starts, seed, lse, dout, dqkv, longest, tokens, pairs, programs, *scales,
-            BLOCK=block, **shape,
+            BACKWARD_SHORT, (programs,), qkv, starts, seed, lse, dout, dqkv, partials, longest, tokens, pairs,
+            programs, *scales, BLOCK=block, **shape,
         )  # fmt: skip
-        return dqkv
+        return dqkv, _bias_gradient(partials, dqkv, biased)
     processors = multiprocessors(qkv.device)
     if whole_heads(target_of(qkv.device), longest, pairs, size, qkv.element_size(), processors):
         programs, room = min(pairs, processors), -(-longest // 64) * 64
         scratch = torch.empty(programs, room * (shape["BLOCK_D"] + 4), dtype=torch.float32, device=qkv.device)
+        if biased and causal and p > 0:  # Triton 3.6 would spill 8 bytes for it
+            shape["HAS_BIAS"] = False
+        elif biased:
+            partials = lse.new_empty(sequences, 3, heads * size)
         launch(
-            BACKWARD_HEADS, (programs,), qkv, starts, seed, out, lse, dout, scratch, dqkv, longest, tokens, pairs,
-            programs, room, *scales, **shape,
+            BACKWARD_HEADS, (programs,), qkv, starts, seed, out, lse, dout, scratch, dqkv, partials, longest, tokens,
+            pairs, programs, room, *scales, **shape,
         )  # fmt: skip
-        return dqkv
+        if biased and not shape["HAS_BIAS"]:
+            return dqkv, dqkv.flatten(1).sum(0)
+        return dqkv, _bias_gradient(partials, dqkv, biased)
     delta = torch.empty_like(lse)
+    if biased:  # zeros, since not every row is written
+        partials = lse.new_zeros(sequences + tokens // 32, 3, heads * size)
     launch(
         BACKWARD_QUERIES, lambda meta: (triton.cdiv(longest, meta["BLOCK_M"]) * pairs,), qkv, starts, seed, out, lse,
-        dout, delta, dqkv, longest, tokens, *scales, **shape,
+        dout, delta, dqkv, partials, longest, tokens, *scales, **shape,
     )  # fmt: skip
     launch(
         BACKWARD_KEYS, lambda meta: (triton.cdiv(longest, meta["BLOCK_N"]) * pairs,), qkv, starts, seed, lse, dout,
-        delta, dqkv, longest, tokens, *scales, **shape,
+        delta, dqkv, partials, longest, tokens, *scales, **shape,
     )  # fmt: skip
-    return dqkv
+    return dqkv, _bias_gradient(partials, dqkv, biased)
+
+
+def _bias_gradient(partials: torch.Tensor, dqkv: torch.Tensor, biased: bool) -> torch.Tensor:
+    return sum_partials(partials, dqkv.dtype).flatten() if biased else dqkv.new_empty(0)
 
 
 def _save(ctx, inputs, output):
     ctx.set_materialize_grads(False)  # lse has no gradient: no zeros are made for it
-    qkv, starts, seed, ctx.longest, ctx.padded, ctx.causal, ctx.scale, ctx.p = inputs
+    qkv, starts, seed, _, ctx.longest, ctx.padded, ctx.causal, ctx.scale, ctx.p = inputs
     ctx.save_for_backward(qkv, starts, seed, *output)
 
 
 def _differentiate(ctx, dout, _):
     qkv, starts, seed, out, lse = ctx.saved_tensors
-    dqkv = _attention_backward(
-        dout.contiguous(), qkv, starts, seed, out, lse, ctx.longest, ctx.padded, ctx.causal, ctx.scale, ctx.p
+    biased = ctx.needs_input_grad[3]
+    dqkv, dbias = _attention_backward(
+        dout.contiguous(), qkv, starts, seed, out, lse, ctx.longest, ctx.padded, ctx.causal, ctx.scale, ctx.p, biased
     )
-    return dqkv, None, None, None, None, None, None, None
+    return dqkv, None, None, dbias if biased else None, None, None, None, None, None
 
 
 _attention.register_autograd(_differentiate, setup_context=_save)
@@ -257,6 +279,7 @@ def attention(
     dropout: float = 0.0,
     seed: torch.Tensor | None = None,
     softmax_scale: float | None = None,
+    bias: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Attention inside each of several sequences that lie one after the other.
 
@@ -269,6 +292,8 @@ def attention(
         dropout: rate in [0, 1) of the probabilities.
         seed: int64 [1] on qkv's device; drawn from the device's default generator where it is needed and absent.
         softmax_scale: default 1 / sqrt(D).
+        bias: [3 * H * D] like qkv, which holds it already: what is missing there is only its gradient, the sum of
+            qkv's over tokens in fp32. Add it detached.
 
     Returns:
         [T, H, D] in qkv's dtype.
@@ -282,7 +307,7 @@ def attention(
     if readable(cu_seqlens):
         last = int(cu_seqlens[-1])
         check(last == qkv.shape[0], lambda: f"cu_seqlens ends at {last}, but qkv holds {qkv.shape[0]} tokens.")
-    return _apply(qkv, cu_seqlens, longest, False, causal, dropout, seed, softmax_scale)
+    return _apply(qkv, cu_seqlens, longest, False, causal, dropout, seed, softmax_scale, bias)
 
 
 def attention_padded(
@@ -293,6 +318,7 @@ def attention_padded(
     dropout: float = 0.0,
     seed: torch.Tensor | None = None,
     softmax_scale: float | None = None,
+    bias: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Attention in a padded batch; arguments as for `attention`.
 
@@ -311,7 +337,7 @@ def attention_padded(
         lengths = torch.full((batch,), longest, dtype=torch.int32, device=qkv.device)
     check(lengths.numel() == batch, lambda: f"lengths has {lengths.numel()} entries for {batch} sequences.")
     check_sequences(qkv, lengths, "qkv", "lengths", longest, dropout)
-    out = _apply(qkv.flatten(0, 1), lengths, longest, True, causal, dropout, seed, softmax_scale)
+    out = _apply(qkv.flatten(0, 1), lengths, longest, True, causal, dropout, seed, softmax_scale, bias)
     return out.unflatten(0, (batch, longest))
 
 
@@ -323,11 +349,17 @@ def power_of_two(length: int) -> int:
     return power
 
 
-def _apply(qkv, starts, longest, padded, causal, dropout, seed, softmax_scale):
+def _apply(qkv, starts, longest, padded, causal, dropout, seed, softmax_scale, bias):
+    if bias is not None:
+        width = 3 * qkv.shape[-2] * qkv.shape[-1]
+        check(
+            bias.shape == (width,) and bias.dtype == qkv.dtype,
+            f"bias is {bias.dtype} {tuple(bias.shape)}; it must be {qkv.dtype} [{width}].",
+        )
     if dropout > 0 and seed is None:
         seed = new_seed(qkv.device)
     scale = softmax_scale or qkv.shape[-1] ** -0.5
-    return _attention(qkv, starts, seed if dropout > 0 else None, longest, padded, causal, scale, dropout)[0]
+    return _attention(qkv, starts, seed if dropout > 0 else None, bias, longest, padded, causal, scale, dropout)[0]
 
 
 def check_sequences(

@@ -2,6 +2,9 @@
 
 Legend: S longest sequence, D head size, M queries and N keys of a tile. `lse` is the row's log2-sum-exp2 of scaled
 scores, so that P = exp2(scores * scale - lse). No kernel uses atomics; every result is deterministic.
+
+With HAS_BIAS they leave in PARTIALS, fp32 [rows, 3, H, D], column sums of dQ, dK and dV before rounding: whole heads a
+row per sequence, tiles a row per 32 tokens, which are few bytes beside those of another pass over dQKV.
 """
 
 from __future__ import annotations
@@ -28,6 +31,23 @@ def _probabilities(
 
 
 @triton.jit
+def _store_sums(
+    PARTIALS, values, kind, begin, limit, sequence, start, head, cols,
+    H: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Sums over every 32 rows of a tile, `values` [BLOCK, BLOCK_D], which begins at row `begin` of its sequence.
+
+    They go to row b + t // 32 of PARTIALS, for sequence b and first token t of the 32: no two go to the same, whatever
+    the tiles, and the few rows in between stay as they are.
+    """
+    tl.static_assert(BLOCK % 32 == 0, "a tile holds whole groups of 32 rows")
+    sums = tl.sum(tl.reshape(values, [BLOCK // 32, 32, BLOCK_D]), axis=1)
+    group = tl.arange(0, BLOCK // 32)
+    at = ((sequence + (start + begin) // 32 + group[:, None]) * 3 + kind) * (H * D) + head * D + cols[None, :]
+    tl.store(PARTIALS + at, sums, mask=(begin + group[:, None] * 32 < limit) & (cols[None, :] < D))
+
+
+@triton.jit
 def _query_tiles(
     dq, q, do, lse, delta, K, V, begin, end, length, rows, hashes, key, scale, keep_scale,
     D: tl.constexpr, STRIDE: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, CAUSAL: tl.constexpr,
@@ -50,9 +70,10 @@ def _query_tiles(
 
 @triton.jit(do_not_specialize=["longest"])
 def backward_queries(
-    QKV, STARTS, SEED, OUT, LSE, DOUT, DELTA, DQKV, longest, tokens, scale, keep_scale, softmax_scale,
+    QKV, STARTS, SEED, OUT, LSE, DOUT, DELTA, DQKV, PARTIALS, longest, tokens, scale, keep_scale, softmax_scale,
     H: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, PADDED: tl.constexpr, CAUSAL: tl.constexpr,
-    THRESHOLD: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, UPCAST_DOT: tl.constexpr,
+    THRESHOLD: tl.constexpr, HAS_BIAS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    UPCAST_DOT: tl.constexpr,
 ):  # fmt: skip
     """dQ of one tile of queries of one head; also delta = rowsum(dO * O), which the other kernel reads."""
     blocks = tl.cdiv(longest, BLOCK_M)
@@ -60,7 +81,8 @@ def backward_queries(
     if CAUSAL:
         block = blocks - 1 - block
     head = tl.program_id(0) // blocks % H
-    start, length = _sequence(STARTS, tl.program_id(0) // blocks // H, longest, PADDED)
+    sequence = tl.program_id(0) // blocks // H
+    start, length = _sequence(STARTS, sequence, longest, PADDED)
     limit = longest if PADDED else length
     if block * BLOCK_M >= limit:
         return
@@ -90,7 +112,10 @@ def backward_queries(
         dq, q, do, lse, delta, base + H * D, base + 2 * H * D, whole, end, length, rows, hashes, key, scale,
         keep_scale, D, 3 * H * D, BLOCK_D, BLOCK_N, CAUSAL, THRESHOLD, True, UPCAST_DOT,
     )  # fmt: skip
-    _store(DQKV + start * (3 * H * D) + head * D, dq * softmax_scale, rows, limit, cols, 3 * H * D, D)
+    dq = dq * softmax_scale
+    _store(DQKV + start * (3 * H * D) + head * D, dq, rows, limit, cols, 3 * H * D, D)
+    if HAS_BIAS:
+        _store_sums(PARTIALS, dq, 0, block * BLOCK_M, limit, sequence, start, head, cols, H, D, BLOCK_D, BLOCK_M)
 
 
 @triton.jit
@@ -127,15 +152,17 @@ def _key_tiles(
 
 @triton.jit(do_not_specialize=["longest"])
 def backward_keys(
-    QKV, STARTS, SEED, LSE, DOUT, DELTA, DQKV, longest, tokens, scale, keep_scale, softmax_scale,
+    QKV, STARTS, SEED, LSE, DOUT, DELTA, DQKV, PARTIALS, longest, tokens, scale, keep_scale, softmax_scale,
     H: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, PADDED: tl.constexpr, CAUSAL: tl.constexpr,
-    THRESHOLD: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, UPCAST_DOT: tl.constexpr,
+    THRESHOLD: tl.constexpr, HAS_BIAS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    UPCAST_DOT: tl.constexpr,
 ):  # fmt: skip
     """dK and dV of one tile of keys of one head."""
     blocks = tl.cdiv(longest, BLOCK_N)
     block = tl.program_id(0) % blocks
     head = tl.program_id(0) // blocks % H
-    start, length = _sequence(STARTS, tl.program_id(0) // blocks // H, longest, PADDED)
+    sequence = tl.program_id(0) // blocks // H
+    start, length = _sequence(STARTS, sequence, longest, PADDED)
     limit = longest if PADDED else length
     if block * BLOCK_N >= limit:
         return
@@ -165,15 +192,21 @@ def backward_keys(
     )  # fmt: skip
     valid = keys[:, None] < length
     out = DQKV + start * (3 * H * D) + head * D
-    _store(out + H * D, tl.where(valid, dk * softmax_scale, 0.0), keys, limit, cols, 3 * H * D, D)
-    _store(out + 2 * H * D, tl.where(valid, dv * keep_scale, 0.0), keys, limit, cols, 3 * H * D, D)
+    dk = tl.where(valid, dk * softmax_scale, 0.0)
+    dv = tl.where(valid, dv * keep_scale, 0.0)
+    _store(out + H * D, dk, keys, limit, cols, 3 * H * D, D)
+    _store(out + 2 * H * D, dv, keys, limit, cols, 3 * H * D, D)
+    if HAS_BIAS:
+        _store_sums(PARTIALS, dk, 1, block * BLOCK_N, limit, sequence, start, head, cols, H, D, BLOCK_D, BLOCK_N)
+        _store_sums(PARTIALS, dv, 2, block * BLOCK_N, limit, sequence, start, head, cols, H, D, BLOCK_D, BLOCK_N)
 
 
 @triton.jit(do_not_specialize=["longest", "heads", "programs"])
 def backward_short(
-    QKV, STARTS, SEED, LSE, DOUT, DQKV, longest, tokens, heads, programs, scale, keep_scale, softmax_scale,
+    QKV, STARTS, SEED, LSE, DOUT, DQKV, PARTIALS, longest, tokens, heads, programs, scale, keep_scale, softmax_scale,
     H: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, PADDED: tl.constexpr, CAUSAL: tl.constexpr,
-    THRESHOLD: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr, UPCAST_DOT: tl.constexpr,
+    THRESHOLD: tl.constexpr, HAS_BIAS: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr,
+    UPCAST_DOT: tl.constexpr,
 ):  # fmt: skip
     """dQ, dK and dV of whole heads of sequences up to BLOCK tokens: five products, every input read once.
 
@@ -204,12 +237,20 @@ def backward_short(
             keep = hashes[:, None] * column_hash(key, rows)[None, :] >= THRESHOLD
             kept = tl.where(keep, p, 0.0)
             dp = tl.where(keep, dp, 0.0)
+        out = DQKV + start * (3 * H * D) + head * D
+        sums = PARTIALS + (one // H).to(tl.int64) * (3 * H * D) + head * D + cols
+        # each product is stored and summed before the next one: registers are short
         dv = _dot(tl.trans(kept.to(do.dtype)), do, UPCAST_DOT) * keep_scale
+        _store(out + 2 * H * D, dv, rows, limit, cols, 3 * H * D, D)
+        if HAS_BIAS:
+            tl.store(sums + 2 * H * D, tl.sum(dv, axis=0), mask=cols < D)
         delta = tl.sum(p * dp, axis=1)
         ds = (p * (dp - delta[:, None])).to(q.dtype)
-        dq = _dot(ds, k, UPCAST_DOT) * (softmax_scale * keep_scale)
         dk = _dot(tl.trans(ds), q, UPCAST_DOT) * (softmax_scale * keep_scale)
-        out = DQKV + start * (3 * H * D) + head * D
-        _store(out, dq, rows, limit, cols, 3 * H * D, D)
         _store(out + H * D, dk, rows, limit, cols, 3 * H * D, D)
-        _store(out + 2 * H * D, dv, rows, limit, cols, 3 * H * D, D)
+        if HAS_BIAS:
+            tl.store(sums + H * D, tl.sum(dk, axis=0), mask=cols < D)
+        dq = _dot(ds, k, UPCAST_DOT) * (softmax_scale * keep_scale)
+        _store(out, dq, rows, limit, cols, 3 * H * D, D)
+        if HAS_BIAS:
+            tl.store(sums, tl.sum(dq, axis=0), mask=cols < D)

@@ -88,14 +88,16 @@ def _tiles(
 
 @triton.jit(do_not_specialize=["longest", "heads", "programs"])
 def backward_heads(
-    QKV, STARTS, SEED, OUT, LSE, DOUT, SCRATCH, DQKV, longest, tokens, heads, programs, room, scale, keep_scale,
-    softmax_scale,
+    QKV, STARTS, SEED, OUT, LSE, DOUT, SCRATCH, DQKV, PARTIALS, longest, tokens, heads, programs, room, scale,
+    keep_scale, softmax_scale,
     H: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, PADDED: tl.constexpr, CAUSAL: tl.constexpr,
-    THRESHOLD: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, UPCAST_DOT: tl.constexpr,
+    THRESHOLD: tl.constexpr, HAS_BIAS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    UPCAST_DOT: tl.constexpr,
 ):  # fmt: skip
     """dQ, dK and dV of whole heads. SCRATCH is fp32 [P, room * (BLOCK_D + 4)], room at least S and whole tiles of M.
 
-    Products get dS without keep_scale and softmax_scale, which multiply the results.
+    Products get dS without keep_scale and softmax_scale, which multiply the results. With HAS_BIAS their column sums
+    before rounding go to the sequence's row of PARTIALS, fp32 [B, 3, H, D].
     """
     cols = tl.arange(0, BLOCK_D)
     key = seed_key(SEED) if THRESHOLD > 0 else 0
@@ -109,7 +111,11 @@ def backward_heads(
         base = QKV + start * (3 * H * D) + head * D
         do = DOUT + start * (H * D) + head * D
         out = DQKV + start * (3 * H * D) + head * D
+        sums = PARTIALS + (one // H).to(tl.int64) * (3 * H * D) + head * D + cols
         tl.debug_barrier()  # the head before has been read from the scratch
+        if HAS_BIAS:
+            tl.store(sums + H * D, tl.zeros([BLOCK_D], tl.float32), mask=cols < D)
+            tl.store(sums + 2 * H * D, tl.zeros([BLOCK_D], tl.float32), mask=cols < D)
         _prepare(
             do, OUT + start * (H * D) + head * D, LSE + head.to(tl.int64) * tokens + start, DQ, ROWS, length, limit,
             key, start * H + head, keep_scale, H, D, BLOCK_D, THRESHOLD, BLOCK_M,
@@ -138,10 +144,21 @@ def backward_heads(
             valid = keys[:, None] < length
             dk = tl.where(valid, dk * (softmax_scale * keep_scale), 0.0)
             _store(out + H * D, dk, keys, limit, cols, 3 * H * D, D)
-            _store(out + 2 * H * D, tl.where(valid, dv * keep_scale, 0.0), keys, limit, cols, 3 * H * D, D)
+            if HAS_BIAS:  # in the order of tiles, as for dQ
+                tl.atomic_add(sums + H * D, tl.sum(dk, axis=0), mask=cols < D, sem="relaxed")
+            dv = tl.where(valid, dv * keep_scale, 0.0)
+            _store(out + 2 * H * D, dv, keys, limit, cols, 3 * H * D, D)
+            if HAS_BIAS:
+                tl.atomic_add(sums + 2 * H * D, tl.sum(dv, axis=0), mask=cols < D, sem="relaxed")
             tl.debug_barrier()  # the next tile of keys adds to the same elements, later
+        total = tl.zeros([BLOCK_D], tl.float32)
         for m in tl.range(0, limit, BLOCK_M, num_stages=1):
             rows = m + tl.arange(0, BLOCK_M)
             slot = DQ + m * BLOCK_D + cols[:, None] * BLOCK_M + tl.arange(0, BLOCK_M)[None, :]
             dq = tl.trans(tl.load(slot, cache_modifier=".cg"))  # additions bypass the L1 cache, and so does this
-            _store(out, dq * (softmax_scale * keep_scale), rows, limit, cols, 3 * H * D, D)
+            dq = dq * (softmax_scale * keep_scale)
+            _store(out, dq, rows, limit, cols, 3 * H * D, D)
+            if HAS_BIAS:
+                total += tl.sum(dq, axis=0)
+        if HAS_BIAS:
+            tl.store(sums, total, mask=cols < D)

@@ -59,7 +59,7 @@ def forward_reference(qkv, starts, seed, longest, padded, causal, scale, p):
     return out.contiguous(), batch.unpad(lse * LOG2_E, tokens, lse.dtype)[..., 0].mT.contiguous()
 
 
-def backward_reference(dout, qkv, starts, seed, lse, longest, padded, causal, scale, p):
+def backward_reference(dout, qkv, starts, seed, lse, longest, padded, causal, scale, p, biased):
     batch, tokens = _Padded(len(qkv), starts, longest, padded), len(qkv)
     q, k, v = (batch.pad(part) for part in qkv.unbind(1))  # [B, H, S, D]
     do, lse = batch.pad(dout), batch.pad(lse.mT[..., None])
@@ -69,4 +69,6 @@ def backward_reference(dout, qkv, starts, seed, lse, longest, padded, causal, sc
         keep = batch.keep(seed, q.shape[1], p)
         dp, kept = (torch.where(keep, x / (1 - p), 0.0) for x in (dp, probabilities))
     ds = probabilities * (dp - (probabilities * dp).sum(-1, keepdim=True)) * scale
-    return torch.stack([batch.unpad(x, tokens, qkv.dtype) for x in (ds @ k, ds.mT @ q, kept.mT @ do)], dim=1)
+    parts = (ds @ k, ds.mT @ q, kept.mT @ do)  # zeros on padding
+    dqkv = torch.stack([batch.unpad(x, tokens, qkv.dtype) for x in parts], dim=1)
+    return dqkv, torch.cat([x.sum((0, 2)).flatten() for x in parts]).to(qkv.dtype) if biased else qkv.new_empty(0)

@@ -60,7 +60,8 @@ def _attention(
 ) -> None:
     qkv = _tensor(TOKENS, 3, 768 // size, size, dtype=dtype)
     starts = _tensor(TOKENS // longest + 1, dtype=torch.int32)
-    _backward(attention(qkv, starts, longest, causal=causal, dropout=dropout, seed=_index(1)))
+    bias = _tensor(3 * 768, dtype=dtype) if dropout else None  # training asks for its gradient
+    _backward(attention(qkv, starts, longest, causal=causal, dropout=dropout, seed=_index(1), bias=bias))
 
 
 def _selected_attention(longest: int, dropout: float) -> None:

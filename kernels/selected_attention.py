@@ -85,9 +85,10 @@ def _selected_backward(
     if not runs_kernels(q):
         places = _places(order, tokens)
         every = [x.new_zeros(kv.shape[0], *x.shape[1:]).index_copy(0, places, x) for x in (dout, lse.mT)]
-        dqkv = backward_reference(
-            every[0], _packed(q, kv, places), starts, seed, every[1].mT.contiguous(), longest, False, False, scale, p
-        )
+        dqkv, _ = backward_reference(
+            every[0], _packed(q, kv, places), starts, seed, every[1].mT.contiguous(), longest, False, False, scale,
+            p, False,
+        )  # fmt: skip
         return dqkv[places, 0], dqkv[:, 1:].contiguous()
     dq, dkv, delta = torch.empty_like(q), torch.empty_like(kv), torch.empty_like(lse)
     index = (starts, bounds, order, tokens, starts if seed is None else seed)

@@ -51,12 +51,22 @@ class Linear(nn.Linear):
             nn.init.normal_(self.weight, std=self.std)
             nn.init.zeros_(self.bias)
 
-    def forward(self, x: Tensor, *, outputs: tuple[int, int] | None = None, biased: bool = True) -> Tensor:
-        """[..., K] -> [..., N], or `outputs` (first, number) of the N; without the bias where a kernel adds it."""
+    def forward(
+        self,
+        x: Tensor,
+        *,
+        outputs: tuple[int, int] | None = None,
+        biased: bool = True,
+        bias_gradient: bool = True,
+    ) -> Tensor:
+        """[..., K] -> [..., N], or `outputs` (first, number) of the N.
+
+        Without the bias where a kernel adds it, without its gradient where a kernel computes that.
+        """
         if not biased:
             return F.linear(x, self.weight)
         if outputs is None:
-            return linear(x, self.weight, self.bias)
+            return linear(x, self.weight, self.bias if bias_gradient else self.bias.detach())
         return linear(x, self.weight.narrow(0, *outputs), self.bias.narrow(0, *outputs))
 
 

@@ -85,7 +85,10 @@ class FusedEmbeddings(Embeddings):
 
 
 class FusedAttention(Attention):
-    """Attention span by span where spans have bounds; without the bias of `out`, which the next LayerNorm adds."""
+    """Attention span by span where spans have bounds; without the bias of `out`, which the next LayerNorm adds.
+
+    Its backward pass sums the gradient of QKV's bias, which the product has added.
+    """
 
     def forward(
         self, x: Tensor, spans: AttentionSpans, selection: TokenSelection | None, seed: Tensor | None = None
@@ -97,8 +100,10 @@ class FusedAttention(Attention):
             context = self._selected(x, spans.cu_seqlens, spans.max_seqlen, selection, p, seed)
             return self.out(context, biased=False)
         else:
-            packed = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).flatten(0, 1)  # [N, 3, H, E]
-            context = kernels.attention(packed, spans.cu_seqlens, spans.max_seqlen, dropout=p, seed=seed).view_as(x)
+            packed = self.qkv(x, bias_gradient=False).unflatten(-1, (3, self.num_heads, -1)).flatten(0, 1)
+            context = kernels.attention(  # [N, 3, H, E] -> [N, H, E]
+                packed, spans.cu_seqlens, spans.max_seqlen, dropout=p, seed=seed, bias=self.qkv.bias
+            ).view_as(x)
         return self.out(_select_tokens(context, selection), biased=False)
 
     def _selected(

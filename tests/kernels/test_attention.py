@@ -33,17 +33,23 @@ def textbook(qkv, starts, lengths, causal, p):
     return out
 
 
-def with_gradient(out, qkv):
+def with_gradient(out, *inputs):
     torch.manual_seed(1)
-    return [out, torch.autograd.grad(out, qkv, torch.randn(out.shape).to(out.dtype))[0]]
+    return [out, *torch.autograd.grad(out, inputs, torch.randn(out.shape).to(out.dtype))]
 
 
-def expected(qkv, starts, lengths, causal, p, dout_dtype):
+def bias_of(qkv):
+    """One that is in qkv already: its values are never read."""
+    return torch.full_like(qkv[(0,) * (qkv.dim() - 3)].flatten(), torch.nan).requires_grad_()
+
+
+def expected(qkv, starts, lengths, causal, p, dout_dtype, biased=False):
     exact = qkv.detach().double().requires_grad_()
     out = textbook(exact, starts, lengths, causal, p)
     torch.manual_seed(1)
     dout = torch.randn(out.shape).to(dout_dtype).double()
-    return [out, torch.autograd.grad(out, exact, dout)[0]]
+    dqkv = torch.autograd.grad(out, exact, dout)[0]
+    return [out, dqkv, dqkv.sum(0).flatten()] if biased else [out, dqkv]
 
 
 # lengths, heads, head size, causal, dropout, dtype: fp16 up to 128 tokens takes the kernel for short sequences
@@ -61,25 +67,42 @@ CASES = [
 def test_unpadded(kernels, assert_close, lengths, heads, size, causal, p, dtype):
     starts = cumulative(lengths)
     qkv = torch.randn(sum(lengths), 3, heads, size).to(dtype).requires_grad_()
+    bias = bias_of(qkv)
     with kernels(BLOCK_M=64, BLOCK_N=64, STAGES=1):
-        actual = with_gradient(attention(qkv, starts, max(lengths), causal=causal, dropout=p, seed=SEED), qkv)
-    assert_close(actual, expected(qkv, starts[:-1], lengths, causal, p, dtype), dtype)
+        out = attention(qkv, starts, max(lengths), causal=causal, dropout=p, seed=SEED, bias=bias)
+        actual = with_gradient(out, qkv, bias)
+        plain = with_gradient(attention(qkv, starts, max(lengths), causal=causal, dropout=p, seed=SEED), qkv)
+    assert_close(actual, expected(qkv, starts[:-1], lengths, causal, p, dtype, biased=True), dtype)
+    assert all(torch.equal(a, b) for a, b in zip(actual, plain, strict=False))  # the bias changes nothing else
 
 
 @pytest.mark.parametrize("whole", [True, False])
-@pytest.mark.parametrize("causal, p, size", [(False, 0.1, 64), (True, 0.0, 48)])
+@pytest.mark.parametrize("causal, p, size", [(False, 0.1, 64), (True, 0.0, 48), (True, 0.2, 32)])
 def test_both_forms_of_the_backward_pass(kernels, assert_close, monkeypatch, whole, causal, p, size):
     """Whole heads with five products, and tiles with seven; one program takes all heads, so its scratch is reused."""
     lengths = [150, 0, 193, 1]
     starts = cumulative(lengths)
     qkv = torch.randn(sum(lengths), 3, 2, size).half().requires_grad_()
+    bias = bias_of(qkv)
     asked = []
     module = importlib.import_module("ds_stacking.kernels.attention")  # the package gives the operator of this name
     monkeypatch.setattr(module, "whole_heads", lambda *_: asked.append(whole) or whole)
     with kernels(BLOCK_M=64, BLOCK_N=64):
-        actual = with_gradient(attention(qkv, starts, max(lengths), causal=causal, dropout=p, seed=SEED), qkv)
+        out = attention(qkv, starts, max(lengths), causal=causal, dropout=p, seed=SEED, bias=bias)
+        actual = with_gradient(out, qkv, bias)
     assert asked == [whole]
-    assert_close(actual, expected(qkv, starts[:-1], lengths, causal, p, torch.float16), torch.float16)
+    assert_close(actual, expected(qkv, starts[:-1], lengths, causal, p, torch.float16, biased=True), torch.float16)
+
+
+@pytest.mark.parametrize("tile", [32, 64, 128])
+def test_no_two_tiles_write_the_same_sums(kernels, assert_close, tile):
+    """Sequences that begin and end inside groups of 32 tokens, in tiles of one, two and four groups."""
+    lengths = [33, 1, 0, 31, 95, 5, 64]
+    qkv = torch.randn(sum(lengths), 3, 1, 16).requires_grad_()
+    starts, bias = cumulative(lengths), bias_of(qkv)
+    with kernels(BLOCK_M=tile, BLOCK_N=tile):
+        actual = with_gradient(attention(qkv, starts, max(lengths), bias=bias), qkv, bias)
+    assert_close(actual, expected(qkv, starts[:-1], lengths, False, 0.0, torch.float32, biased=True))
 
 
 def test_whole_heads_where_they_fill_the_device():
@@ -96,20 +119,22 @@ def test_whole_heads_where_they_fill_the_device():
 def test_padded(kernels, assert_close, dtype, longest):
     lengths = [longest, 0, 1, 33]
     qkv = torch.randn(4, longest, 3, 1, 32).to(dtype).requires_grad_()
+    bias = bias_of(qkv)
     with kernels(BLOCK_M=64, BLOCK_N=64, STAGES=1):
-        out = attention_padded(qkv, torch.tensor(lengths, dtype=torch.int32), dropout=0.1, seed=SEED)
-        actual = with_gradient(out.flatten(0, 1), qkv)
+        out = attention_padded(qkv, torch.tensor(lengths, dtype=torch.int32), dropout=0.1, seed=SEED, bias=bias)
+        actual = with_gradient(out.flatten(0, 1), qkv, bias)
     starts = [longest * index for index in range(4)]
-    want = expected(qkv.flatten(0, 1), starts, lengths, False, 0.1, dtype)
-    assert_close([actual[0], actual[1].flatten(0, 1)], want, dtype)
+    want = expected(qkv.flatten(0, 1), starts, lengths, False, 0.1, dtype, biased=True)
+    assert_close([actual[0], actual[1].flatten(0, 1), actual[2]], want, dtype)
 
 
 def test_reference_agrees_with_formula(assert_close):
     lengths = [17, 0, 1, 63]
     starts = cumulative(lengths)
     qkv = torch.randn(sum(lengths), 3, 2, 16, requires_grad=True)
-    actual = with_gradient(attention(qkv, starts, 70, causal=True, dropout=0.3, seed=SEED), qkv)
-    assert_close(actual, expected(qkv, starts[:-1], lengths, True, 0.3, torch.float32))
+    bias = bias_of(qkv)
+    actual = with_gradient(attention(qkv, starts, 70, causal=True, dropout=0.3, seed=SEED, bias=bias), qkv, bias)
+    assert_close(actual, expected(qkv, starts[:-1], lengths, True, 0.3, torch.float32, biased=True))
 
 
 def test_lengths_are_compiled_by_powers_of_two():
@@ -170,6 +195,7 @@ def test_a_wrong_scale_is_noticed(kernels, assert_close):
         ({"qkv": torch.ones(3, 6, 1, 16).transpose(0, 1)}, "qkv has strides"),
         ({"cu_seqlens": torch.tensor([0, 6])}, "cu_seqlens has dtype torch.int64; it must be torch.int32"),
         ({"cu_seqlens": torch.tensor([0, 5], dtype=torch.int32)}, "cu_seqlens ends at 5, but qkv holds 6 tokens"),
+        ({"bias": torch.ones(16)}, r"bias is torch.float32 \(16,\); it must be torch.float32 \[48\]"),
         ({"dropout": -0.1}, r"dropout is -0.1; it must lie in \[0, 1\)"),
     ],
 )

@@ -135,7 +135,7 @@ def test_compiled_code_holds_the_choice():
         with FakeTensorMode(), torch.no_grad():
             qkv = torch.empty(BASE["tokens"], 3, 12, 64, dtype=torch.bfloat16, device="cuda")
             starts = torch.empty(BASE["tokens"] // BASE["longest"] + 1, dtype=torch.int32, device="cuda")
-            arguments = (qkv, starts, None, BASE["longest"], False, False, 0.125, 0.0)
+            arguments = (qkv, starts, None, None, BASE["longest"], False, False, 0.125, 0.0)
             graph = make_fx(dispatch_functionalize(torch.ops.ds_stacking.attention.default))(*arguments).graph
         (node,) = (node for node in graph.nodes if "triton_kernel_wrapper" in str(node.target))
         (traced,) = kernel_side_table.get_kernel(node.kwargs["kernel_idx"]).configs

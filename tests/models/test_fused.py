@@ -8,13 +8,17 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ds_stacking.config import ModelConfig
 from ds_stacking.kernels._launch import Executor, Launch, executing
+from ds_stacking.models.bert import Bert
 from ds_stacking.models.compiling import compilations, compile_parts
 from ds_stacking.models.fused import FusedBert
+from tests.engine import tiny
+from tests.ranks import run_ranks
 
 CONFIG = ModelConfig(
     hidden_size=32, num_heads=2, intermediate_size=48, vocab_size=61, max_positions=16, initializer_range=0.2,
@@ -119,8 +123,62 @@ def test_a_pass_launches_as_few_kernels_as_docs_say(norm: str, most: int, again:
             model(**batch).loss_sum.backward()
         counts.append(operations.found.total())
     assert counts[0] <= most and counts[1] <= again, operations.found
-    assert operations.found["add"] <= 6 and operations.found["randint"] == 1
+    assert operations.found["triton"] == 157 and operations.found["add"] <= 6 and operations.found["randint"] == 1
     assert operations.found["embedding_dense_backward"] == 1
+
+
+def test_the_gradient_of_the_bias_of_qkv_is_no_pass_of_its_own() -> None:
+    """[N, 3 * D] is summed over tokens in the last block alone, for queries and for keys and values."""
+    found = []
+
+    class Sums(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            if func is torch.ops.aten.sum.dim_IntList and args[0].shape[-1] in (32, 64, 96):
+                found.append(tuple(args[0].shape))
+            return func(*args, **(kwargs or {}))
+
+    model = FusedBert(CONFIG, 3).train().half()
+    with executing(Operations()), Sums():
+        model(**inputs()).loss_sum.backward()
+    assert found.count((24, 96)) == 0 and found.count((24, 64)) == 1, found
+
+
+def differences_under_zero_3() -> dict[str, float]:
+    """Largest difference of each gradient from that of the plain model on one process, as a part of its largest."""
+    from deepspeed.utils import safe_get_full_grad
+
+    from ds_stacking.engine.stage_manager import StageManager
+
+    config = tiny.model_config()
+    torch.manual_seed(tiny.SEED)
+    plain = Bert(config, 3)
+    tokens, predicted = tiny.batch(0)
+    tiny.part_loss(plain, tokens, predicted, int(predicted.sum())).backward()
+
+    build = replace(
+        tiny.factory(3), build_model=lambda layers, initialize: FusedBert(config, layers, initialize=initialize)
+    )
+    manager = StageManager(build, seed=tiny.SEED)
+    manager.start(tiny.spec(3))
+    share = len(tokens) // dist.get_world_size()
+    mine = slice(dist.get_rank() * share, (dist.get_rank() + 1) * share)
+    loss = tiny.part_loss(manager.engine, tokens[mine], predicted[mine], int(predicted.sum()))
+    manager.engine.backward(loss * dist.get_world_size(), scale_wrt_gas=False)
+    found = {}
+    for name, parameter in manager.engine.module.named_parameters():
+        want = plain.get_parameter(name).grad
+        assert want is not None
+        found[name] = float((safe_get_full_grad(parameter) - want).abs().max() / want.abs().max())
+    manager.close()
+    return found
+
+
+@pytest.mark.distributed
+def test_gradients_under_zero_3_are_those_of_the_plain_model() -> None:
+    """Biases that are read outside their modules are gathered once more: the same tensors, the same gradients."""
+    for found in run_ranks(2, differences_under_zero_3):
+        assert "blocks.0.attention.qkv.bias" in found
+        assert max(found.values()) <= 1e-4, {name: value for name, value in found.items() if value > 1e-4}
 
 
 @NORMS
