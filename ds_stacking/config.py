@@ -30,6 +30,8 @@ LARGEST = {
     **{"seed": 2**32 - 1, "zero_stage": 3},
 }
 """Whole numbers beyond which nothing works any more, by the last part of their names."""
+SMALLEST_FP8 = 1024
+"""Hidden size from which on products in fp8 save more time than the casts cost, by count (docs/performance.md)."""
 LARGEST_COUNT = 10**12
 """All others: steps, tokens, sequences, documents."""
 LONGEST_TEXT = 4000
@@ -387,8 +389,9 @@ class RunConfig:
     """What a growth does to Adam's state: stack, new_reset, reset, second_only or scale:C."""
     growth_memory: Literal["normal", "low"] = "normal"
     """low: at a growth the old state waits on the host; its device memory is free before the new engine is built."""
-    precision: Literal["auto", "bf16", "fp32"] = "auto"
-    """auto: bf16 where the hardware multiplies it natively, else fp32."""
+    precision: Literal["auto", "bf16", "fp8", "fp32"] = "auto"
+    """auto: bf16 where the hardware multiplies it natively, else fp32; fp8: bf16 with the blocks'
+    linear layers multiplying in 8 bits (docs/training.md)."""
     kernels: Literal["auto", "fused", "torch"] = "auto"
     """fused: the Triton kernels around the matrix products (on a CPU their slow references); torch: PyTorch's own
     operations; auto: fused on GPUs that run them."""
@@ -475,6 +478,8 @@ class RunConfig:
             not (self.corpus.separate_documents and self.model.next_sentence),
             "corpus.separate_documents hides from a sentence what model.next_sentence asks for; turn off one of them.",
         )
+        if self.precision == "fp8":
+            check_fp8_sizes(self.model)
         first = self.stages[0]
         require(
             not (first.operator or first.optimizer_state or first.rewarm_steps),
@@ -509,6 +514,22 @@ class RunConfig:
     def to_dict(self) -> dict[str, Any]:
         """All fields as plain JSON values."""
         return json.loads(json.dumps(dataclasses.asdict(self)))
+
+
+def check_fp8_sizes(model: ModelConfig) -> None:
+    """Raise UserError for a model that gains nothing by products in fp8, or that the hardware cannot multiply."""
+    require(
+        model.hidden_size >= SMALLEST_FP8,
+        f"precision fp8 does not pay with model.hidden_size {model.hidden_size}: it needs {SMALLEST_FP8:,} or more; "
+        f"use bf16.",
+    )
+    for name in ("hidden_size", "intermediate_size"):
+        size = getattr(model, name)
+        require(
+            size % 16 == 0,
+            f"precision fp8 multiplies by 16 columns at a time, and model.{name} is {size}; give it a multiple of 16, "
+            f"or use bf16.",
+        )
 
 
 def check_optimizer_state(policy: str) -> None:

@@ -23,10 +23,13 @@ from ds_stacking.kernels import (
     selected_attention,
 )
 from ds_stacking.kernels._launch import TARGETS, Launch, recording
+from ds_stacking.kernels.fp8_cast import cast_fp8
 
 HOPPER = ("sm_90",)
 TOKENS, PREDICTED = 32_768, 4_915
 """Of a micro-batch."""
+FP8 = ("sm_90", "sm_100")
+"""Targets that have the two 8-bit formats."""
 
 
 @dataclass(kw_only=True)
@@ -104,6 +107,10 @@ def _embedding(documents: bool) -> None:
     _backward(*embedding_norm(_index(TOKENS), places, kinds, twice=True, **tables | norm))
 
 
+def _fp8(dtype: torch.dtype, straight: bool, turned: bool) -> None:
+    cast_fp8(_tensor(TOKENS, 1024), _tensor(dtype=torch.float32), dtype, straight=straight, turned=turned)
+
+
 def _gather() -> None:
     _backward(gather_rows(_tensor(TOKENS, 768), _index(PREDICTED), _index(TOKENS)))
 
@@ -133,6 +140,10 @@ CASES = {
     "bias_gelu/3072": Case(run=_gelu),
     "embedding_norm/768-dropout": Case(run=lambda: _embedding(False)),
     "embedding_norm/768-documents-dropout": Case(run=lambda: _embedding(True), targets=HOPPER),
+    "fp8_cast/1024-e4m3": Case(run=lambda: _fp8(torch.float8_e4m3fn, True, True), targets=FP8),
+    "fp8_cast/1024-e4m3-straight": Case(run=lambda: _fp8(torch.float8_e4m3fn, True, False), targets=HOPPER),
+    "fp8_cast/1024-e4m3-turned": Case(run=lambda: _fp8(torch.float8_e4m3fn, False, True), targets=HOPPER),
+    "fp8_cast/1024-e5m2": Case(run=lambda: _fp8(torch.float8_e5m2, True, True), targets=FP8),
     "gather_rows/768": Case(run=_gather),
     "linear_cross_entropy/768": Case(run=lambda: _cross_entropy(False)),
     "linear_cross_entropy/768-kept": Case(run=lambda: _cross_entropy(True)),

@@ -6,8 +6,8 @@ Under that variable `triton.jit` yields another kind of function for the whole p
     with interpreted():
         out = attention(qkv, cu_seqlens, max_seqlen)  # CPU tensors
 
-The interpreter multiplies bf16 wrongly, so kernels get UPCAST_DOT there. `blocks` overrides the configuration that is
-chosen for a launch.
+The interpreter multiplies bf16 wrongly, so kernels get UPCAST_DOT there, and rounds to 8-bit floats wrongly, so torch
+does that. `blocks` overrides the configuration that is chosen for a launch.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import sys
 from collections.abc import Iterator
 from typing import Any
 
+import torch
 import triton
 import triton.experimental.gluon.language  # noqa: F401  must be imported before jitted functions are replaced
 import triton.language as tl
@@ -71,8 +72,28 @@ def interpreted(**blocks: Any) -> Iterator[None]:
                     stack.callback(setattr, module, name, value)
                     setattr(module, name, _Helper(value.fn))
         stack.enter_context(_numpy_scalars())
+        stack.enter_context(_fp8_rounding())
         stack.enter_context(executing(_Interpret(blocks)))
         yield
+
+
+@contextlib.contextmanager
+def _fp8_rounding() -> Iterator[None]:
+    """Triton 3.9's interpreter loses the carry of a mantissa that rounds up to 2, and rounds ties away from 0."""
+    original = interpreter._convert_float
+    formats = {tl.float8e4nv: torch.float8_e4m3fn, tl.float8e5: torch.float8_e5m2}
+
+    def convert(x: Any, source: Any, target: Any, rounding: Any) -> Any:
+        if source != tl.float32 or target not in formats:
+            return original(x, source, target, rounding)
+        values = torch.from_numpy(x.view("float32").copy())
+        return values.to(formats[target]).view(torch.uint8).numpy()
+
+    interpreter._convert_float = convert
+    try:
+        yield
+    finally:
+        interpreter._convert_float = original
 
 
 @contextlib.contextmanager

@@ -138,6 +138,7 @@ def _source(kernel: Kernel, args: tuple[Any, ...], meta: dict[str, Any]) -> ASTS
 
 def _pointer(dtype: torch.dtype) -> str:
     names = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16", torch.int32: "i32"}
+    names |= {torch.float8_e4m3fn: "fp8e4nv", torch.float8_e5m2: "fp8e5"}
     return "*" + {**names, torch.int64: "i64", torch.bool: "i1"}[dtype]
 
 

@@ -89,7 +89,7 @@ def test_recipes_are_complete(name: str) -> None:
 def test_recipes_divide_by_ranks_and_grow(name: str, world_size: int) -> None:
     config = parse_run(["--recipe", name])
     ds_config = load_ds_config(str(ROOT / config.deepspeed_config))
-    plans = check_stages(config, ds_config, bf16=config.precision == "bf16", world_size=world_size)
+    plans = check_stages(config, ds_config, bf16=config.precision in ("bf16", "fp8"), world_size=world_size)
     for stage, plan in zip(config.stages, plans, strict=True):
         tokens = stage.tokens_per_step or config.tokens_per_step
         ours = plan.world_size * plan.accumulation * plan.micro_batch_size * config.corpus.sequence_length
@@ -287,7 +287,7 @@ def test_missing_recipe(tmp_path: Path) -> None:
         (["--name=" + "[" * 100_000], f"name has 100,000 characters ({'[' * 20!r}...); 4,000 are the most."),
         (["--lr=" + "[" * 100_000], f"lr is {'[' * 80}...; it must be a finite number."),
         (["--lr", "9" * 400], f"lr is {'9' * 80}...; it must be a finite number."),
-        (["--precision="], "precision is ''; it must be auto or bf16 or fp32."),
+        (["--precision="], "precision is ''; it must be auto or bf16 or fp8 or fp32."),
         (
             ["--corpus.vocab_size", "1000000000000"],
             "corpus.vocab_size is 1000000000000; it must lie between 100 and 4194304.",
@@ -300,7 +300,25 @@ def test_missing_recipe(tmp_path: Path) -> None:
         (["--lr", "null"], "lr is null; it must be a finite number."),
         (["--lr"], "--lr expected one argument."),
         (["--stages"], "--stages expected one argument."),
-        (["--precision", "fp16"], "precision is fp16; it must be auto or bf16 or fp32."),
+        (["--precision", "fp16"], "precision is fp16; it must be auto or bf16 or fp8 or fp32."),
+        (
+            ["--precision", "fp8", "--model.hidden_size", "768", "--model.num_heads", "12"],
+            "precision fp8 does not pay with model.hidden_size 768: it needs 1,024 or more; use bf16.",
+        ),
+        (
+            ["--precision=fp8", "--model.hidden_size=1032", "--model.num_heads=12"],
+            "precision fp8 multiplies by 16 columns at a time, and model.hidden_size is 1032; give it a multiple "
+            "of 16, or use bf16.",
+        ),
+        (
+            [
+                *("--precision=fp8", "--model.hidden_size=1024"),
+                "--model.num_heads=16",
+                "--model.intermediate_size=4090",
+            ],
+            "precision fp8 multiplies by 16 columns at a time, and model.intermediate_size is 4090; give it a "
+            "multiple of 16, or use bf16.",
+        ),
         (["--model", "x"], "model is x; it must be an object of its fields."),
         (["--stages", "3x4"], "Stage '3x4' of '3x4' is not LAYERS:STEPS; write for example 3:50000,6:70000."),
     ],

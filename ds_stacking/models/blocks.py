@@ -8,6 +8,7 @@ tokens.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -42,9 +43,13 @@ class TokenSelection(NamedTuple):
 class Linear(nn.Linear):
     """Linear layer with weights drawn from N(0, std^2) and zero bias; with `std=None` both are left unfilled."""
 
+    product: Callable[[Tensor, Tensor, Tensor | None], Tensor]
+    """(x, weight, bias) -> x @ weight.T + bias; models/fp8.py puts another in its place."""
+
     def __init__(self, in_features: int, out_features: int, std: float | None) -> None:
         self.std = std
         super().__init__(in_features, out_features)
+        self.product = linear
 
     def reset_parameters(self) -> None:
         if self.std is not None:
@@ -63,11 +68,10 @@ class Linear(nn.Linear):
 
         Without the bias where a kernel adds it, without its gradient where a kernel computes that.
         """
-        if not biased:
-            return F.linear(x, self.weight)
-        if outputs is None:
-            return linear(x, self.weight, self.bias if bias_gradient else self.bias.detach())
-        return linear(x, self.weight.narrow(0, *outputs), self.bias.narrow(0, *outputs))
+        if outputs is not None:
+            return self.product(x, self.weight.narrow(0, *outputs), self.bias.narrow(0, *outputs))
+        bias = self.bias if bias_gradient else self.bias.detach()
+        return self.product(x, self.weight, bias if biased else None)
 
 
 class Embedding(nn.Embedding):

@@ -25,10 +25,10 @@ def _needs_fp32(x: Tensor) -> bool:
     return x.is_cpu and x.dtype == torch.bfloat16 and not CPU_MULTIPLIES_BF16
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:  # [..., K], [N, K], [N] -> [..., N]
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:  # [..., K], [N, K], [N] -> [..., N]
     """Compute x @ weight.T + bias in the type of x; where a CPU cannot multiply bf16, rounded once from fp32."""
     if _needs_fp32(x):
-        return F.linear(x.float(), weight.float(), bias.float()).to(x.dtype)
+        return F.linear(x.float(), weight.float(), None if bias is None else bias.float()).to(x.dtype)
     return F.linear(x, weight, bias)
 
 

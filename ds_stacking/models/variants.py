@@ -23,3 +23,9 @@ def has_kernels(device: torch.device) -> bool:
     from ds_stacking.kernels import runs_kernels
 
     return runs_kernels(torch.empty(0, device=device))
+
+
+def multiplies_fp8(device: torch.device) -> bool:
+    """Whether `device` multiplies these formats: NVIDIA from compute capability 8.9 (Ada, Hopper)."""
+    cuda = device.type == "cuda" and torch.version.hip is None  # AMD's MI300 has formats of its own
+    return cuda and torch.cuda.get_device_capability(device) >= (8, 9)

@@ -98,6 +98,10 @@ def with_vocabulary(model: ModelConfig, data: PreparedData) -> ModelConfig:
 def make_model(config: RunConfig, layers: int, initialize: bool) -> Bert:
     """The model of a stage; its weights are drawn or left unfilled."""
     model = bert_class(config.kernels == "fused")(config.model, layers, initialize=initialize)
+    if config.precision == "fp8":
+        from ds_stacking.models.fp8 import use_fp8
+
+        use_fp8(model)
     if config.compile:
         compile_parts(model)
     return model

@@ -14,6 +14,7 @@ from ds_stacking.training.checkpointing import log_failed_saves
 from ds_stacking.training.controls import measure_controls
 from ds_stacking.training.export import finish_export
 from ds_stacking.training.loop import Pretraining
+from ds_stacking.training.precision import precision_name
 from ds_stacking.training.run_directory import EXPORT, SUMMARY
 from ds_stacking.training.state import HeldOutLoss
 
@@ -48,7 +49,7 @@ def _summary(run: Pretraining, loss: HeldOutLoss, shuffled: HeldOutLoss) -> dict
         "name": run.config.name,
         "world_size": world_size(),
         "zero_stage": int(run.engine.zero_optimization_stage()),
-        "precision": "bf16" if run.manager.factory.bf16 else "fp32",
+        "precision": precision_name(run.config, bf16=run.manager.factory.bf16),
         "parameters": sum(info.numel for info in run.manager.parameters.values()),
         "steps": run.state.position.step,
         **ledger.totals(),

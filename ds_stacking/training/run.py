@@ -21,7 +21,7 @@ from ds_stacking.config import RunConfig, StageConfig
 from ds_stacking.data.preparation.prepare import prepare
 from ds_stacking.data.prepared_data import PreparedData, sampled_fingerprint
 from ds_stacking.engine.ds_config import load_ds_config
-from ds_stacking.engine.factory import device, init_distributed, native_bf16
+from ds_stacking.engine.factory import device, init_distributed
 from ds_stacking.engine.host import keep_freed_memory, limit_threads
 from ds_stacking.growth.exchange import make_exchange
 from ds_stacking.models.variants import has_kernels
@@ -42,6 +42,7 @@ from ds_stacking.training.finish import finish
 from ds_stacking.training.loop import Pretraining
 from ds_stacking.training.metrics_file import cut_metrics
 from ds_stacking.training.ownership import one_writer
+from ds_stacking.training.precision import choose_precision, precision_name
 from ds_stacking.training.progress import Console, make_console
 from ds_stacking.training.run_directory import (
     check_run_directory,
@@ -93,7 +94,7 @@ def pretrain(
             console.log(f"{config.run_dir} holds a finished run; there is nothing left to do.")
             return
         ds_config = load_ds_config(config.deepspeed_config)
-        bf16, why = (config.precision == "bf16", "as asked") if config.precision != "auto" else native_bf16()
+        bf16, why = choose_precision(config)
         plans = check_stages(config, ds_config, bf16=bf16, world_size=world_size())
         refuse_what_cannot_fit(config, ds_config, memory(device()), bf16=bf16)
         # no collective call waits meanwhile, however long it takes: who waits for the data looks for them
@@ -213,7 +214,7 @@ def _resolved(run: Pretraining, why: str) -> dict[str, object]:
         "run": f"{config.name} -> {run.run_dir}",
         "ranks": f"{world_size()} on {run.device.type}",
         "engine": f"ZeRO stage {factory.ds_config['zero_optimization']['stage']} ({config.deepspeed_config})",
-        "precision": f"{'bf16' if factory.bf16 else 'fp32'} ({why})",
+        "precision": f"{precision_name(config, bf16=factory.bf16)} ({why})",
         "kernels": config.kernels + (", the rest compiled" if config.compile else ""),
         "model": f"{model.norm}-LN BERT, width {model.hidden_size}, {model.num_heads} heads, "
         f"vocabulary {model.vocab_size:,}",

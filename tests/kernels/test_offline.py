@@ -27,7 +27,7 @@ MATRIX_KERNELS = {
     "_gradient",
     "_linear",
 }
-MEMORY_KERNELS = {"add_layer_norm", "bias_gelu", "embedding_norm", "gather_rows"}
+MEMORY_KERNELS = {"add_layer_norm", "bias_gelu", "embedding_norm", "fp8_cast", "gather_rows"}
 
 
 @pytest.fixture(scope="module")
