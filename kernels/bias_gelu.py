@@ -64,7 +64,7 @@ def _gelu_slope(u, TANH: tl.constexpr, EXACT: tl.constexpr):
     if EXACT:
         density = 0.3989422804014327 * tl.exp(-0.5 * u * u)
         return 0.5 * (1.0 + tl.math.erf(u * 0.7071067811865476)) + u * density
-    a = tl.minimum(tl.abs(u), 14.0)
+    a = tl.minimum(tl.abs(u), 14.0, propagate_nan=tl.PropagateNan.ALL)  # else NaN would become 14, its slope 1
     q = -2.7171980221396552e-08 * a + 1.6344594087058795e-06
     q = q * a - 4.147718573221937e-05
     q = q * a + 0.0005803594249300659

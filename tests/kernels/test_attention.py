@@ -105,6 +105,22 @@ def test_no_two_tiles_write_the_same_sums(kernels, assert_close, tile):
     assert_close(actual, expected(qkv, starts[:-1], lengths, False, 0.0, torch.float32, biased=True))
 
 
+@pytest.mark.parametrize("length, whole", [(100, False), (150, True), (150, False)])
+def test_keys_beyond_the_end_are_hidden_from_strongly_negative_scores(
+    kernels, assert_close, monkeypatch, length, whole
+):
+    """Beside scores of -64 that of a missing key, 0, has the weight e^64: infinite in fp16 wherever it is let in."""
+    qkv = torch.randn(length, 3, 2, 64)
+    qkv[:, 0] += 8**0.5
+    qkv[:, 1] -= 8**0.5
+    qkv = qkv.half().requires_grad_()
+    module = importlib.import_module("ds_stacking.kernels.attention")
+    monkeypatch.setattr(module, "whole_heads", lambda *_: whole)
+    with kernels(BLOCK_M=64, BLOCK_N=64, STAGES=1):
+        actual = with_gradient(attention(qkv, cumulative([length]), length), qkv)
+    assert_close(actual, expected(qkv, [0], [length], False, 0.0, torch.float16), torch.float16)
+
+
 def test_whole_heads_where_they_fill_the_device():
     def chosen(longest, pairs, target="sm_90", size=64, itemsize=2):
         return whole_heads(target, longest, pairs, size, itemsize, 132)

@@ -77,12 +77,15 @@ def test_every_16_bit_input_is_within_an_ulp(kernels, dtype, y_limit, slope_limi
     assert ulps(slope, torch.where(u < 0, low, 1 - low)) <= slope_limit
 
 
-def test_what_is_no_number_stays_none(kernels):
-    x = torch.tensor([[torch.nan, torch.inf, 3.0]], dtype=torch.bfloat16, requires_grad=True)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("form", ["none", "tanh"])
+def test_what_is_no_number_stays_none(kernels, form, dtype):
+    x = torch.tensor([[torch.nan, torch.inf, 3.0]], dtype=dtype, requires_grad=True)
     with kernels(ROWS=1, BLOCK_N=4):
-        y = bias_gelu(x, torch.zeros(3, dtype=x.dtype))
-        (dx,) = torch.autograd.grad(y, x, torch.tensor([[1, 1, torch.nan]], dtype=x.dtype))
-    assert y[0, 0].isnan() and y[0, 1].isinf() and dx[0, 2].isnan()
+        y = bias_gelu(x, torch.zeros(3, dtype=dtype), approximate=form)
+        (dx,) = torch.autograd.grad(y, x, torch.tensor([[1, 1, torch.nan]], dtype=dtype))
+    assert y[0, 0].isnan() and y[0, 1].isinf() and y[0, 2].isfinite()
+    assert dx[0, 0].isnan() and dx[0, 2].isnan()
 
 
 def test_no_rows(kernels):

@@ -49,6 +49,17 @@ def test_as_attention_of_all_queries(kernels, assert_close, count, size, p, dtyp
     assert_close(actual, expected(q, kv, indices, p), dtype)
 
 
+def test_keys_beyond_the_end_are_hidden_from_strongly_negative_scores(kernels, assert_close):
+    """Beside scores of -64 that of a missing key, 0, has the weight e^64: infinite in fp16 wherever it is let in."""
+    indices = selection(60)
+    q, kv = torch.randn(60, 2, 64) + 8**0.5, torch.randn(sum(LENGTHS), 2, 2, 64)
+    kv[:, 0] -= 8**0.5
+    q, kv = q.half().requires_grad_(), kv.half().requires_grad_()
+    with kernels(BLOCK_M=16, BLOCK_N=32):
+        actual = with_gradients(selected_attention(q, kv, cumulative(LENGTHS), max(LENGTHS), indices), q, kv)
+    assert_close(actual, expected(q, kv, indices, 0.0), torch.float16)
+
+
 def test_the_reference_is_attention_of_all_to_the_bit():
     indices, packed = selection(30), torch.randn(sum(LENGTHS), 3, 2, 16)
     q, kv = packed[indices, 0].contiguous(), packed[:, 1:].contiguous()
