@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import queue
@@ -76,19 +77,19 @@ class Worker:
         return self.log.read_text(errors="replace")[-400:].strip()
 
     def close(self) -> None:
-        """Let it end, and end it if it does not."""
+        """Let it end, and end it if it does not, with what it left running."""
         assert self.process.stdin is not None
-        try:
+        with contextlib.suppress(OSError, subprocess.TimeoutExpired):
             self.process.stdin.close()
             self.process.wait(10)
-        except (OSError, subprocess.TimeoutExpired):
-            self.kill()
+        self.kill()
 
     def kill(self) -> None:
-        """End it with all that it started."""
-        if self.process.poll() is None:
+        """End it with all that it started, which may hold the GPU after it has ended itself."""
+        with contextlib.suppress(ProcessLookupError):
             os.killpg(self.process.pid, signal.SIGKILL)
-        self.process.wait()
+        with contextlib.suppress(subprocess.TimeoutExpired):  # stuck in the driver: the table is worth more
+            self.process.wait(10)
 
 
 def worker_command(dry: bool) -> list[str]:

@@ -101,11 +101,16 @@ def compile_all(todo: list[tuple[Launch, Any]], processes: int) -> list[str]:
         return [text for text in pool.map(_nth, range(len(todo))) if text]
 
 
+def processes() -> int:
+    """One per core that this process may use, of which a host may have more; at most 32, as each takes memory."""
+    return min(32, len(os.sched_getaffinity(0)))
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Returns 0; failures are named in what is printed, since the JIT will meet them again in their rows."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--dry", action="store_true", help="tiny shapes, the first three compilations only")
-    parser.add_argument("--processes", type=int, default=os.cpu_count() or 1)
+    parser.add_argument("--processes", type=int, default=processes())
     options = parser.parse_args(arguments)
     names = {line.strip() for line in sys.stdin}
     begin = time.monotonic()

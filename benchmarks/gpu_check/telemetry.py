@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 Reading = dict[str, float | str]
 QUERY = "clocks.sm,clocks.mem,power.draw,temperature.gpu"
+ABSENT: Reading = {"source": "absent"}
 FIELDS = ("sm_mhz", "memory_mhz", "watts", "celsius")
 
 
@@ -18,8 +19,16 @@ def telemetry(uuid: str) -> Callable[[], Reading]:
             read()
         except Exception:  # no module, no driver, no such program: the next way
             continue
-        return read
-    return lambda: {"source": "absent"}
+        return lambda read=read: _or_absent(read)
+    return lambda: dict(ABSENT)
+
+
+def _or_absent(read: Callable[[], Reading]) -> Reading:
+    """A reading that fails later, by a time-out of nvidia-smi for instance, must not cost the row."""
+    try:
+        return read()
+    except Exception:
+        return dict(ABSENT)
 
 
 def _nvml(uuid: str) -> Callable[[], Reading]:

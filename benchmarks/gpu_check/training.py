@@ -129,14 +129,17 @@ def same(wanted: dict[str, Any], found: dict[str, Any]) -> bool:
 
 
 def _options(stage: int, folder: Path, dry: bool) -> list[str]:
-    """A small run with dropout that saves often: seconds on a GPU, and long enough to be killed in its middle."""
+    """A small run with dropout that saves often: seconds on a GPU, and long enough to be killed in its middle.
+
+    Its tiles are predicted: two runs that each measure their own may sum in different orders, and rightly differ.
+    """
     steps, every, width = (10, 6, 64) if dry else (300, 100, 256)
     return [
         "--recipe=quickstart", f"--deepspeed_config=ds_configs/zero{stage}.json", f"--output_dir={folder}",
         f"--stages=2:{steps},4:{steps}", f"--checkpoint_every={every}", "--log_every=1", "--eval_every=0",
         "--eval_after_growth=0", "--tracking=none", "--corpus.max_documents=300", f"--model.hidden_size={width}",
         f"--model.num_heads={width // 64}", "--model.dropout=0.1", "--model.attention_dropout=0.1",
-        "--eval_sequences=32", "--checkpoint_async=false", *(["--kernels=torch"] * dry),
+        "--eval_sequences=32", "--checkpoint_async=false", "--tiles=predict", *(["--kernels=torch"] * dry),
     ]  # fmt: skip
 
 
@@ -210,6 +213,8 @@ DRY = (
 )  # fmt: skip
 STOPPING = 75.0
 """Seconds before the end at which the comparison is stopped: a checkpoint, packing and the report take some."""
+TO_STOP, TO_KILL, TO_REPORT = 40, 5, 20
+"""Seconds of these for the comparison to end by itself, to end when killed, and for its report."""
 DRY_SECONDS = 120.0
 """After which it is stopped there: seven runs take long on a CPU."""
 TARBALL = "comparison.tar.gz"
@@ -236,7 +241,8 @@ def compare_depths(at: Machine) -> dict[str, Any]:
         except subprocess.TimeoutExpired:
             state = "cut short"
             _stop(process)
-    pack(folder, out / TARBALL)
+        finally:
+            pack(folder, out / TARBALL)
     words = (work() / "comparison.log").read_text(errors="replace")[-600:]
     if state not in ("finished", "cut short"):
         raise RuntimeError(f"{state}: {words}")
@@ -247,21 +253,23 @@ def compare_depths(at: Machine) -> dict[str, Any]:
 
 
 def _stop(process: subprocess.Popen[bytes]) -> None:
-    """Ask the comparison to end, upon which it saves what runs, and end it if it does not."""
+    """Ask the comparison to end, upon which it saves what runs, and end it if it does not; one that is stuck in the
+    driver is left behind."""
     process.send_signal(signal.SIGTERM)
     try:
-        process.wait(40)
+        process.wait(TO_STOP)
     except subprocess.TimeoutExpired:
         process.kill()
-        process.wait()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(TO_KILL)
 
 
 def _report(command: list[str]) -> str:
     """What the comparison says of the runs that are finished."""
     try:
-        return subprocess.run([*command, "--report_only"], capture_output=True, text=True, timeout=30).stdout
+        return subprocess.run([*command, "--report_only"], capture_output=True, text=True, timeout=TO_REPORT).stdout
     except subprocess.TimeoutExpired:
-        return "no report within 30 s"
+        return f"no report within {TO_REPORT} s"
 
 
 def pack(folder: Path, tarball: Path) -> None:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
 import sys
 import time
+import types
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,7 +15,7 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 WORKER = """
-import json, os, signal, sys, time
+import json, os, signal, subprocess, sys, time
 print("begins", file=sys.stderr)
 for line in sys.stdin:
     request = json.loads(line)
@@ -22,6 +25,10 @@ for line in sys.stdin:
         os.kill(os.getpid(), signal.SIGSEGV)
     if name == "crash":
         print("last words", file=sys.stderr, flush=True)
+        os._exit(3)
+    if name == "orphan":
+        child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"], stdout=sys.stderr)
+        print("child", child.pid, file=sys.stderr, flush=True)
         os._exit(3)
     if name == "hang":
         time.sleep(60)
@@ -89,6 +96,33 @@ def test_a_hang_costs_one_row(run: Run) -> None:
     _, records = run("a", "hang", "b", patience=0.02)
     assert "no answer within" in records["hang"]["error"] and "error" not in records["b"]
     assert time.monotonic() - begin < 20
+
+
+def test_what_a_dead_worker_has_started_ends_too(run: Run, tmp_path: Path) -> None:
+    _, records = run("orphan", "b")
+    assert "ended with 3" in records["orphan"]["error"] and "error" not in records["b"]
+    child = int((tmp_path / "log").read_text().split("child ")[1].split()[0])
+    for _ in range(100):  # until the killed child is reaped
+        stat = Path(f"/proc/{child}/stat")
+        if not stat.exists() or stat.read_text().rpartition(")")[2].split()[0] == "Z":
+            return
+        time.sleep(0.05)
+    raise AssertionError("the child lives on")
+
+
+def test_a_worker_that_cannot_be_ended_does_not_hold_the_parent(parent: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    waits: list[float | None] = []
+
+    def wait(timeout: float | None = None) -> None:
+        waits.append(timeout)
+        raise subprocess.TimeoutExpired("worker", timeout or 0)
+
+    killed: list[int] = []
+    monkeypatch.setattr(os, "killpg", lambda group, signal: killed.append(group))
+    worker = parent.Worker.__new__(parent.Worker)
+    worker.process = types.SimpleNamespace(pid=7, poll=lambda: None, wait=wait)
+    worker.kill()
+    assert killed == [7] and len(waits) == 1 and waits[0] is not None
 
 
 def test_a_peer_that_ends_the_process_is_left_out(run: Run, tmp_path: Path) -> None:

@@ -141,5 +141,13 @@ def test_nvml_then_nvidia_smi_then_absent(measure: Any, monkeypatch: pytest.Monk
 
     with monkeypatch.context() as there:
         there.setattr(subprocess, "run", smi)
-        assert telemetry("abc")() == {"source": "nvidia-smi", **wanted}
+        read = telemetry("abc")
+        assert read() == {"source": "nvidia-smi", **wanted}
+
+    def late(command: list[str], **options: Any) -> Any:
+        raise subprocess.TimeoutExpired(command, 5)
+
+    with monkeypatch.context() as there:  # later than the first reading: the row goes on
+        there.setattr(subprocess, "run", late)
+        assert read() == {"source": "absent"}
     assert telemetry("abc")() == {"source": "absent"}

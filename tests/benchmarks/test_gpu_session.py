@@ -75,3 +75,55 @@ def test_finished_runs_travel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
         "comparison/comparison.json", "comparison/pilot/summary.json", "comparison/scratch/x1/seed-1/config.json",
         "comparison/scratch/x1/seed-1/summary.json",
     ]  # fmt: skip
+
+
+@pytest.mark.parametrize("fault", [subprocess.TimeoutExpired("compare.py", 1), OSError("no")])
+def test_the_comparison_is_packed_however_it_ends(
+    fault: Exception, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where it cannot even be killed."""
+    monkeypatch.syspath_prepend(str(ROOT))
+    from benchmarks.gpu_check import training
+    from benchmarks.gpu_check.catalogue import machine
+
+    class Stuck:
+        def __init__(self, *_: Any, **__: Any) -> None:
+            (tmp_path / "work" / "comparison").mkdir()
+            (tmp_path / "work" / "comparison" / "comparison.json").write_text("{}")
+
+        def wait(self, timeout: float) -> int:
+            raise fault
+
+        def send_signal(self, number: int) -> None: ...
+
+        kill = close = lambda self: None
+
+    monkeypatch.setenv("WORK", str(tmp_path / "work"))
+    monkeypatch.setenv("OUT", str(tmp_path))
+    monkeypatch.setattr(training.subprocess, "Popen", Stuck)
+    monkeypatch.setattr(training, "_report", lambda command: "so far")
+    if isinstance(fault, subprocess.TimeoutExpired):
+        assert training.compare_depths(machine(dry=True))["state"] == "cut short"
+    else:
+        with pytest.raises(OSError):
+            training.compare_depths(machine(dry=True))
+    assert (tmp_path / training.TARBALL).exists()
+
+
+def test_limits_within_rows_end_before_the_rows_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT))
+    from benchmarks.gpu_check import facts, training
+
+    (row,) = (row for row in facts.first() if row.name == "compilation")
+    assert row.limit > facts.COMPILATION_SECONDS
+    assert training.STOPPING > training.TO_STOP + training.TO_KILL + training.TO_REPORT
+
+
+def test_runs_that_are_compared_to_the_bit_do_not_measure_tiles(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(str(ROOT))
+    from benchmarks.gpu_check.training import _options
+    from ds_stacking.command_line import parse_run
+
+    assert parse_run(_options(2, tmp_path, False)).tiles == "predict"
