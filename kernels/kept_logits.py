@@ -49,7 +49,9 @@ def _cross_entropy(
         peaks = peak
     peak = tl.max(peaks, axis=0)
     lse = peak + tl.log(tl.sum(exponentials * tl.exp(peaks - peak), axis=0))
-    loss = lse - (1.0 - smoothing) * tl.sum(hit, axis=0) - smoothing * tl.sum(total, axis=0) / columns
+    spread = smoothing * tl.sum(total, axis=0) / columns
+    spread = tl.where(smoothing > 0.0, spread, 0.0)  # without smoothing a total of -inf is no matter
+    loss = lse - (1.0 - smoothing) * tl.sum(hit, axis=0) - spread
     kept = target != ignore
     tl.store(LOSS + row, tl.where(kept, loss + z_loss * lse * lse, 0.0))
     # the reductions above wait for every thread's reading, so that x may be overwritten
@@ -114,11 +116,12 @@ def _reference(x, bias, target, ignore_index, label_smoothing, z_loss):
     wide = x.to(torch.promote_types(x.dtype, torch.float32)) + bias
     lse, kept = wide.logsumexp(1), target != ignore_index
     at = torch.where(kept, target, 0)[:, None]
-    loss = lse - (1 - label_smoothing) * wide.gather(1, at)[:, 0] - label_smoothing * wide.mean(1) + z_loss * lse**2
+    spread = label_smoothing * wide.mean(1) if label_smoothing > 0 else 0.0  # without it a mean of -inf is no matter
+    loss = lse - (1 - label_smoothing) * wide.gather(1, at)[:, 0] - spread + z_loss * lse**2
     dx = (wide - lse[:, None]).exp_() * (1 + 2 * z_loss * lse[:, None]) - label_smoothing / x.shape[1]
     dx.scatter_add_(1, at, torch.full_like(at, label_smoothing - 1, dtype=dx.dtype))
     x.copy_(dx * kept[:, None])
-    return loss * kept
+    return torch.where(kept, loss, 0.0)
 
 
 def _save(ctx, inputs, output):

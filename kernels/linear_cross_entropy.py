@@ -47,7 +47,7 @@ def _statistics(
     x += tl.load(BIAS + column, mask=column < columns, other=0.0).to(tl.float32)[None, :]
     inside = column[None, :] < columns
     target = tl.load(TARGET + row, mask=row < rows, other=-1)
-    peak = tl.max(tl.where(inside, x, -float("inf")), axis=1)
+    peak = tl.maximum(tl.max(tl.where(inside, x, -float("inf")), axis=1), -3e38)  # finite: x may be -inf in all
     at = TILES + n.to(tl.int64) * 4 * rows + row
     tl.store(at, peak, mask=row < rows)
     tl.store(at + rows, tl.sum(tl.where(inside, tl.exp(x - peak[:, None]), 0.0), axis=1), mask=row < rows)
@@ -80,7 +80,8 @@ def _merge(
         hit += tl.sum(tl.load(at + 3 * rows, mask=mask, other=0.0), axis=0)
         peak = new_peak
     lse = peak + tl.log(tl.where(row < rows, exponentials, 1.0))
-    loss = lse - (1.0 - smoothing) * hit - smoothing * total / columns + z_loss * lse * lse
+    spread = tl.where(smoothing > 0.0, smoothing * total / columns, 0.0)  # without it a total of -inf is no matter
+    loss = lse - (1.0 - smoothing) * hit - spread + z_loss * lse * lse
     target = tl.load(TARGET + row, mask=row < rows, other=0)
     tl.store(LOSS + row, tl.where(target == ignore, 0.0, loss), mask=row < rows)
     tl.store(LSE + row, lse, mask=row < rows)
@@ -207,7 +208,8 @@ def _forward_reference(h, weight, bias, target, ignore_index, label_smoothing, z
     x = _wide(h) @ _wide(weight).mT + _wide(bias)
     lse, ignored = x.logsumexp(1), target == ignore_index
     hit = x.gather(1, target.masked_fill(ignored, 0)[:, None])[:, 0]
-    loss = lse - (1 - label_smoothing) * hit - label_smoothing * x.mean(1) + z_loss * lse.square()
+    spread = label_smoothing * x.mean(1) if label_smoothing > 0 else 0.0  # without it a mean of -inf is no matter
+    loss = lse - (1 - label_smoothing) * hit - spread + z_loss * lse.square()
     return loss.masked_fill(ignored, 0.0), lse
 
 

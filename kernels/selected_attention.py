@@ -18,7 +18,7 @@ from torch.library import triton_op
 
 import ds_stacking.kernels.selected_attention_kernels as selected_kernels
 from ds_stacking.kernels._dropout import new_seed
-from ds_stacking.kernels._launch import Kernel, check, launch, runs_kernels
+from ds_stacking.kernels._launch import Kernel, check, launch, readable, runs_kernels
 from ds_stacking.kernels.attention import check_sequences, kernel_shape, power_of_two
 from ds_stacking.kernels.attention_reference import LOG2_E, backward_reference, forward_reference
 
@@ -157,7 +157,7 @@ def selected_attention(
         [R, H, D] in q's dtype.
 
     Raises:
-        ValueError: shapes, dtypes or rate do not fit.
+        ValueError: shapes, dtypes or rate do not fit; on a CPU also indices that repeat or lie in no sequence.
     """
     longest = power_of_two(max_seqlen)
     check(
@@ -177,9 +177,25 @@ def selected_attention(
     check(q.is_contiguous(), lambda: f"q has strides {q.stride()} for shape {tuple(q.shape)}; make it contiguous.")
     check_sequences(kv, cu_seqlens, "kv", "cu_seqlens", longest, dropout)
     tokens, order = indices.sort()
+    if readable(tokens):
+        _check_selection(tokens, cu_seqlens, kv.shape[0])
     bounds = torch.searchsorted(tokens, cu_seqlens.long(), out_int32=True)
     if dropout > 0 and seed is None:
         seed = new_seed(q.device)
     scale = softmax_scale or q.shape[-1] ** -0.5
     seed = seed if dropout > 0 else None
     return _selected(q, kv, cu_seqlens, bounds, order, tokens, seed, longest, scale, dropout)[0]
+
+
+def _check_selection(tokens: torch.Tensor, starts: torch.Tensor, count: int) -> None:
+    """Raise ValueError unless the sorted `tokens` differ and lie in the sequences that begin at `starts`."""
+    first, last = int(starts[0]), int(starts[-1])
+    check(last == count, lambda: f"cu_seqlens ends at {last}, but kv holds {count} tokens.")
+    if tokens.numel():
+        low, high = int(tokens[0]), int(tokens[-1])
+        check(
+            first <= low <= high < last,
+            lambda: f"indices reaches from {low} to {high}; it must lie in [{first}, {last}), the sequences' tokens.",
+        )
+    repeated = tokens[1:][tokens.diff() == 0]
+    check(repeated.numel() == 0, lambda: f"indices holds {int(repeated[0])} more than once; select each token once.")

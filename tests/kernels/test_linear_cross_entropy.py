@@ -1,5 +1,6 @@
 """linear_cross_entropy: the kernels in the interpreter against fp64 autograd of F.cross_entropy."""
 
+import contextlib
 import importlib
 
 import pytest
@@ -69,6 +70,49 @@ def test_bf16_logits(kernels, assert_close):
     with kernels(BLOCK_V=128):
         actual = with_gradients(linear_cross_entropy(*tensors, target), tensors)
     assert_close(actual, expected(tensors, target, 0.0, 0.0), torch.bfloat16)
+
+
+@pytest.mark.parametrize("dtype, times, shift", [
+    (torch.float32, 60, 0), (torch.float32, 1, -200), (torch.float16, 1, 200), (torch.float16, 1, -200),
+])  # fmt: skip
+@FORMS
+def test_exponentials_are_those_of_differences(kernels, assert_close, dtype, times, shift, keep):
+    """Logits of 100 to 300, whose exponentials are infinite in fp32, and of -200, where they are 0."""
+    (h, weight, bias), target = inputs(20, 48, 300, dtype)
+    tensors = [x.detach().requires_grad_() for x in (h * times, weight, bias + shift)]
+    assert F.linear(*tensors).abs().max() > 150
+    with kernels(BLOCK_M=32, BLOCK_V=128):
+        actual = with_gradients(linear_cross_entropy(*tensors, target, keep_logits=keep), tensors)
+    assert_close(actual, expected(tensors, target, 0.0, 0.0), dtype, factor=10 if dtype == torch.float32 else 1)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("first, last", [(0, 1), (100, 400)])  # and whole tiles
+@pytest.mark.parametrize("interpreted", [True, False])
+@FORMS
+def test_columns_without_probability(kernels, assert_close, dtype, first, last, interpreted, keep):
+    """A bias of -inf, such as a vocabulary's padding may have."""
+    tensors, target = inputs(20, 48, 517, dtype)
+    with torch.no_grad():
+        tensors[2][first:last] = -torch.inf
+    target[(target >= first) & (target < last)] = 450
+    with kernels(BLOCK_M=32, BLOCK_V=128) if interpreted else contextlib.nullcontext():
+        actual = with_gradients(linear_cross_entropy(*tensors, target, z_loss=1e-3, keep_logits=keep), tensors)
+    assert actual[0].isfinite()
+    assert_close(actual, expected(tensors, target, 0.0, 1e-3), dtype)
+
+
+@FORMS
+def test_the_bias_gradient_of_many_rows(keep):
+    """-35,000, half of a sum of 70,000 rows that fp16 cannot hold: it must be halved before it is rounded."""
+    tensors, _ = inputs(70000, 2, 3, torch.float16)
+    with torch.no_grad():
+        tensors[2][0] = -30.0
+    target = torch.zeros(70000, dtype=torch.int64)
+    dbias = with_gradients(linear_cross_entropy(*tensors, target, keep_logits=keep), tensors)[3]
+    want = expected(tensors, target, 0.0, 0.0)[3]
+    assert want[0] < -34000
+    torch.testing.assert_close(dbias.double(), want, rtol=1e-3, atol=0)
 
 
 def test_logits_are_kept_where_they_are_few(monkeypatch):
