@@ -2,13 +2,14 @@
 
 All contenders of a case have the same weights, data, optimizer and clipping, in one process. The peer is
 BertForMaskedLM (for pre-LN, MegatronBertForMaskedLM) with SDPA attention and -100 as the label of tokens that are not
-predicted, as its users run it. DeepSpeed is loaded for contenders in an engine only.
+predicted, as its users run it. What either reads of a batch is made before the first step. DeepSpeed is loaded for
+contenders in an engine only.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -24,6 +25,9 @@ from ds_stacking.models.variants import bert_class
 
 MASKING_RATE = 0.15
 RATE = 1e-4
+DIFFERENT = 4
+"""Micro-batches with a number of predicted tokens of their own; a step takes them in turn. In training it changes in
+almost every batch, upon which compiled code may be compiled anew and kernels be launched in other forms."""
 OPTIMIZER = OptimizerConfig()
 PEERS = {"post": "BertForMaskedLM", "pre": "MegatronBertForMaskedLM"}
 
@@ -33,9 +37,22 @@ def device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
+@dataclass(frozen=True, kw_only=True)
+class MicroBatch:
+    """What each model is given: keyword arguments."""
+
+    ours: dict[str, Any]
+    theirs: dict[str, Any]
+
+    @property
+    def predicted(self) -> int:
+        """Predicted tokens."""
+        return len(self.ours["labels"])
+
+
 @dataclass(kw_only=True)
 class Case:
-    """A model and a batch."""
+    """A model and its micro-batches."""
 
     model: ModelConfig
     layers: int
@@ -53,26 +70,47 @@ class Case:
     """Sequences are documents of random lengths up to `length`; the peer pads them, we pack them."""
     backend: str = "inductor"
     """Of compiled contenders."""
+    lengths: Tensor = field(init=False)
+    """Real tokens of every sequence, on the host."""
+    tokens: int = field(init=False)
+    """Real tokens of a step."""
+    batches: list[MicroBatch] = field(init=False)
+    """Those of a step."""
+    predicted: int = field(init=False)
+    """Predicted tokens of a step."""
 
     def __post_init__(self) -> None:
         torch.manual_seed(0)
         self.hf_config, self.state = to_huggingface(
             Bert(self.model, self.layers).named_parameters(), self.model, self.layers
         )
-        lengths = torch.full((self.sequences,), self.length)
+        self.lengths = torch.full((self.sequences,), self.length)
         if self.padded:
-            lengths = torch.randint(8, self.length + 1, (self.sequences,))
-        self.real = (torch.arange(self.length) < lengths[:, None]).to(device())  # [B, T]
-        self.ids = torch.randint(1, self.model.vocab_size, self.real.shape, device=device()) * self.real
-        ranks = torch.rand(self.real.shape, device=device()).masked_fill(~self.real, 2).argsort(1).argsort(1)
-        predicted = ranks < (MASKING_RATE * lengths[:, None].to(device())).round().clamp(min=1)
-        self.labels = torch.where(predicted, self.ids, -100)
-        self.bounds = torch.cat([torch.zeros(1), lengths.cumsum(0)]).int().to(device())
+            self.lengths = torch.randint(8, self.length + 1, (self.sequences,))
+        self.tokens = int(self.lengths.sum()) * self.accumulation
+        different = [self._micro_batch(index) for index in range(min(DIFFERENT, self.accumulation))]
+        self.batches = [different[index % len(different)] for index in range(self.accumulation)]
+        self.predicted = sum(batch.predicted for batch in self.batches)
 
-    @property
-    def tokens(self) -> int:
-        """Real tokens of a step."""
-        return int(self.bounds[-1]) * self.accumulation
+    def _micro_batch(self, more: int) -> MicroBatch:
+        """Drawn by torch's generator, with so many predicted tokens more than the masking rate gives."""
+        real = torch.arange(self.length) < self.lengths[:, None]  # [B, T]
+        ids = torch.randint(1, self.model.vocab_size, real.shape) * real
+        number = max(1, round(MASKING_RATE * float(self.lengths.sum()))) + more
+        chosen = torch.rand(real.shape).masked_fill(~real, 2).flatten().argsort()[:number]
+        labels = torch.full_like(ids, -100)
+        labels.view(-1)[chosen] = ids.view(-1)[chosen]
+        own_ids, own_labels = (ids[real][None], labels[real]) if self.padded else (ids, labels.flatten())
+        positions = (own_labels >= 0).nonzero()[:, 0]
+        ours: dict[str, Any] = {
+            "input_ids": own_ids, "masked_positions": positions, "labels": own_labels[positions],
+        }  # fmt: skip
+        theirs = {"input_ids": ids, "labels": labels}
+        if self.padded:
+            ours["cu_seqlens"] = torch.cat([torch.zeros(1), self.lengths.cumsum(0)]).int()
+            theirs["attention_mask"] = real.long()
+        ours, theirs = ({name: value.to(device()) for name, value in given.items()} for given in (ours, theirs))
+        return MicroBatch(ours=ours | ({"max_seqlen": self.length} if self.padded else {}), theirs=theirs)
 
 
 def our_model(case: Case, *, compiled: bool) -> Bert:
@@ -92,20 +130,14 @@ def their_model(case: Case) -> nn.Module:
     return model.train()
 
 
-def our_loss(model: nn.Module, case: Case) -> Tensor:
+def our_loss(model: nn.Module, batch: MicroBatch) -> Tensor:
     """Mean loss of a micro-batch; documents are packed without padding."""
-    labels = case.labels[case.real] if case.padded else case.labels.flatten()
-    positions = (labels >= 0).nonzero()[:, 0]
-    documents = {"cu_seqlens": case.bounds, "max_seqlen": case.length} if case.padded else {}
-    ids = case.ids[case.real][None] if case.padded else case.ids
-    output = model(ids, masked_positions=positions, labels=labels[positions], **documents)
-    return output.loss_sum / len(positions)
+    return model(**batch.ours).loss_sum / batch.predicted
 
 
-def their_loss(model: nn.Module, case: Case) -> Tensor:
+def their_loss(model: nn.Module, batch: MicroBatch) -> Tensor:
     """Mean loss of a micro-batch, padded where documents are shorter."""
-    mask = {"attention_mask": case.real.long()} if case.padded else {}
-    return model(input_ids=case.ids, labels=case.labels, **mask).loss
+    return model(**batch.theirs).loss
 
 
 def _engine(build: Callable[[int, bool], nn.Module], case: Case) -> Any:
@@ -128,7 +160,7 @@ class InEngine:
     """Steps of a model in a ZeRO engine."""
 
     def __init__(
-        self, build: Callable[[int, bool], nn.Module], loss: Callable[[nn.Module, Case], Tensor], case: Case
+        self, build: Callable[[int, bool], nn.Module], loss: Callable[[nn.Module, MicroBatch], Tensor], case: Case
     ) -> None:
         self.engine, self.loss, self.case = _engine(build, case), loss, case
 
@@ -138,8 +170,8 @@ class InEngine:
         total = torch.zeros((), device=device())
 
         def losses():
-            for _ in range(self.case.accumulation):
-                loss = self.loss(self.engine, self.case) / self.case.accumulation
+            for batch in self.case.batches:
+                loss = self.loss(self.engine, batch) / self.case.accumulation
                 total.add_(loss.detach())
                 yield loss
 
@@ -156,7 +188,7 @@ class InEngine:
 class Bare:
     """The same steps without DeepSpeed: one list of fp32 masters, torch's fused AdamW, clipping, 16-bit copies."""
 
-    def __init__(self, model: nn.Module, loss: Callable[[nn.Module, Case], Tensor], case: Case) -> None:
+    def __init__(self, model: nn.Module, loss: Callable[[nn.Module, MicroBatch], Tensor], case: Case) -> None:
         self.case, self.loss = case, loss
         self.model = model.to(device(), torch.bfloat16 if case.bf16 else torch.float32)
         self.working = list(self.model.parameters())
@@ -169,8 +201,8 @@ class Bare:
 
     def step(self) -> Tensor:
         total = torch.zeros((), device=device())
-        for _ in range(self.case.accumulation):
-            loss = self.loss(self.model, self.case) / self.case.accumulation
+        for batch in self.case.batches:
+            loss = self.loss(self.model, batch) / self.case.accumulation
             loss.backward()
             total += loss.detach()
         if self.case.bf16:

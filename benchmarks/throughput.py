@@ -25,7 +25,7 @@ from typing import Any
 import torch
 import transformers
 
-from benchmarks.contenders import MASKING_RATE, NAMES, Case, device, make_contender
+from benchmarks.contenders import NAMES, Case, device, make_contender
 from ds_stacking.config import ModelConfig
 from ds_stacking.models.flops import training_flops
 from ds_stacking.planning.gpus import gpu_spec_of
@@ -36,7 +36,8 @@ WARM_UP = 2
 def compare(
     case: Case, contenders: Sequence[str], repeats: int, say: Callable[[str], None] = lambda name: None
 ) -> dict[str, Any]:
-    """Time all in turn, after checking that first losses agree; one that cannot run is named with its reason.
+    """Time all in turn; one that cannot run is named with its reason. Without dropout their first losses have to
+    agree, and their last ones, which know all gradients. Raises RuntimeError where they do not.
 
     Each one's peak memory is taken over its own steps and counts from what the process holds beside it. `say` is told
     who runs.
@@ -53,19 +54,19 @@ def compare(
         except Exception as error:  # one's failure must not cost the others
             found[name] = {"absent": f"{type(error).__name__}: {str(error)[:150]}"}
             running.pop(name, None)
-    if not case.model.dropout:
-        losses = [entry["loss"] for entry in found.values() if "loss" in entry]
-        assert max(losses) - min(losses) < (2e-2 if case.bf16 else 1e-3) * losses[0], found
+    _agree(case, found, "loss")
     say("timing")
     times: dict[str, list[float]] = {name: [] for name in running}
     for repeat in range(repeats + WARM_UP):
         for name, contender in running.items():
             start = time.perf_counter()
-            contender.step().item()  # the host waits for the device here
+            found[name]["last_loss"] = contender.step().item()  # the host waits for the device here
             if repeat >= WARM_UP:
                 times[name].append(time.perf_counter() - start)
-    for name, contender in running.items():
+    for contender in running.values():
         contender.close()
+    _agree(case, found, "last_loss")
+    for name in running:
         found[name] |= _figures(case, statistics.median(times[name]))
     ours = found.get("ours", {}).get("seconds")
     for name in running:
@@ -74,13 +75,19 @@ def compare(
     return found
 
 
+def _agree(case: Case, found: dict[str, Any], which: str) -> None:
+    """Raise RuntimeError unless, without dropout, all contenders have the same loss but for rounding."""
+    losses = [entry[which] for entry in found.values() if which in entry]
+    if losses and not case.model.dropout and not max(losses) - min(losses) < (2e-2 if case.bf16 else 1e-3) * losses[0]:
+        raise RuntimeError(f"contenders differ in their {which.replace('_', ' ')}: {found}")
+
+
 def _figures(case: Case, seconds: float) -> dict[str, float]:
     figures = {"seconds": seconds, "tokens_per_second": round(case.tokens / seconds)}
     gpu = gpu_spec_of(torch.cuda.get_device_name()) if device().type == "cuda" else None
     if gpu:
-        masked = MASKING_RATE * case.tokens
-        lengths = case.bounds.diff().double()
-        pairs = float(lengths.square().sum()) * case.accumulation
+        masked = case.predicted
+        pairs = float(case.lengths.double().square().sum()) * case.accumulation
         flops = training_flops(
             case.model,
             case.layers,

@@ -28,6 +28,8 @@ class Check:
     length: int = 128
     norm: str = "post"
     padded: bool = False
+    dropout: float = 0.1
+    """Without it the losses of all are compared, after one step and after the last one."""
     peers: bool = True
     """Whether transformers' model runs beside ours."""
 
@@ -40,6 +42,7 @@ CHECKS: dict[str, tuple[float, Check]] = {
     "base S=512 documents": (80, Check(length=512, padded=True)),
     "large S=128": (140, Check(size="large", layers=24)),
     "large S=512": (140, Check(size="large", layers=24, length=512)),
+    "base 2 layers S=512 documents p=0": (60, Check(layers=2, length=512, padded=True, dropout=0.0)),
     "base 3 layers S=128 pre-LN": (45, Check(layers=3, norm="pre", peers=False)),
     "base 6 layers S=128 pre-LN": (50, Check(layers=6, norm="pre", peers=False)),
 }
@@ -67,8 +70,8 @@ def model_config(check: Check, *, dry: bool) -> Any:
         num_heads=1 if dry else width // 64,
         vocab_size=96 if dry else 30_528,
         norm=check.norm,  # type: ignore[arg-type]
-        dropout=0.1,
-        attention_dropout=0.1,
+        dropout=check.dropout,
+        attention_dropout=check.dropout,
         max_positions=16 if dry else check.length,
     )
 

@@ -75,13 +75,13 @@ def test_gradients_of_outputs_are_rounded_alike(correctness: Any) -> None:
 @pytest.mark.parametrize("name", ["attention documents p=0.1", "add_layer_norm N=768 pre-LN p=0.1"])
 def test_another_dropout_mask_is_noticed(correctness: Any, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Formulas have to take the kernels' own mask: with the seed next to it they are far off."""
-    from benchmarks.gpu_check import catalogue
+    from benchmarks.gpu_check import catalogue, subjects
     from ds_stacking.kernels.interpreter import interpreted
 
     at = catalogue.machine(dry=True)
     (make,) = (make for known, _, make in correctness.cases() if known == name)
     with interpreted(BLOCK_M=64, BLOCK_N=64, ROWS=64, STAGES=1):
         assert correctness.compare(make(at), at.dtype, True)["ok"]
-        right = correctness.drop
-        monkeypatch.setattr(correctness, "drop", lambda x, seed, *rest: right(x, seed + 1, *rest))
+        right = subjects.drop
+        monkeypatch.setattr(subjects, "drop", lambda x, seed, *rest: right(x, seed + 1, *rest))
         assert not correctness.compare(make(at), at.dtype, True)["ok"]

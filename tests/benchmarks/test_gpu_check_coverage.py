@@ -1,0 +1,61 @@
+"""Which kernels the GPU check's rows launch, as recorded on meta tensors for a GPU of 132 multiprocessors."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+LONG = {"attention_heads_kernel.backward_heads"}
+LONG |= {f"attention_backward_kernels.backward_{form}" for form in ("queries", "keys")}
+LONG |= {f"selected_attention_kernels.selected_{form}" for form in ("forward", "backward_queries", "backward_keys")}
+
+
+@pytest.fixture
+def record(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Launches of a row: (its name, at a full or small size) -> a list."""
+    monkeypatch.syspath_prepend(str(ROOT))
+    from benchmarks.gpu_check import correctness, precompile, sanitizer
+    from benchmarks.gpu_check.catalogue import on_meta
+
+    rows = {row.name: row for row in [*correctness.rows(), *sanitizer.small_rows()]}
+    return lambda name, small=False: precompile.launches(rows[name], on_meta(dry=False, small=small))
+
+
+def names(launches: list[Any]) -> set[str]:
+    return {launch.kernel.name for launch in launches}
+
+
+def test_the_sanitizer_watches_every_form_of_attention(record: Any) -> None:
+    from benchmarks.gpu_check import correctness
+
+    watched = [name for name, _, _ in correctness.watched()]
+    assert set(correctness.SMALL) <= set(watched)
+    found = set().union(*(names(record(f"watched: {name}", small=True)) for name in watched))
+    assert found >= {*LONG, "attention_backward_kernels.backward_short"}, found
+    raced = [record(f"watched: {name}", small=True) for name in watched[: correctness.RACES]]
+    assert set().union(*map(names, raced)) >= {name for name in LONG if "selected" not in name}
+
+
+def test_numbers_cover_what_training_launches(record: Any) -> None:
+    from benchmarks.gpu_check import correctness
+
+    found = set().union(*(names(record(f"correct: {name}")) for name, _, _ in correctness.cases()))
+    assert found >= LONG | {"linear_cross_entropy.gradient", "kept_logits.cross_entropy"}, found
+
+
+@pytest.mark.parametrize(
+    ("name", "kernel"),
+    [
+        ("attention S=128 64 sequences p=0.1", "backward_short"),
+        ("attention S=512 32 sequences p=0.1", "backward_heads"),
+        ("attention S=512 causal p=0.1 32 sequences", "backward_heads"),
+        ("attention S=512 padded p=0.1", "backward_heads"),
+    ],
+)
+def test_programs_that_stay_take_a_second_head(record: Any, name: str, kernel: str) -> None:
+    (launch,) = (launch for launch in record(f"correct: {name}") if launch.kernel.name.endswith(kernel))
+    given = dict(zip(launch.kernel.fn.arg_names, launch.args, strict=False))
+    assert given["heads"] > given["programs"] > 100, given
