@@ -1,7 +1,8 @@
 """Fused Triton kernels, each beside its PyTorch reference; installs as ds_stacking.kernels.
 
 On a GPU the kernels run; on a CPU, and on GPUs older than Ampere, the references. Every operator is a
-`torch.library.triton_op`, differentiable, deterministic, and works under `torch.compile`.
+`torch.library.triton_op`, differentiable, deterministic, and works under `torch.compile`. No two programs add to the
+same element; one kernel, attention's whole-heads backward pass, adds atomically, to scratch of the program's own.
 """
 
 from ds_stacking.kernels._dropout import new_seed, new_seeds

@@ -1,7 +1,7 @@
 """Triton kernels of attention's backward pass: in two kernels, and in one for short sequences.
 
 Legend: S longest sequence, D head size, M queries and N keys of a tile. `lse` is the row's log2-sum-exp2 of scaled
-scores, so that P = exp2(scores * scale - lse). No kernel uses atomics; every result is deterministic.
+scores, so that P = exp2(scores * scale - lse). One program writes each element, without atomics: deterministic.
 
 With HAS_BIAS they leave in PARTIALS, fp32 [rows, 3, H, D], column sums of dQ, dK and dV before rounding: whole heads a
 row per sequence, tiles a row per 32 tokens, which are few bytes beside those of another pass over dQKV.

@@ -6,9 +6,12 @@ gradient of the loss of 1. Backward: two library products and the column sums of
 number, is multiplied with their small operands. 3 products where linear_cross_entropy.py takes 4, M V elements of
 memory, read or written 5 times beside the products.
 
-Logits in 16 bits are what F.cross_entropy gets under autocast: rounding to bf16 moves a logit of 8 to 16 by 0.03 at
-most. fp32 logits would double the bytes, and their gradient, an operand of products, needs 16 bits anyway. Operators
-are opaque to torch.compile, for which a product cannot write rows of a padded length in place.
+Logits in 16 bits are what F.cross_entropy gets under autocast: rounding to bf16 moves a logit x by |x| / 256 at most,
+one of 8 to 16 by 0.03, and its probability by as great a part of itself. On random inputs that puts gradients off by
+1 % of their largest element where logits reach 20, by 5 % at 60 and 20 to 26 % at 1,800, with z-loss and label
+smoothing or without; computed again in fp32 they are off by 0.4 % throughout. fp32 logits would double the bytes, and
+their gradient, an operand of products, needs 16 bits anyway. Operators are opaque to torch.compile, for which a
+product cannot write rows of a padded length in place.
 """
 
 from __future__ import annotations

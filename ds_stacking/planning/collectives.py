@@ -1,4 +1,4 @@
-"""What a step's collective calls send and wait for: which calls DeepSpeed makes, and how NCCL would run them.
+"""What a step's collective calls send and wait for: which calls are made, and how NCCL would run them.
 
 NCCL's own model (src/graph/tuning.cc, protocol Simple): a call costs BASE and a latency for each hop that the data
 must take one after the other. Gathers and scatters are rings over all GPUs, whose hops grow with the GPUs. An
@@ -19,9 +19,7 @@ NVLINK = 100e9
 RING_HOPS, TREE_HOPS = (3.4e-6, 5.7e-6, 14e-6), (4e-6, 4e-6, 14e-6)
 """Seconds of a hop by NVLink, by PCIe, and by the network between nodes."""
 GROUPS = 2
-"""Parameter groups, each gathered by a call of its own: decayed or not. A growth may add two."""
-BUFFER = 500_000_000
-"""Elements of a call under ZeRO 0 (elements_per_buffer of DeepSpeed's buffered_allreduce_fallback)."""
+"""Parameter groups, each reduced and gathered by calls of its own: decayed or not. A growth may add two."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,18 +39,18 @@ def all_gather(volume: float, calls: float) -> Collective:
 
 
 def calls_of_step(parameters: int, *, zero_stage: int, accumulation: int, bucket: int) -> list[Collective]:
-    """The calls of one optimizer step of DeepSpeed 0.19.8 in bf16, 2 bytes a weight.
+    """The calls of one optimizer step in bf16, 2 bytes a weight.
 
-    ZeRO 0 reduces gradients once a step. So do 1 and 2, and though each GPU needs its part only, they all-reduce every
-    bucket and copy the part out (`use_multi_rank_bucket_allreduce`, the default, in `average_tensor` of
-    stage_1_and_2.py; `reduce_scatter` does not change that); then they gather the weights. Stage 3 scatters, and
-    gathers for the forward and for the backward pass, for every micro-batch.
+    ZeRO 0, 1 and 2 all-reduce the sums of a step's micro-batches group by group, 1 and 2 a bucket at a time though each
+    GPU needs its part only, and then gather the weights (engine/optimizers.py). Stage 3, in DeepSpeed 0.19.8, scatters
+    gradients and gathers weights for the forward and for the backward pass, for every micro-batch.
     """
     weights, buckets = 2.0 * parameters, math.ceil(parameters / bucket)
     if zero_stage == 0:
-        return [Collective(kind="all-reduce", volume=weights, calls=math.ceil(parameters / BUFFER))]
-    if zero_stage < 3:
-        return [Collective(kind="all-reduce", volume=weights, calls=buckets), all_gather(weights, GROUPS)]
+        return [Collective(kind="all-reduce", volume=weights, calls=GROUPS)]
+    if zero_stage < 3:  # what is not decayed, norms and biases, is less than a bucket
+        reduced = Collective(kind="all-reduce", volume=weights, calls=buckets + GROUPS - 1)
+        return [reduced, all_gather(weights, GROUPS)]
     reduced = Collective(kind="reduce-scatter", volume=accumulation * weights, calls=accumulation * buckets)
     return [reduced, all_gather(2 * accumulation * weights, 2 * accumulation * buckets)]
 

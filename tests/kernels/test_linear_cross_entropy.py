@@ -115,6 +115,18 @@ def test_the_bias_gradient_of_many_rows(keep):
     torch.testing.assert_close(dbias.double(), want, rtol=1e-3, atol=0)
 
 
+@pytest.mark.parametrize("times, keep", [(3, True), (300, False)])
+def test_how_large_bf16_logits_may_be(kernels, assert_close, times, keep):
+    """20 where they are kept in 16 bits, any where they are computed again."""
+    (h, *rest), target = inputs(100, 64, 2000, torch.bfloat16)
+    tensors = [(h * times).detach().requires_grad_(), *rest]
+    assert F.linear(*tensors).abs().max() > 4 * times
+    with kernels(BLOCK_M=64, BLOCK_V=128):
+        loss = linear_cross_entropy(*tensors, target, label_smoothing=0.1, z_loss=1e-3, keep_logits=keep)
+        actual = with_gradients(loss, tensors)
+    assert_close(actual, expected(tensors, target, 0.1, 1e-3), torch.bfloat16)
+
+
 def test_logits_are_kept_where_they_are_few(monkeypatch):
     assert keeps_logits(4915, 30522, torch.bfloat16) and keeps_logits(8794, 30522, torch.bfloat16)
     assert not keeps_logits(8795, 30522, torch.bfloat16) and not keeps_logits(4915, 30522, torch.float16)
