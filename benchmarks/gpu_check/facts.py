@@ -49,8 +49,8 @@ def environment(at: Machine) -> dict[str, Any]:
     """Device, software and commit."""
     found: dict[str, Any] = {
         "date": time.strftime("%F %H:%M", time.gmtime()), "python": platform.python_version(),
-        "torch": torch.__version__, "triton": triton.__version__, "cores": os.cpu_count(), "commit": _commit(),
-        "packages": {name: _version(name) for name in PACKAGES},
+        "torch": torch.__version__, "triton": triton.__version__, "commit": _commit(),
+        "cores": len(os.sched_getaffinity(0)), "packages": {name: _version(name) for name in PACKAGES},
     }  # fmt: skip
     if at.dry:
         return {"device": DRY, **found}

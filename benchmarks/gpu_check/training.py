@@ -273,12 +273,14 @@ def _report(command: list[str]) -> str:
 
 
 def pack(folder: Path, tarball: Path) -> None:
-    """Small files of the plan, of the pilot and of all finished runs."""
+    """Small files of the plan, of the pilot and of all finished runs; an earlier one stays until this one is whole."""
     if not (folder / "comparison.json").exists():
         return
-    with tarfile.open(tarball, "w:gz") as tar:
+    unfinished = tarball.with_name(f"{tarball.name}.part")
+    with tarfile.open(unfinished, "w:gz") as tar:
         for path in _finished(folder):
             tar.add(path, arcname=path.relative_to(folder.parent))
+    unfinished.replace(tarball)
 
 
 def _finished(folder: Path) -> Iterator[Path]:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import importlib
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 ROOT = Path(__file__).parents[2]
 LONG = {"attention_heads_kernel.backward_heads"}
@@ -59,3 +61,55 @@ def test_programs_that_stay_take_a_second_head(record: Any, name: str, kernel: s
     (launch,) = (launch for launch in record(f"correct: {name}") if launch.kernel.name.endswith(kernel))
     given = dict(zip(launch.kernel.fn.arg_names, launch.args, strict=False))
     assert given["heads"] > given["programs"] > 100, given
+
+
+def _one_reader(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Results with two readers lose the second one's gradient."""
+    from ds_stacking.kernels import _readers
+
+    monkeypatch.setattr(_readers._ReadTwice, "backward", staticmethod(lambda ctx, first, second: (first, None)))
+
+
+def _first_period(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Small tables get the gradient of the first `len(index)` tokens alone; the last one of these is left out."""
+    for name in ("small_tables", "embedding_norm"):
+        module = importlib.import_module(f"ds_stacking.kernels.{name}")
+        right = module.table_gradient
+        monkeypatch.setattr(
+            module,
+            "table_gradient",
+            lambda dout, index, rows, right=right: right(dout[: len(index) - 1], index[:-1], rows),
+        )
+
+
+def _other_mask(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The formula drops by the seed next to the kernels'."""
+    from benchmarks.gpu_check import subjects
+
+    right = subjects.drop
+    monkeypatch.setattr(subjects, "drop", lambda x, seed, *rest: right(x, seed + 1, *rest))
+
+
+@pytest.mark.parametrize(
+    ("name", "fault"),
+    [
+        ("add_layer_norm N=768 post-LN p=0.1", _one_reader),
+        ("embedding_norm documents p=0.1", _one_reader),
+        ("embedding_norm p=0.1", _first_period),
+        ("look_up", _first_period),
+        ("selected_attention S=512 p=0.1", _other_mask),
+        ("attention S=127 padded p=0.1", _other_mask),
+    ],
+)
+def test_faults_are_noticed(record: Any, name: str, fault: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    from benchmarks.gpu_check import catalogue, correctness
+    from benchmarks.gpu_check.worker import BLOCKS
+    from ds_stacking.kernels.interpreter import interpreted
+
+    at = catalogue.machine(dry=True)
+    (make,) = (make for known, _, make in correctness.cases() if known == name)
+    torch.manual_seed(0)
+    with interpreted(**BLOCKS):
+        assert correctness.compare(make(at), at.dtype, True)["ok"]
+        fault(monkeypatch)
+        assert not correctness.compare(make(at), at.dtype, True)["ok"]
