@@ -41,9 +41,9 @@ def all_gather(volume: float, calls: float) -> Collective:
 def calls_of_step(parameters: int, *, zero_stage: int, accumulation: int, bucket: int) -> list[Collective]:
     """The calls of one optimizer step in bf16, 2 bytes a weight.
 
-    ZeRO 0, 1 and 2 all-reduce the sums of a step's micro-batches group by group, 1 and 2 a bucket at a time though each
-    GPU needs its part only, and then gather the weights (engine/optimizers.py). Stage 3, in DeepSpeed 0.19.8, scatters
-    gradients and gathers weights for the forward and for the backward pass, for every micro-batch.
+    ZeRO 0, 1 and 2 all-reduce the gradients of a step group by group, 1 and 2 a bucket at a time though each GPU needs
+    its part only, and then gather the weights (engine/optimizers.py). Stage 3, in DeepSpeed 0.19.8, scatters gradients
+    and gathers weights for the forward and for the backward pass, for every micro-batch.
     """
     weights, buckets = 2.0 * parameters, math.ceil(parameters / bucket)
     if zero_stage == 0:

@@ -184,7 +184,7 @@ def _memory(
     tokens, layers = micro * config.length_of(stage), stage.layers
     shared = {"zero_stage": zero_stage, "world_size": cluster.gpus, "item": 2}
     return Memory(
-        states=state_bytes(parameters, **shared) + (sum_bytes(parameters, **shared) if sums else 0),
+        states=state_bytes(parameters, **shared) + sum_bytes(parameters, **shared, accumulates=sums),
         activations=activation_bytes(
             config.model,
             layers,

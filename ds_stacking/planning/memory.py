@@ -32,7 +32,7 @@ class Memory:
     activations: float
     """What the forward pass of a micro-batch keeps for the backward pass, and the head's scores."""
     buffers: float
-    """DeepSpeed's buckets, and the fp32 copy of gradients in the optimizer's step."""
+    """The fp32 copy of gradients in the optimizer's step, and DeepSpeed's buckets."""
 
     @property
     def total(self) -> float:
@@ -62,21 +62,22 @@ def state_bytes(parameters: int, *, zero_stage: int, world_size: int, item: int)
     return parameters * (weights + gradients + optimizer)
 
 
-def sum_bytes(parameters: int, *, zero_stage: int, world_size: int, item: int) -> float:
-    """What summing the gradients of a step's micro-batches takes beside `state_bytes`.
+def sum_bytes(parameters: int, *, zero_stage: int, world_size: int, item: int, accumulates: bool = True) -> float:
+    """What the gradients of a step take beside `state_bytes`.
 
-    The sums are fp32, and cross GPUs once per step but in stage 3, so that each holds those of all weights.
+    Under ZeRO 2 they cross GPUs once per step, so that each holds those of all weights until then. A step that
+    `accumulates` several micro-batches has their fp32 sums as well, in stage 3 in the place of the parts.
     """
-    sums = 4 / (world_size if zero_stage == 3 else 1)
-    counted = item / (world_size if zero_stage >= 2 else 1)
-    return parameters * (sums - counted)
+    if zero_stage == 3:
+        return parameters * (4 - item) / world_size if accumulates else 0.0
+    whole = item - item / world_size if zero_stage == 2 else 0.0
+    return parameters * (whole + 4 * accumulates)
 
 
 def buffer_bytes(parameters: int, *, bucket: int, zero_stage: int, world_size: int, item: int) -> float:
-    """Buckets that ZeRO fills with gradients and weights, and one fp32 copy of this GPU's gradients in the step."""
-    if zero_stage == 0:
-        return 4 * parameters
-    return 2 * item * min(bucket, parameters) + 4 * parameters / world_size
+    """One fp32 copy of this GPU's gradients in the step, and in stage 3 buckets for gradients and weights."""
+    copy = 4 * parameters / (world_size if zero_stage else 1)
+    return copy + (2 * item * min(bucket, parameters) if zero_stage == 3 else 0)
 
 
 def activation_bytes(config: ModelConfig, layers: int, *, tokens: int, masked: float, item: int, fused: bool) -> float:
@@ -84,7 +85,8 @@ def activation_bytes(config: ModelConfig, layers: int, *, tokens: int, masked: f
 
     Per token a block keeps its input, QKV (3), context, two residual sums and the normed value (D each), and the
     feed-forward layer twice, before and after GELU: 8*D + 2*F items. A dropout that no kernel makes again keeps a byte
-    per element. The last block keeps all but the first five of predicted tokens only.
+    per element. Of the last block all but input, QKV and context are of predicted tokens only; fused kernels make
+    its queries and context of these alone too. The embeddings' sum is kept where no kernel makes it again.
     """
     width, inner = config.hidden_size, config.intermediate_size
     every = 4 * width  # input and QKV
@@ -95,7 +97,8 @@ def activation_bytes(config: ModelConfig, layers: int, *, tokens: int, masked: f
         blocks: float = layers * tokens * inputs * width * item + tokens * ((every + later) * item + masks)
     else:
         whole = (layers - 1) * tokens * ((every + later) * item + masks)
-        last = tokens * (every + width) * item + masked * (later * item + masks)
+        all_tokens, predicted = (every - width, later + width) if fused else (every + width, later)
+        last = tokens * all_tokens * item + masked * (predicted * item + masks)
         blocks = whole + last
     if not fused:
         scores = config.vocab_size * (item + 4)
@@ -103,4 +106,5 @@ def activation_bytes(config: ModelConfig, layers: int, *, tokens: int, masked: f
         scores = config.vocab_size * item
     else:
         scores = min(config.vocab_size, SLICE) * item
-    return blocks + tokens * width * item + masked * (5 * width * item + scores)
+    embeddings = 0 if fused and config.norm == "post" else tokens * width * item
+    return blocks + embeddings + masked * (5 * width * item + scores)

@@ -76,8 +76,9 @@ def test_states_are_those_of_the_zero_paper() -> None:
     assert sizes == pytest.approx([120, 31.4, 16.6, 1.9], abs=0.05)
 
 
-def test_sums_of_gradients_are_fp32_and_whole_but_in_stage_3() -> None:
-    """Bytes per weight on one of 4 GPUs, with the gradients that `state_bytes` counts already."""
-    found = [sum_bytes(1, zero_stage=stage, world_size=4, item=2) for stage in range(4)]
-    assert found == [4 - 2, 4 - 2, 4 - 2 / 4, 4 / 4 - 2 / 4]
-    assert sum_bytes(1, zero_stage=1, world_size=4, item=4) == 0
+def test_gradients_are_whole_but_in_stage_3_and_their_sums_fp32() -> None:
+    """Bytes per weight on one of 4 GPUs, beside the gradients that `state_bytes` counts already."""
+    size = {"world_size": 4, "item": 2}
+    assert [sum_bytes(1, zero_stage=stage, **size) for stage in range(4)] == [4, 4, 4 + 2 - 2 / 4, (4 - 2) / 4]
+    once = [sum_bytes(1, zero_stage=stage, **size, accumulates=False) for stage in range(4)]
+    assert once == [0, 0, 2 - 2 / 4, 0]

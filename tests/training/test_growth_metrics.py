@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from ds_stacking.command_line import parse_run
 from ds_stacking.training.growth_metrics import is_looked_at
@@ -63,6 +65,11 @@ def runs(folder: str) -> list[list[dict]]:
     gradients: dict[str, torch.Tensor] = {}
     expected: list[dict] = []
 
+    def keep(name: str, parameter: torch.Tensor) -> None:
+        """What the backward pass of this rank's only micro-batch has left."""
+        assert parameter.grad is not None
+        gradients[name] = parameter.grad.clone()
+
     def prepare(run: Any) -> None:
         """Keep the gradients of each step before it is taken, and what a look must find."""
         train_step, run.engine_seen = run.train_step, None
@@ -76,12 +83,18 @@ def runs(folder: str) -> list[list[dict]]:
         def recording_step(batches: Any) -> None:
             engine = run.engine
             if engine is not run.engine_seen:
-                run.engine_seen, step = engine, engine.step
+                run.engine_seen, step, whole = engine, engine.step, engine.zero_optimization_stage() < 3
+                for name, parameter in engine.module.named_parameters():
+                    if whole:
+                        parameter.register_post_accumulate_grad_hook(partial(keep, name))
 
                 def recorded(*args: Any, **options: Any) -> Any:
                     for name, parameter in engine.module.named_parameters():
-                        plain = engine.zero_optimization_stage() == 0
-                        gradients[name] = parameter.grad.clone() if plain else safe_get_full_grad(parameter)
+                        if whole:
+                            dist.all_reduce(gradients[name])
+                            gradients[name] /= dist.get_world_size()
+                        else:
+                            gradients[name] = safe_get_full_grad(parameter)
                     return step(*args, **options)
 
                 engine.step = recorded
