@@ -113,13 +113,13 @@ def use(choices: Mapping[str, str]) -> None:
 @functools.cache
 def _measured() -> dict[str, str]:
     by_device = json.loads(MEASURED.read_text())
-    own = _device_name()  # what was measured on a device of this name replaces what was on others
+    own = device_name()  # what was measured on a device of this name replaces what was on others
     order = sorted(by_device, key=lambda name: name.partition(",")[0] == own)
     return {key: config for name in order for key, config in by_device[name].items()}
 
 
-def _device_name() -> str:
-    return torch.cuda.get_device_name() if torch.cuda.is_available() else ""
+def device_name() -> str:
+    return torch.cuda.getdevice_name() if torch.cuda.is_available() else ""
 
 
 def known(key: str) -> str | None:

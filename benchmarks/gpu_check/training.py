@@ -249,7 +249,7 @@ def compare_depths(at: Machine) -> dict[str, Any]:
     if not (folder / "comparison.json").exists():
         return {"state": "cut short before there was a plan", "report": "", "unfinished": True}
     unfinished = {} if state == "finished" else {"unfinished": True}
-    return {"state": state, "report": _report(command)[-2500:], **unfinished}
+    return {"state": state, "report": report_of(command)[-2500:], **unfinished}
 
 
 def _stop(process: subprocess.Popen[bytes]) -> None:
@@ -264,7 +264,7 @@ def _stop(process: subprocess.Popen[bytes]) -> None:
             process.wait(TO_KILL)
 
 
-def _report(command: list[str]) -> str:
+def report_of(command: list[str]) -> str:
     """What the comparison says of the runs that are finished."""
     try:
         return subprocess.run([*command, "--report_only"], capture_output=True, text=True, timeout=TO_REPORT).stdout

@@ -101,7 +101,7 @@ def test_the_comparison_is_packed_however_it_ends(
     monkeypatch.setenv("WORK", str(tmp_path / "work"))
     monkeypatch.setenv("OUT", str(tmp_path))
     monkeypatch.setattr(training.subprocess, "Popen", Stuck)
-    monkeypatch.setattr(training, "_report", lambda command: "so far")
+    monkeypatch.setattr(training, "report_of", lambda command: "so far")
     if isinstance(fault, subprocess.TimeoutExpired):
         assert training.compare_depths(machine(dry=True))["state"] == "cut short"
     else:

@@ -27,6 +27,8 @@ MATRIX_KERNELS = {
     "_gradient",
     "_linear",
 }
+TOO_SHORT = {"attention/16-dropout", "attention/32-dropout"}
+"""Whole heads of fewer than the 64 rows that a wgmma instruction takes."""
 MEMORY_KERNELS = {"add_layer_norm", "bias_gelu", "embedding_norm", "fp8_cast", "gather_rows"}
 
 
@@ -63,7 +65,7 @@ def test_matrix_kernels_use_hopper_instructions(rows):
         row
         for row in rows
         if row.target == "sm_90" and row.kernel in MATRIX_KERNELS and row.wgmma == 0
-        and "fp32" not in row.case
+        and "fp32" not in row.case and row.case not in TOO_SHORT
     ]  # fmt: skip
     assert not bad, offenders(bad)
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Sequence
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -13,13 +15,14 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
+import triton
 
 from ds_stacking.command_line import parse_run
 from ds_stacking.common.errors import OtherRankFailed, UserError
 from ds_stacking.config import ModelConfig, RunConfig
 from ds_stacking.data.batches import Batch
 from ds_stacking.kernels import tiles as kernel_tiles
-from ds_stacking.kernels._launch import known
+from ds_stacking.kernels._launch import Kernel, known
 from ds_stacking.kernels.interpreter import interpreted
 from ds_stacking.models import tiles as model_tiles
 from ds_stacking.models.fused import FusedBert
@@ -27,13 +30,24 @@ from ds_stacking.training import tiles
 from tests.corpus import small_options, write_corpus
 from tests.ranks import run_ranks
 
+attention = sys.modules["ds_stacking.kernels.attention"]  # the package gives this name to the operator
 CPU = torch.device("cpu")
 LENGTH = 40
 
 
+def with_tiles_of_other_bits() -> Kernel:
+    """Attention's forward kernel in fp32 with tiles of several widths, which give other bits; it has one there."""
+
+    def configs(target: str, meta: dict[str, Any]) -> list[triton.Config]:
+        return [triton.Config({"BLOCK_M": 32, "BLOCK_N": n}, num_warps=4, num_stages=1) for n in (64, 32, 16)]
+
+    return replace(attention.FORWARD, configs=configs)
+
+
 @pytest.fixture(autouse=True)
-def nothing_given():
-    """Each test begins and ends without choices."""
+def nothing_given(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Each test begins and ends without choices, and has something to choose."""
+    monkeypatch.setattr(attention, "FORWARD", with_tiles_of_other_bits())
     kernel_tiles.use({})
     yield
     kernel_tiles.use({})
@@ -92,6 +106,7 @@ def gradients() -> str:
 
 def on_a_rank(folder: str, alone: bool) -> dict[str, Any]:
     """Settle and train; the clock of each rank prefers another candidate. `alone`: each rank decides for itself."""
+    attention.FORWARD = with_tiles_of_other_bits()
     if alone:
         tiles.from_first_rank = lambda decide, exchange, **_: decide()  # type: ignore[assignment]
         folder = f"{folder}/{dist.get_rank()}"
@@ -213,11 +228,12 @@ def whole_run(folder: str, candidate: int, *options: str) -> tuple[list[float], 
     """A run with kernels in the interpreter: losses, digest of its last state, and how often its clock was asked."""
     from ds_stacking.training import run
 
+    attention.FORWARD = with_tiles_of_other_bits()
     compare = Clock(candidate)
     run.has_kernels = lambda _: True  # type: ignore[assignment]
     kernel_tiles.compare_on_device = compare
     given = [*small_options(Path(folder)), "--tracking=none", "--deepspeed_config=ds_configs/zero2.json"]
-    given += ["--stages=1:4", "--tokens_per_step=64", "--micro_batch_size=2", "--eval_sequences=2", "--eval_every=0"]
+    given += ["--stages=2:4", "--tokens_per_step=64", "--micro_batch_size=2", "--eval_sequences=2", "--eval_every=0"]
     with interpreted():
         run.pretrain(parse_run([*given, "--checkpoint_every=2", "--checkpoint_async=false", *options]))
     lines = [json.loads(line) for line in Path(folder, "run/metrics.jsonl").read_text().splitlines()]
