@@ -119,7 +119,7 @@ def _measured() -> dict[str, str]:
 
 
 def device_name() -> str:
-    return torch.cuda.getdevice_name() if torch.cuda.is_available() else ""
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else ""
 
 
 def known(key: str) -> str | None:

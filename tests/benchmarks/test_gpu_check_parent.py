@@ -137,7 +137,7 @@ def test_no_row_begins_that_does_not_fit(run: Run) -> None:
     assert check.left_out == ["a", "b"] and records == {}
 
 
-def testestimates_follow_what_was_measured(run: Run, parent: Any) -> None:
+def test_estimates_follow_what_was_measured(run: Run, parent: Any) -> None:
     check, _ = run("a", seconds=100.0, estimate=20.0)
     from benchmarks.gpu_check.catalogue import Row
 
