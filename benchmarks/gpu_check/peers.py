@@ -18,10 +18,13 @@ Candidates = Mapping[str, Callable[[], Modes]]
 
 
 def modes(function: Function, *inputs: Tensor) -> Modes:
-    """Forward as in training (what the backward pass needs is kept), backward alone, both."""
+    """Forward as in training (what the backward pass needs is kept), backward alone, both; forward only of what has
+    no gradient."""
     wanted = [x for x in inputs if x.requires_grad]
     out = function(*inputs)
     outputs = [out] if isinstance(out, Tensor) else list(out)
+    if not wanted:
+        return {"forward": lambda: function(*inputs)}
     douts = [torch.randn_like(x) for x in outputs]
 
     def both() -> object:

@@ -53,7 +53,7 @@ def timed(at: Machine, setting: Setting) -> dict[str, Any]:
     if at.dry and not DRY_ABSENT.issuperset(absent):
         raise RuntimeError(f"peers that a CPU has did not run: {absent}")
     times = {}
-    for mode in ("forward", "backward", "both"):
+    for mode in found["ours"]:
         times[mode] = at.timer.compare({name: runs[mode] for name, runs in found.items()})
     return {"modes": times, "bytes": setting.bytes, "flops": setting.flops, "absent": absent}
 
