@@ -106,6 +106,19 @@ def varlen(starts: Tensor, longest: int) -> Function:
     return lambda q, k, v: varlen_attn(q, k, v, starts, starts, longest, longest)
 
 
+def jagged(starts: Tensor, shortest: int, longest: int, p: float) -> Function:
+    """torch's attention over nested tensors, by the backend that it chooses, on q, k, v of [T, H, D]."""
+
+    def run(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        nested = [
+            torch.nested.nested_tensor_from_jagged(x, starts, min_seqlen=shortest, max_seqlen=longest).transpose(1, 2)
+            for x in (q, k, v)
+        ]
+        return F.scaled_dot_product_attention(*nested, dropout_p=p).transpose(1, 2).values()
+
+    return run
+
+
 def norm_chain(p: float, pre: bool, eps: float = 1e-12) -> Function:
     """What add_layer_norm does, operation by operation."""
 
