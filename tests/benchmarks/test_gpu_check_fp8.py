@@ -44,6 +44,26 @@ def test_all_forms_of_the_cast_are_compiled_beforehand(rows: Any) -> None:
     assert {c["N"] for c in given} == {1024, 2048, 3072, 4096}
 
 
+def test_the_sanitizer_watches_the_cast(rows: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In both formats; on a GPU that does not multiply them it leaves that out, and it refuses unknown names."""
+    from benchmarks.gpu_check import fp8, sanitizer
+
+    watched = [row.name for row in sanitizer.small_rows() if "fp8" in row.name]
+    assert watched == ["correct: cast_fp8 N=768 e4m3", "correct: cast_fp8 N=768 e5m2"]
+    cast: list[torch.dtype] = []
+    right = fp8.cast_fp8
+    monkeypatch.setattr(
+        fp8, "cast_fp8", lambda x, amax, dtype, **how: cast.append(dtype) or right(x, amax, dtype, **how)
+    )
+    sanitizer.main(["--dry", *watched])
+    assert cast == [torch.float8_e4m3fn] * 3 + [torch.float8_e5m2] * 3
+    monkeypatch.setattr(fp8, "refusal", lambda at: "no")
+    sanitizer.main(["--dry", *watched])
+    assert len(cast) == 6
+    with pytest.raises(KeyError):
+        sanitizer.main(["--dry", "correct: nothing"])
+
+
 def _half_the_scale(monkeypatch: pytest.MonkeyPatch) -> None:
     from ds_stacking.kernels import fp8_cast
 
