@@ -173,7 +173,7 @@ class FusedBlock(Block):
 
 
 class FusedMaskedLMHead(MaskedLMHead):
-    """With labels it returns the sum of their cross entropies, fp32, from a kernel that keeps no scores."""
+    """With labels it returns the sum of their cross entropies, fp32, from one operator."""
 
     norm_class = FusedLayerNorm
 

@@ -62,7 +62,7 @@ def state_bytes(parameters: int, *, zero_stage: int, world_size: int, item: int)
     return parameters * (weights + gradients + optimizer)
 
 
-def sum_bytes(parameters: int, *, zero_stage: int, world_size: int, item: int, accumulates: bool = True) -> float:
+def sum_bytes(parameters: int, *, zero_stage: int, world_size: int, item: int, accumulates: bool) -> float:
     """What the gradients of a step take beside `state_bytes`.
 
     Under ZeRO 2 they cross GPUs once per step, so that each holds those of all weights until then. A step that

@@ -97,7 +97,8 @@ def choose_micro_batches(
             model = build_model(stage.layers, True).to(device, torch.bfloat16 if bf16 else torch.float32).train()
             stage_zero = zero_stage if stage.zero_stage is None else stage.zero_stage
             shared = {"zero_stage": stage_zero, "world_size": dist.get_world_size(), "item": 2 if bf16 else 4}
-            states = state_bytes(model.num_parameters, **shared) + sum_bytes(model.num_parameters, **shared)
+            states = state_bytes(model.num_parameters, **shared)
+            states += sum_bytes(model.num_parameters, **shared, accumulates=True)
             asked = fastest(
                 partial(_rate, measure, model, partial(read, config.length_of(stage)), states, device),
                 sizes,

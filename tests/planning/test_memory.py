@@ -78,7 +78,8 @@ def test_states_are_those_of_the_zero_paper() -> None:
 
 def test_gradients_are_whole_but_in_stage_3_and_their_sums_fp32() -> None:
     """Bytes per weight on one of 4 GPUs, beside the gradients that `state_bytes` counts already."""
-    size = {"world_size": 4, "item": 2}
-    assert [sum_bytes(1, zero_stage=stage, **size) for stage in range(4)] == [4, 4, 4 + 2 - 2 / 4, (4 - 2) / 4]
-    once = [sum_bytes(1, zero_stage=stage, **size, accumulates=False) for stage in range(4)]
-    assert once == [0, 0, 2 - 2 / 4, 0]
+
+    def found(accumulates: bool) -> list[float]:
+        return [sum_bytes(1, zero_stage=s, world_size=4, item=2, accumulates=accumulates) for s in range(4)]
+
+    assert found(True) == [4, 4, 4 + 2 - 2 / 4, (4 - 2) / 4] and found(False) == [0, 0, 2 - 2 / 4, 0]
