@@ -113,10 +113,14 @@ class Case:
         return MicroBatch(ours=ours | ({"max_seqlen": self.length} if self.padded else {}), theirs=theirs)
 
 
-def our_model(case: Case, *, compiled: bool) -> Bert:
-    """Our model with the case's weights."""
+def our_model(case: Case, *, compiled: bool, fp8: bool = False) -> Bert:
+    """Our model with the case's weights; with `fp8` its blocks multiply in 8 bits."""
     torch.manual_seed(0)
     model = bert_class(case.fused)(case.model, case.layers)
+    if fp8:
+        from ds_stacking.models.fp8 import use_fp8
+
+        use_fp8(model)
     if compiled:
         compile_parts(model, case.backend)
     return model
@@ -219,17 +223,18 @@ class Bare:
         del self.model, self.working, self.masters, self.adamw
 
 
-NAMES = tuple(f"{who}{how}" for who in ("ours", "bare", "peer", "peer bare") for how in ("", " compiled"))
+WHO = ("ours", "bare", "ours fp8", "bare fp8", "peer", "peer bare")
+NAMES = tuple(f"{who}{how}" for who in WHO for how in ("", " compiled"))
 
 
 def make_contender(name: str, case: Case) -> InEngine | Bare:
     """One of NAMES: our model in an engine or bare, transformers' in an engine or bare, each eager or compiled."""
     assert name in NAMES, name
-    compiled = name.endswith("compiled")
+    compiled, fp8 = name.endswith("compiled"), "fp8" in name
     if name.startswith("bare"):
-        return Bare(our_model(case, compiled=compiled), our_loss, case)
+        return Bare(our_model(case, compiled=compiled, fp8=fp8), our_loss, case)
     if name.startswith("ours"):
-        return InEngine(lambda *_: our_model(case, compiled=compiled), our_loss, case)
+        return InEngine(lambda *_: our_model(case, compiled=compiled, fp8=fp8), our_loss, case)
     if name.startswith("peer bare"):
         loop = Bare(their_model(case), their_loss, case)
         if compiled:

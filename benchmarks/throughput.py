@@ -6,8 +6,8 @@
 
 Prints one JSON line: per depth the real tokens/s of every contender (medians over interleaved optimizer steps), MFU
 where the GPU's peak is known, peak memory on a GPU, and how often ours is faster. Contenders: ours, bare (a
-plain PyTorch loop around our model), peer, peer bare, each also with "compiled" behind it. On a CPU the size is the
-quickstart's and one thread computes.
+plain PyTorch loop around our model), ours fp8, bare fp8 (blocks that multiply in 8 bits), peer, peer bare, each also
+with "compiled" behind it. On a CPU the size is the quickstart's and one thread computes.
 """
 
 from __future__ import annotations

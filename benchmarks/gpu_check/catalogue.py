@@ -136,12 +136,14 @@ PARTS = ("facts", "correctness", "kernels", "sanitizer", "model", "growth", "res
 
 def rows() -> list[Row]:
     """All rows, in order of worth."""
-    from benchmarks.gpu_check import correctness, facts, model, sanitizer, speed, training
+    from benchmarks.gpu_check import correctness, facts, fp8, model, sanitizer, speed, training
 
     found = [
         *facts.first(),
         *correctness.rows(),
+        *fp8.correctness_rows(),
         *speed.rows(),
+        *fp8.speed_rows(),
         *facts.last(),
         *sanitizer.rows(),
         *model.rows(),

@@ -6,6 +6,7 @@ to repeat itself to the bit.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -172,16 +173,23 @@ def evaluate(function: Function, inputs: list[Tensor], dtype: torch.dtype, round
     return [x.detach() for x in (*outputs, *torch.autograd.grad(outputs, inputs, douts))]
 
 
+@contextlib.contextmanager
+def poisoned() -> Iterator[None]:
+    """Let torch fill what torch.empty returns with NaN."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
 def compare(subject: Subject, dtype: torch.dtype, exact_type: bool) -> dict[str, Any]:
     """Root-mean-square errors relative to the largest value, per output and gradient; passes at 1.1 times torch's.
 
     `exact_type`: fp32 in the interpreter, where both errors are a matter of the order of summation.
     """
-    torch.use_deterministic_algorithms(True, warn_only=True)  # fills what torch.empty returns with NaN
-    try:
+    with poisoned():
         every = in_all_configurations(lambda: evaluate(subject.ours, subject.inputs, dtype, dtype), exact_type)
-    finally:
-        torch.use_deterministic_algorithms(False)
     first, second = (evaluate(subject.ours, subject.inputs, dtype, dtype) for _ in range(2))  # as in training
     exact = evaluate(subject.formula, subject.inputs, torch.float64, dtype)
     peer = evaluate(subject.formula, subject.inputs, dtype, dtype)
@@ -205,5 +213,5 @@ def error(got: Tensor, want: Tensor) -> float:
 
 def same_bits(a: Tensor, b: Tensor) -> bool:
     """Whether both hold the same bits, NaN and the sign of zero included."""
-    kind = {2: torch.int16, 4: torch.int32, 8: torch.int64}[a.element_size()]
+    kind = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[a.element_size()]
     return torch.equal(a.contiguous().view(kind), b.contiguous().view(kind))

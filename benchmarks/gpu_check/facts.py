@@ -1,4 +1,4 @@
-"""What the figures belong to and what the machine itself reaches; torch.compile and memory of our operators."""
+"""What the figures belong to and what the machine itself reaches; torch.compile of our operators."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ import triton
 
 from benchmarks.gpu_check import speed
 from benchmarks.gpu_check.catalogue import Machine, Row
-from benchmarks.gpu_check.peers import compiled, eager_head
+from benchmarks.gpu_check.peers import compiled
 from ds_stacking.kernels import add_layer_norm, attention_padded, bias_gelu, linear_cross_entropy
 
 PACKAGES = ("transformers", "deepspeed", "liger-kernel", "cut-cross-entropy", "nvidia-ml-py", "zstandard", "pydantic")
@@ -41,7 +41,6 @@ def last() -> list[Row]:
     """Less than the kernels' own figures, more than the sanitizer."""
     return [
         Row(name="compiled", seconds=25, part="facts", run=check_compiled),
-        Row(name="head memory", seconds=2, part="facts", run=head_memory, ours=lambda at: _head(at)),
     ]
 
 
@@ -136,33 +135,3 @@ def check_compiled(at: Machine) -> dict[str, Any]:
 
 def _backend(at: Machine) -> str:
     return "aot_eager" if at.dry else "inductor"
-
-
-def _head(at: Machine) -> tuple[Any, list[torch.Tensor]]:
-    setting = speed.head(at, 768)
-    return setting.ours, setting.inputs
-
-
-def head_memory(at: Machine) -> dict[str, Any]:
-    """Bytes above inputs and gradients that the fused head and the eager one take; none are counted on a CPU."""
-    ours, inputs = _head(at)
-    target = torch.randint(len(inputs[1]), (len(inputs[0]),), device=at.device)
-    found = {}
-    for name, function in (("ours", ours), ("eager", lambda h, w, b: eager_head(h, w, b, target))):
-        torch.autograd.grad(function(*inputs), inputs)
-        before = _memory(at, peak=False)
-        gradients = torch.autograd.grad(function(*inputs), inputs)
-        kept = sum(g.numel() * g.element_size() for g in gradients)
-        found[name] = 0 if at.dry else _memory(at, peak=True) - before - kept
-        del gradients
-    return {"head_bytes": found}
-
-
-def _memory(at: Machine, *, peak: bool) -> int:
-    if at.dry:
-        return 0
-    torch.cuda.synchronize()
-    if peak:
-        return torch.cuda.max_memory_allocated()
-    torch.cuda.reset_peak_memory_stats()
-    return torch.cuda.memory_allocated()

@@ -12,11 +12,17 @@ from typing import Any
 import torch
 
 from benchmarks.gpu_check.catalogue import Machine, Ours, Row, present
+from benchmarks.gpu_check.fp8 import refusal
 
 ENGINE = ("ours", "ours compiled", "bare", "peer", "peer compiled")
 BARE = ("bare", "bare compiled", "peer bare", "peer bare compiled")
 MICRO_BATCH, STEP = 32_768, 262_144
 """Tokens of a micro-batch and of an optimizer step."""
+PADDED = (
+    "real tokens; the peer computes padded rows, with a mask in SDPA: it unpads in attention alone, with flash-attn, "
+    "which is not among what this runs with"
+)
+"""Of a row of documents."""
 
 
 @dataclass(kw_only=True)
@@ -32,6 +38,8 @@ class Check:
     """Without it the losses of all are compared, after one step and after the last one."""
     peers: bool = True
     """Whether transformers' model runs beside ours."""
+    fp8: bool = False
+    """Whether our compiled model runs beside itself with products in 8 bits, and nothing else."""
 
 
 CHECKS: dict[str, tuple[float, Check]] = {
@@ -42,6 +50,7 @@ CHECKS: dict[str, tuple[float, Check]] = {
     "base S=512 documents": (80, Check(length=512, padded=True)),
     "large S=128": (140, Check(size="large", layers=24)),
     "large S=512": (140, Check(size="large", layers=24, length=512)),
+    "large S=512 fp8": (90, Check(size="large", layers=24, length=512, fp8=True)),
     "base 2 layers S=512 documents p=0": (60, Check(layers=2, length=512, padded=True, dropout=0.0)),
     "base 3 layers S=128 pre-LN": (45, Check(layers=3, norm="pre", peers=False)),
     "base 6 layers S=128 pre-LN": (50, Check(layers=6, norm="pre", peers=False)),
@@ -81,6 +90,8 @@ def _run(check: Check) -> Callable[[Machine], dict[str, Any]]:
         from benchmarks.contenders import Case
         from benchmarks.throughput import compare
 
+        if check.fp8 and refusal(at):
+            return {"skipped": refusal(at)}
         length = 16 if at.dry else check.length
         case = Case(
             model=model_config(check, dry=at.dry), layers=1 if at.dry else check.layers, length=length,
@@ -92,7 +103,8 @@ def _run(check: Check) -> Callable[[Machine], dict[str, Any]]:
         missing = [name for name in contenders if "seconds" not in found[name]]
         if len(missing) == len(contenders) or (at.dry and missing):
             raise RuntimeError(f"no steps of {', '.join(missing)}: {found}")
-        return {"contenders": found, "absent": dict.fromkeys(at.without, "it ended the process before")}
+        note = {"note": PADDED} if check.padded else {}
+        return {"contenders": found, "absent": dict.fromkeys(at.without, "it ended the process before"), **note}
 
     return run
 
@@ -105,6 +117,8 @@ def _contenders(check: Check, at: Machine) -> list[str]:
         if not torch.distributed.is_initialized():
             init_distributed(alone=True)
         names = ENGINE
+    if check.fp8:
+        return [name for name in (f"{names[0]} compiled", f"{names[0]} fp8 compiled") if name not in at.without]
     with_peers = [name for name in names if check.peers or not name.startswith("peer")]
     return [name for name in with_peers if name not in at.without]
 
@@ -113,6 +127,7 @@ def _ours(check: Check) -> Callable[[Machine], Ours]:
     """Two layers of the model, for the kernels that it launches: the last layer has some of its own."""
 
     def make(at: Machine) -> Ours:
+        from ds_stacking.models.fp8 import use_fp8
         from ds_stacking.models.variants import bert_class
 
         config = model_config(check, dry=at.dry)
@@ -120,6 +135,8 @@ def _ours(check: Check) -> Callable[[Machine], Ours]:
         sequences = 2 if at.dry else MICRO_BATCH // length
         with torch.device(at.device):
             model = bert_class(True)(config, 2).to(at.dtype).train()
+            if check.fp8 and not refusal(at):
+                use_fp8(model)
             ids = torch.zeros(sequences, length, dtype=torch.int64)
             masked = torch.arange(round(0.15 * length) * sequences)
 

@@ -18,10 +18,13 @@ Candidates = Mapping[str, Callable[[], Modes]]
 
 
 def modes(function: Function, *inputs: Tensor) -> Modes:
-    """Forward as in training (what the backward pass needs is kept), backward alone, both."""
+    """Forward as in training (what the backward pass needs is kept), backward alone, both; forward only of what has
+    no gradient."""
     wanted = [x for x in inputs if x.requires_grad]
     out = function(*inputs)
     outputs = [out] if isinstance(out, Tensor) else list(out)
+    if not wanted:
+        return {"forward": lambda: function(*inputs)}
     douts = [torch.randn_like(x) for x in outputs]
 
     def both() -> object:
@@ -101,6 +104,19 @@ def varlen(starts: Tensor, longest: int) -> Function:
     from torch.nn.attention.varlen import varlen_attn
 
     return lambda q, k, v: varlen_attn(q, k, v, starts, starts, longest, longest)
+
+
+def jagged(starts: Tensor, shortest: int, longest: int, p: float) -> Function:
+    """torch's attention over nested tensors, by the backend that it chooses, on q, k, v of [T, H, D]."""
+
+    def run(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        nested = [
+            torch.nested.nested_tensor_from_jagged(x, starts, min_seqlen=shortest, max_seqlen=longest).transpose(1, 2)
+            for x in (q, k, v)
+        ]
+        return F.scaled_dot_product_attention(*nested, dropout_p=p).transpose(1, 2).values()
+
+    return run
 
 
 def norm_chain(p: float, pre: bool, eps: float = 1e-12) -> Function:

@@ -26,6 +26,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 
 from benchmarks.gpu_check.catalogue import Machine, Row, on_meta, rows
+from benchmarks.gpu_check.tiles import differentiate
 from ds_stacking.kernels._launch import Launch, recording
 
 TARGET = "sm_90"
@@ -53,10 +54,7 @@ def launches(row: Row, at: Machine) -> list[Launch]:
     assert row.ours is not None
     # while launches are recorded there is one multiprocessor, as in the interpreter
     with recording() as found, mock.patch.object(ATTENTION, "multiprocessors", lambda device: MULTIPROCESSORS):
-        function, inputs = row.ours(at)
-        out = function(*inputs)
-        outputs = [out] if isinstance(out, torch.Tensor) else list(out)
-        torch.autograd.grad(outputs, inputs, [torch.empty_like(x) for x in outputs])
+        differentiate(row.ours(at))
     return found
 
 

@@ -22,12 +22,23 @@ def limit(row: Record, mode: str, rates: Mapping[str, float]) -> float | None:
 def ratio(target: Target, row: Record, rates: Mapping[str, float]) -> float | None:
     """A peer's seconds divided by ours, or our share of the limit; None where there is nothing to compare with."""
     times = {name: quartiles[1] for name, quartiles in row["modes"][target.mode]["times"].items()}
-    ours = times.pop("ours")
-    if target.peer == "limit":
-        found = limit(row, target.mode, rates)
-    else:
-        found = min(times.values(), default=None) if target.peer == "best" else times.get(target.peer)
-    return found / ours if found else None
+    found = limit(row, target.mode, rates) if target.peer == "limit" else times.get(against(target, row))
+    return found / times["ours"] if found else None
+
+
+def against(target: Target, row: Record) -> str:
+    """The peer's name; of "best" that of the fastest peer, where there is one."""
+    times = {name: quartiles[1] for name, quartiles in row["modes"][target.mode]["times"].items() if name != "ours"}
+    return min(times, key=times.__getitem__) if target.peer == "best" and times else target.peer
+
+
+def judged(target: Target, row: Record, rates: Mapping[str, float]) -> str:
+    """What a target says of a row: [peer reached/must verdict], in which the best peer is named."""
+    value = ratio(target, row, rates)
+    name = against(target, row)
+    peer = f"best: {name}" if name != target.peer else name
+    reached = "absent" if value is None else f"{value:.2f}/{target.must} {verdict(value, target.must, target.goal)}"
+    return f" [{peer} {reached}]"
 
 
 def verdict(value: float | None, must: float, goal: float) -> str:
@@ -50,20 +61,22 @@ def speed_lines(records: Records) -> Iterator[str]:
         if "modes" not in row:
             continue
         case = name.removeprefix("speed: ")
-        yield case + (" | absent: " + ", ".join(row["absent"]) if row["absent"] else "")
+        absent = " | absent: " + ", ".join(row["absent"]) if row["absent"] else ""
+        yield case + absent + _note(row)
         for mode, measured in row["modes"].items():
             times = {who: quartiles[1] * 1e6 for who, quartiles in measured["times"].items()}
             allowed = limit(row, mode, rates)
             share = f" {allowed * 1e8 / times['ours']:.0f}%" if allowed else ""
             others = "".join(f" {who} {seconds:.0f}" for who, seconds in times.items() if who != "ours")
             clock = " CLOCK FELL" if measured.get("clock_fell") else ""
-            goals = [(t, ratio(t, row, rates)) for t in targets.get(case, []) if t.mode == mode]
-            judged = "".join(
-                f" [{t.peer} {value:.2f}/{t.must} {verdict(value, t.must, t.goal)}]"
-                for t, value in goals
-                if value is not None
-            )
-            yield f" {mode:8} {times['ours']:.0f}{share} |{others}{clock}{judged}"
+            verdicts = "".join(judged(t, row, rates) for t in targets.get(case, []) if t.mode == mode)
+            yield f" {mode:8} {times['ours']:.0f}{share} |{others}{clock}{verdicts}"
+        if "peak_bytes" in row:
+            yield " peak MB  " + ", ".join(f"{who} {taken / 1e6:.0f}" for who, taken in row["peak_bytes"].items())
+
+
+def _note(row: Record) -> str:
+    return f" ({row['note']})" if "note" in row else ""
 
 
 def correctness_lines(records: Records) -> Iterator[str]:
@@ -88,7 +101,7 @@ def model_lines(records: Records) -> Iterator[str]:
         if "contenders" not in row:
             continue
         case, found = name.removeprefix("model: "), row["contenders"]
-        yield case
+        yield case + _note(row)
         for who, figures in found.items():
             if "seconds" in figures:
                 mfu = f" MFU {figures['mfu']:.3f}" if "mfu" in figures else ""
@@ -96,16 +109,16 @@ def model_lines(records: Records) -> Iterator[str]:
                 yield f" {who}: {speed}{mfu} {figures['bytes'] / 1e9:.1f} GB"
             else:
                 yield f" {who}: {figures['absent'][:80]}"
-        judged = []
+        verdicts = []
         for goal in [] if is_dry(records) else GOALS.get(case, []):
             value = goal_value(goal, found)
             sign = -1 if goal.against == "memory" else 1
             state = verdict(None if value is None else sign * value, sign * goal.floor, sign * goal.must)
             state = {"goal": "must", "must": "floor"}.get(state, state)
             text = "" if value is None else f" {value:.6g}/{goal.must:g}"
-            judged.append(f"[{goal.against}{text} {state}]")
-        if judged:
-            yield " " + " ".join(judged)
+            verdicts.append(f"[{goal.against}{text} {state}]")
+        if verdicts:
+            yield " " + " ".join(verdicts)
 
 
 def goal_value(goal: Goal, found: Mapping[str, Mapping[str, Any]]) -> float | None:
@@ -151,9 +164,8 @@ def table(records: Records, left_out: Sequence[str]) -> str:
     lines += [f"{name}: {rate / 1e12:.3f} T/s" for name, rate in rates.items()]
     for section in (speed_lines, model_lines, training_lines, correctness_lines):
         lines += section(records)
-    for name in ("head memory", "compilation"):
-        if name in records:
-            lines.append(f"{name}: { {k: v for k, v in records[name].items() if k not in ('row', 'at')} }")
+    if "compilation" in records:
+        lines.append(f"compilation: { {k: v for k, v in records['compilation'].items() if k not in ('row', 'at')} }")
     lines += [f"skipped {row['row']}: {row['skipped']}" for row in records.values() if "skipped" in row]
     lines += [f"ERROR {row['row']} {row.get('at', '')}: {row['error'][:300]}" for row in errors(records)]
     if left_out:

@@ -39,6 +39,8 @@ class Setting:
     peers: Callable[[], Candidates] = dict
     bytes: dict[str, float] = field(default_factory=dict)
     flops: dict[str, float] = field(default_factory=dict)
+    memory: bool = False
+    """Whether the memory that each takes is of interest beside its time."""
 
 
 DRY_ABSENT = frozenset({"CUDNN", "varlen", "liger", "cut_cross_entropy", "torch fused", "flex", "FLASH", "EFFICIENT"})
@@ -53,9 +55,23 @@ def timed(at: Machine, setting: Setting) -> dict[str, Any]:
     if at.dry and not DRY_ABSENT.issuperset(absent):
         raise RuntimeError(f"peers that a CPU has did not run: {absent}")
     times = {}
-    for mode in ("forward", "backward", "both"):
+    for mode in found["ours"]:
         times[mode] = at.timer.compare({name: runs[mode] for name, runs in found.items()})
-    return {"modes": times, "bytes": setting.bytes, "flops": setting.flops, "absent": absent}
+    peaks = {name: peak_bytes(at, runs["both"]) for name, runs in found.items()} if setting.memory else None
+    memory = {"peak_bytes": peaks} if peaks else {}
+    return {"modes": times, "bytes": setting.bytes, "flops": setting.flops, "absent": absent, **memory}
+
+
+def peak_bytes(at: Machine, gradients: Callable[[], Any]) -> int:
+    """What a forward and backward pass takes at its peak beside its inputs and gradients; not counted on a CPU."""
+    if at.dry:
+        return 0
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    kept = sum(x.numel() * x.element_size() for x in gradients())
+    torch.cuda.synchronize()
+    return torch.cuda.max_memory_allocated() - before - kept
 
 
 def _sum(work: dict[str, float]) -> dict[str, float]:
@@ -110,7 +126,7 @@ def documents(total: int, longest: int) -> list[int]:
 
 
 def unpadded(at: Machine, p: float) -> Setting:
-    """Documents one after the other, beside one padded row for each."""
+    """Documents one after the other, beside torch's attention over them and ours over one padded row for each."""
     longest, heads = at.size(512, 32), at.size(12, 1)
     lengths = documents(at.size(TOKENS, 80), longest)
     bounds = torch.tensor([0, *lengths]).cumsum(0).int()
@@ -125,6 +141,7 @@ def unpadded(at: Machine, p: float) -> Setting:
         full = at.random(sum(padded), 3, heads, 64)
         q, k, v = (at.random(sum(lengths), heads, 64) for _ in range(3))
         found = {"ours padded": lambda: modes(lambda x: attention(x, edges, longest, dropout=p, seed=seed), full)}
+        found["jagged"] = lambda: modes(peers.jagged(starts, min(lengths), longest, p), q, k, v)
         return found if p else {**found, "varlen": lambda: modes(peers.varlen(starts, longest), q, k, v)}
 
     return Setting(
@@ -185,7 +202,7 @@ def head(at: Machine, width: int) -> Setting:
         return {name: lambda get=get: modes(get(), *inputs, target) for name, get in functions.items()}
 
     return Setting(
-        ours=lambda h, w, b: linear_cross_entropy(h, w, b, target), inputs=inputs, peers=make,
+        ours=lambda h, w, b: linear_cross_entropy(h, w, b, target), inputs=inputs, peers=make, memory=True,
         flops=_sum({"forward": flops, "backward": 2 * flops}),
     )  # fmt: skip
 
@@ -259,7 +276,7 @@ def gather(at: Machine, width: int) -> Setting:
     moved = {"forward": 2.0 * len(kept) * row, "backward": float((len(kept) + tokens) * row)}
     return Setting(
         ours=lambda x: gather_rows(x, kept, inverse), inputs=[x], bytes=_sum(moved),
-        peers=lambda: {"eager": lambda: modes(lambda x: x[kept], x)},
+        peers=lambda: {"index_select": lambda: modes(lambda x: x.index_select(0, kept), x)},
     )  # fmt: skip
 
 

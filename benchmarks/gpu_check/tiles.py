@@ -17,11 +17,13 @@ DRY_CONFIGURATIONS = 2
 
 
 def differentiate(ours: Ours) -> list[Tensor]:
-    """Forward and backward once; the outputs."""
+    """Forward once and, of what has gradients, backward; the outputs."""
     function, inputs = ours
     out = function(*inputs)
     outputs = [out] if isinstance(out, Tensor) else list(out)
-    torch.autograd.grad(outputs, inputs, [torch.ones_like(x) for x in outputs])
+    differentiable = [x for x in outputs if x.requires_grad]
+    if differentiable:
+        torch.autograd.grad(differentiable, inputs, [torch.ones_like(x) for x in differentiable])
     return outputs
 
 

@@ -83,3 +83,18 @@ def test_contenders_whose_losses_part_are_noticed(contenders: Any, monkeypatch: 
     monkeypatch.setattr(contenders, "our_loss", turned)
     with pytest.raises(RuntimeError, match="differ in their last loss"):
         throughput.compare(made, ["bare", "peer bare"], repeats=6)
+
+
+def test_a_contender_in_8_bits_multiplies_so_and_comes_near(contenders: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    from benchmarks import throughput
+    from ds_stacking.models import fp8
+
+    calls = []
+    right = fp8.multiply
+    monkeypatch.setattr(fp8, "multiply", lambda *args, **how: calls.append(1) or right(*args, **how))
+    made = case(contenders, False)
+    sixteen = throughput.compare(made, ["bare"], repeats=1)["bare"]
+    assert not calls
+    eight = throughput.compare(made, ["bare fp8"], repeats=1)["bare fp8"]
+    assert calls and eight["loss"] != sixteen["loss"]
+    assert eight["last_loss"] == pytest.approx(sixteen["last_loss"], rel=0.02)

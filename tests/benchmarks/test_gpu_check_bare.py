@@ -26,7 +26,13 @@ class Absent:
 
 sys.meta_path.insert(0, Absent())
 '''
-ROWS = ("correct: bias_gelu N=3072", "speed: gather_rows", "head memory", "sanitizer racecheck", "model: base S=128")
+ROWS = (
+    "correct: bias_gelu N=3072",
+    "speed: gather_rows",
+    "correct: cast_fp8 N=768 e4m3",
+    "sanitizer racecheck",
+    "model: base S=128",
+)
 
 
 def test_without_anything_but_torch(tmp_path: Path) -> None:
@@ -41,7 +47,13 @@ def test_without_anything_but_torch(tmp_path: Path) -> None:
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     records = {record["row"]: record for record in map(json.loads, (tmp_path / "out" / "session.jsonl").open())}
     assert done.returncode == 0, done.stdout + done.stderr
-    assert set(records) >= {"environment", "compilation", "rates", "head memory", "sanitizer racecheck"}
+    assert set(records) >= {
+        "environment",
+        "compilation",
+        "rates",
+        "correct: cast_fp8 N=768 e4m3",
+        "sanitizer racecheck",
+    }
     assert records["compilation"]["failed"] == []
     skipped = {name for name, record in records.items() if "skipped" in record}
     assert skipped and all(name.startswith("model: ") for name in skipped)

@@ -137,7 +137,7 @@ def test_no_row_begins_that_does_not_fit(run: Run) -> None:
     assert check.left_out == ["a", "b"] and records == {}
 
 
-def testestimates_follow_what_was_measured(run: Run, parent: Any) -> None:
+def test_estimates_follow_what_was_measured(run: Run, parent: Any) -> None:
     check, _ = run("a", seconds=100.0, estimate=20.0)
     from benchmarks.gpu_check.catalogue import Row
 
@@ -165,6 +165,33 @@ def test_resumption_runs_what_is_left_and_failures_once_more(run: Run, tmp_path:
     assert first == 3 and len(lines) == 7 and set(records) == {"a", "error", "crash", "b"}
     run("a", "error", "crash", "b")
     assert len((tmp_path / "journal.jsonl").read_text().splitlines()) == 7  # nothing a third time
+
+
+def test_a_resumed_session_runs_no_finished_row_again(
+    parent: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The program itself: only what has no result, with the rows that say what the machine is; a new one runs all."""
+    import argparse
+
+    from benchmarks.gpu_check import __main__ as program
+    from benchmarks.gpu_check.catalogue import Row
+
+    (tmp_path / "worker.py").write_text(WORKER)
+    monkeypatch.setattr(program, "worker_command", lambda dry: [sys.executable, str(tmp_path / "worker.py")])
+    shared = {"part": "part", "run": lambda at: {}, "seconds": 0.01}
+    rows = [Row(name=name, always=name == "machine", **shared) for name in ("machine", "a", "error", "b")]
+
+    def run(chosen: list[Any], folder: str, resume: Path | None) -> list[str]:
+        """Names of the rows that ran, in order, as printed."""
+        resumed = None if resume is None else str(resume)
+        options = argparse.Namespace(session=True, resume=resumed, dry=False, minutes=5.0)
+        program.run(chosen, tmp_path / folder, options)
+        return [line.partition(":")[0] for line in capsys.readouterr().out.splitlines() if line.endswith(" s)")]
+
+    assert run(rows[:3], "first", None) == ["machine", "a", "error"]
+    assert run(rows, "second", tmp_path / "first") == ["machine", "error", "b"]
+    assert run(rows, "second", tmp_path / "second") == []  # failed twice, all else is there: the machine is no matter
+    assert run(rows, "second", None) == ["machine", "a", "error", "b"]
 
 
 def test_earlier_results_are_taken_over_and_old_ones_kept(parent: Any, tmp_path: Path) -> None:

@@ -151,3 +151,25 @@ def test_nvml_then_nvidia_smi_then_absent(measure: Any, monkeypatch: pytest.Monk
         there.setattr(subprocess, "run", late)
         assert read() == {"source": "absent"}
     assert telemetry("abc")() == {"source": "absent"}
+
+
+def test_peak_bytes_are_those_beside_what_was_there_and_the_gradients(
+    measure: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import torch
+
+    from benchmarks.gpu_check.catalogue import Machine
+    from benchmarks.gpu_check.speed import peak_bytes
+
+    held = {"now": 100, "peak": 5000}
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda: held["now"])
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: held["peak"])
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda: held.update(peak=held["now"]))
+
+    def gradients() -> list[torch.Tensor]:
+        held["peak"] += 900
+        return [torch.empty(10), torch.empty(5, dtype=torch.float64)]
+
+    at = Machine(device="cuda", dtype=torch.bfloat16)
+    assert peak_bytes(at, gradients) == 900 - 40 - 40

@@ -33,6 +33,27 @@ def test_ratios_and_limits(report: Any) -> None:
     assert [report.verdict(v, 1.0, 2.0) for v in (0.9, 1.0, 2.0, None)] == ["MISSED", "must", "goal", "absent"]
 
 
+def test_targets_say_which_peer_was_best_and_which_are_absent(report: Any) -> None:
+    times = {"ours": [1.0] * 3, "FLASH": [2.0] * 3, "EFFICIENT": [1.5] * 3}
+    measured = {mode: {"times": times} for mode in ("forward", "backward", "both")}
+    row = {"modes": measured, "bytes": {}, "flops": {}, "absent": {"CUDNN": "no"}, "peak_bytes": {"ours": 3e8}}
+    shown = report.table({f"speed: attention S={n}": {"row": str(n), **row} for n in (128, 512)}, [])
+    assert "[best: EFFICIENT 1.50/1.3 must]" in shown and "[FLASH 2.00/1.15 goal]" in shown
+    assert shown.count("[CUDNN absent]") == shown.count("[flex absent]") == 2
+    assert " peak MB  ours 300" in shown
+    alone = {mode: {"times": {"ours": [1.0] * 3}} for mode in measured}
+    assert "[best absent]" in report.table({"speed: attention S=128": {"row": "x", **row, "modes": alone}}, [])
+
+
+def test_what_a_peer_computes_is_told_beside_its_row(report: Any) -> None:
+    from benchmarks.gpu_check import model
+
+    records = {f"model: {n}": {"row": n, "contenders": {}} for n in ("a", "b")}
+    records["model: b"]["note"] = model.PADDED
+    lines = list(report.model_lines(records))
+    assert lines == ["a", f"b ({model.PADDED})"] and "the peer computes padded rows" in model.PADDED
+
+
 def test_model_goals(report: Any) -> None:
     from benchmarks.gpu_check.targets import RATIOS, Goal
 
@@ -73,16 +94,17 @@ def test_what_is_wrong_and_what_failed(report: Any) -> None:
 
 
 def test_a_whole_session_fits_into_a_reply(report: Any) -> None:
-    from benchmarks.gpu_check import model, speed
+    from benchmarks.gpu_check import catalogue, model
     from benchmarks.gpu_check.targets import GOALS, TARGETS
 
-    assert set(TARGETS) <= set(speed.CASES) and set(GOALS) <= set(model.CHECKS)
+    timed = {row.name for row in catalogue.rows() if row.name.startswith("speed: ")}
+    assert {f"speed: {name}" for name in TARGETS} <= timed and set(GOALS) <= set(model.CHECKS)
     peers = ("ours", "FLASH", "CUDNN", "EFFICIENT", "flex")
     times = {"times": {who: [1.234e-3] * 3 for who in peers}}
     row = {"modes": dict.fromkeys(("forward", "backward", "both"), times), "absent": {"liger": ""}}
     work = {"bytes": dict.fromkeys(row["modes"], 1e9), "flops": dict.fromkeys(row["modes"], 1e12)}
     records: dict[str, Any] = {"rates": {"row": "rates", "rates": {f"matmul 32768 x {n}": 8e14 for n in range(11)}}}
-    records |= {f"speed: {name}": {"row": name, **row, **work} for name in speed.CASES}
+    records |= {name: {"row": name, **row, **work} for name in timed}
     figures = {"seconds": 0.3, "tokens_per_second": 912_345, "bytes": 12e9, "mfu": 0.412}
     contenders = {"row": "model", "contenders": dict.fromkeys(model.ENGINE, figures)}
     records |= {f"model: {name}": contenders for name in model.CHECKS}

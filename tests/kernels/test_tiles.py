@@ -95,7 +95,8 @@ def test_a_choice_comes_from_what_was_given_then_the_table_then_the_prediction(t
     try:
         use({})
         for device in ("Z GPU", "A GPU"):  # what was measured on a device of this name goes before that of others
-            monkeypatch.setattr(_launch, "device_name", lambda device=device: device)
+            monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+            monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=device: device)
             _launch._measured.cache_clear()
             use({})
             assert describe(_launch.choose(launch, "sm_90")) == by_device[f"{device}, Triton 3"][key]
