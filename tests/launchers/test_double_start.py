@@ -49,6 +49,16 @@ def contents(run_dir: Path) -> dict[Path, bytes]:
     return {path: path.read_bytes() for path in run_dir.rglob("*") if path.is_file()}
 
 
+def at_rest(folder: Path) -> dict[Path, bytes]:
+    """The files of processes that were just stopped: a thread ends the system call that it is in, such as a save's."""
+    files = contents(folder)
+    while True:
+        time.sleep(0.5)
+        before, files = files, contents(folder)
+        if files == before:
+            return files
+
+
 def test_a_second_start_is_refused_and_a_dead_owner_is_succeeded(tmp_path: Path) -> None:
     write_corpus(tmp_path / "corpus")
     run_dir = tmp_path / "run"
